@@ -1,0 +1,525 @@
+"""The pattern of one layer of dilated attention: which query attends to which key, in plain integers.
+
+Everything that needs to know the pattern (the oracle, the tiles of the fast operator, counts of work, the cache) asks
+`DilatedPattern`. Source: "LongNet: Scaling Transformers to 1,000,000,000 Tokens" (arXiv 2307.02486), sections 2.2-2.3.
+
+Positions are counted from the first real token of a document: n is a query's position, m a key's, both start at 0.
+"""
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+
+BRANCH_TYPES = ("segment", "window")
+HEAD_OFFSETS = ("paper", "grouped", "rotating")
+
+# Rows looked at when a pattern is searched for queries without keys and for keys that only the first branch keeps.
+# Where such positions exist at all, they occur among the first few multiples of the dilation rates.
+_SEARCHED_POSITIONS = 4096
+
+
+class Branch(NamedTuple):
+    """One branch of a pattern: its type, length w (`None`: unbounded) and dilation rate r, in positions."""
+
+    type: str
+    length: int | None
+    rate: int
+
+
+class Tile(NamedTuple):
+    """A dense piece of attention: `queries` attend to `keys` (both positions), for every key/value head in `heads`.
+
+    `mask` is `"full"` (every pair), `"lower"` (the i-th query attends to the keys up to the i-th) or `"upper"` (the
+    i-th query attends to the keys from the i-th on); the latter two are square and include the diagonal. The tile
+    stands `repeats` times, each `period` positions after the last.
+    """
+
+    heads: range
+    mask: str
+    queries: range
+    keys: range
+    repeats: int = 1
+    period: int = 0
+
+    @property
+    def pairs(self) -> int:
+        """Number of (query, key, head) triples in the tile, repeats included."""
+        rows, columns = len(self.queries), len(self.keys)
+        area = rows * columns if self.mask == "full" else rows * (rows + 1) // 2
+        return area * len(self.heads) * self.repeats
+
+
+class Reach(NamedTuple):
+    """What one position can learn of: `reached` positions, and `blind` ones, in its sight but not reached."""
+
+    reached: list[range]
+    blind: list[range]
+
+
+@dataclass(frozen=True)
+class DilatedPattern:
+    """The branches of one layer and the rule that gives every head its rows. Immutable and hashable.
+
+    A branch has a type, a length w and a dilation rate r. Head j's phase in it is s_j:
+
+    - `"segment"`, the paper's: n and m join if they lie in one segment, (n + g) // w == (m + g) // w, and both are
+      kept, (n + g) % w % r == s_j and the same for m; g is 0, or w // 2 with `shift` (the first segment is then
+      partial);
+    - `"window"`: every query n joins the keys m with m % r == s_j and |n - m| < w. w = `None` with r = 1 is full
+      attention.
+
+    A pair counts once per branch that joins it. In causal attention only keys m <= n count.
+
+    Args:
+        segment_lengths: w of every branch, in positions (the paper's w_i).
+        dilation_rates: r of every branch (the paper's r_i). Nothing requires r to divide w or the number of heads.
+        branch_types: `"segment"` or `"window"` for every branch; all `"segment"` by default.
+        head_offset: how s_j follows from the head j: `"paper"`, j % r (section 2.3); `"grouped"`, j // ceil(H / r)
+            (torchscale's, for its published weights); `"rotating"`, (j + layer_idx * H) % r, with which few heads
+            cover all phases in depth. H and j count key/value heads.
+        shift: move the segment grid by w // 2.
+        layer_idx: index of the layer, for `"rotating"`.
+
+    Raises:
+        ValueError: if an argument is not one of the above.
+    """
+
+    segment_lengths: tuple[int | None, ...]
+    dilation_rates: tuple[int, ...]
+    branch_types: tuple[str, ...] | None = None
+    head_offset: str = "paper"
+    shift: bool = False
+    layer_idx: int = 0
+
+    def __post_init__(self):
+        for name in ("segment_lengths", "dilation_rates", "branch_types"):
+            value = getattr(self, name)
+            if name == "branch_types" and value is None:
+                value = ("segment",) * len(self.segment_lengths)
+            if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
+                raise ValueError(f"`{name}` must be a list with one entry per branch, got {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        if not len(self.segment_lengths) == len(self.dilation_rates) == len(self.branch_types):
+            raise ValueError(
+                "`segment_lengths`, `dilation_rates` and `branch_types` must have one entry per branch, got "
+                f"{len(self.segment_lengths)}, {len(self.dilation_rates)} and {len(self.branch_types)} entries."
+            )
+        for branch in self.branches:
+            if branch.type not in BRANCH_TYPES:
+                raise ValueError(f"`branch_types` must be of {BRANCH_TYPES}, got {branch.type!r}.")
+            if not _is_positive_int(branch.rate):
+                raise ValueError(f"`dilation_rates` must be integers of at least 1, got {branch.rate!r}.")
+            unbounded = branch.length is None and branch.type == "window" and branch.rate == 1
+            if not unbounded and not _is_positive_int(branch.length):
+                raise ValueError(
+                    "`segment_lengths` must be integers of at least 1 (or None for full attention, with branch type "
+                    f"'window' and dilation rate 1), got {branch.length!r} in {branch}."
+                )
+        if self.head_offset not in HEAD_OFFSETS:
+            raise ValueError(f"`head_offset` must be one of {HEAD_OFFSETS}, got {self.head_offset!r}.")
+        if isinstance(self.layer_idx, bool) or not isinstance(self.layer_idx, int) or self.layer_idx < 0:
+            raise ValueError(f"`layer_idx` must be an integer of at least 0, got {self.layer_idx!r}.")
+        # Written once, here: torch.compile cannot trace the json module
+        object.__setattr__(self, "_json", json.dumps(asdict(self)))
+
+    @classmethod
+    def full(cls, layer_idx: int = 0) -> "DilatedPattern":
+        """Ordinary full attention, as a layer of a hybrid stack uses it."""
+        return cls((None,), (1,), ("window",), layer_idx=layer_idx)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return tuple(map(Branch, self.branch_types, self.segment_lengths, self.dilation_rates))
+
+    def to_json(self) -> str:
+        return self._json
+
+    @classmethod
+    @functools.lru_cache(maxsize=1024)
+    def from_json(cls, text: str) -> "DilatedPattern":
+        return cls(**json.loads(text))
+
+    # Which query joins which key. `n`, `m` and `head` may be integers or integer tensors that broadcast.
+
+    def phase(self, branch: Branch, head, num_heads: int):
+        """s_j of key/value head j = `head` among `num_heads`."""
+        if self.head_offset == "grouped":
+            return head // -(-num_heads // branch.rate)
+        first = self.layer_idx * num_heads if self.head_offset == "rotating" else 0
+        return (head + first) % branch.rate
+
+    def heads_of_phase(self, branch: Branch, phase: int, num_heads: int) -> range:
+        """The heads j with s_j = `phase`; always evenly spaced."""
+        if self.head_offset == "grouped":
+            size = -(-num_heads // branch.rate)
+            return range(min(phase * size, num_heads), min((phase + 1) * size, num_heads))
+        first = self.layer_idx * num_heads if self.head_offset == "rotating" else 0
+        return range((phase - first) % branch.rate, num_heads, branch.rate)
+
+    def grid_shift(self, branch: Branch) -> int:
+        """g: how far the grid of a segment branch is moved, in positions."""
+        return branch.length // 2 if self.shift else 0
+
+    def joins(self, branch: Branch, n, m, phase):
+        """Whether `branch` joins query `n` to key `m` for a head with `phase`, causality aside."""
+        w, r = branch.length, branch.rate
+        if branch.type == "window":
+            kept = m % r == phase
+            return kept if w is None else kept & (n - m < w) & (m - n < w)
+        g = self.grid_shift(branch)
+        n, m = n + g, m + g
+        return (n // w == m // w) & (n % w % r == phase) & (m % w % r == phase)
+
+    def multiplicity(self, n, m, head, num_heads: int, is_causal: bool = True):
+        """C[n, m]: in how many branches `head` joins query `n` to key `m`, as an integer (tensor).
+
+        The paper's mixture of branches, weighted by their softmax denominators (section 2.2), is one softmax over all
+        of them: softmax(QK^T / sqrt(d) + log C) V, with log 0 = -inf.
+        """
+        visible = (m <= n) if is_causal else (m == m)
+        return sum(visible & self.joins(branch, n, m, self.phase(branch, head, num_heads)) for branch in self.branches)
+
+    def kept_rows(self, branch: Branch, head: int, num_heads: int, length: int) -> list[range]:
+        """The positions below `length` whose keys `head` keeps: a range per segment, or one for a window."""
+        phase, r = self.phase(branch, head, num_heads), branch.rate
+        if branch.type == "window":
+            return [range(phase, length, r)]
+        g, w = self.grid_shift(branch), branch.length
+        starts = range(-g, length, w)
+        rows = [_clip(range(start + phase, start + w, r), 0, length) for start in starts]
+        return [kept for kept in rows if kept]
+
+    # How much work that is, and what a cache has to hold
+
+    def pairs(self, length: int, num_heads: int, *, num_queries: int | None = None, is_causal: bool = True) -> int:
+        """Number of (query, key, head) triples over `num_heads` key/value heads: what the fast operator computes.
+
+        `length` is the number of keys; the queries are its last `num_queries` positions (all by default).
+        """
+        tiles = self.tiles(length, num_heads, num_queries=num_queries, is_causal=is_causal)
+        return sum(tile.pairs for tile in tiles)
+
+    def flops(
+        self,
+        length: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        num_key_value_heads: int | None = None,
+        is_causal: bool = True,
+        backward: bool = False,
+    ) -> int:
+        """Floating-point operations of the two products of the forward pass (4 per pair and channel), or of the five
+        of the backward pass (10), for one sequence. `num_heads` counts query heads."""
+        num_key_value_heads = num_key_value_heads or num_heads
+        pairs = self.pairs(length, num_key_value_heads, is_causal=is_causal) * (num_heads // num_key_value_heads)
+        return pairs * head_dim * (10 if backward else 4)
+
+    def live_keys(self, position: int, head: int, num_heads: int) -> list[int]:
+        """The keys up to `position` that some later query may still ask for, in causal attention."""
+        live: set[int] = set()
+        for branch in self.branches:
+            phase, w, r = self.phase(branch, head, num_heads), branch.length, branch.rate
+            if branch.type == "window":
+                oldest = 0 if w is None else max(0, position + 2 - w)
+                live.update(range(oldest + (phase - oldest) % r, position + 1, r))
+            else:
+                g = self.grid_shift(branch)
+                start = (position + g) // w * w - g
+                kept = range(start + phase, start + w, r)
+                if kept and kept[-1] > position:
+                    live.update(_clip(kept, 0, position + 1))
+        return sorted(live)
+
+    def max_live_keys(self) -> int | None:
+        """An upper bound of `len(live_keys(...))` for any position: the sum of w_i / r_i; `None` where there is
+        none."""
+        if any(branch.length is None for branch in self.branches):
+            return None
+        return sum(-(-branch.length // branch.rate) for branch in self.branches)
+
+    # Attention as dense pieces
+
+    def tiles(
+        self, length: int, num_heads: int, *, num_queries: int | None = None, is_causal: bool = True
+    ) -> tuple[Tile, ...]:
+        """Cut the attention of `num_queries` last positions (all by default) over `length` keys into dense tiles.
+
+        The tiles hold every joined pair once per branch that joins it, and no other: their `pairs` are the work that
+        the pattern asks for. Their number does not grow with `length`.
+        """
+        return _tiles(self, length, num_heads, length if num_queries is None else num_queries, is_causal)
+
+    def draw(self, length: int, head: int = 0, num_heads: int = 1, is_causal: bool = True) -> str:
+        """A picture in characters: a row per query, a column per key, and in how many branches they join."""
+        return "\n".join(
+            "".join(str(self.multiplicity(n, m, head, num_heads, is_causal) or "·") for m in range(length))
+            for n in range(length)
+        )
+
+
+def reach(
+    patterns: Sequence[DilatedPattern],
+    position: int,
+    num_heads: int,
+    *,
+    length: int | None = None,
+    is_causal: bool = True,
+) -> Reach:
+    """Which positions can influence the output at `position` after the layers `patterns` (first layer first).
+
+    Residual connections pass on what a position already knows. With all grids aligned the paper's pattern has blind
+    spots: the first position of a segment of the shortest branch never reaches its predecessor, at any depth; `shift`
+    on every other layer removes them.
+
+    Args:
+        patterns: the pattern of every layer, `config.layer_patterns` for a model.
+        position: the position asked about.
+        num_heads: number of key/value heads.
+        length: length of the sequence, if it matters (not causal); default `position + 1`.
+        is_causal: whether later positions are hidden. Blind spots are then looked for up to `position`.
+    """
+    length = position + 1 if length is None else length
+    if not 0 <= position < length:
+        raise ValueError(f"`position` must lie in the sequence of length {length}, got {position}.")
+    # Sets of positions as bits of an integer: whole segments are combined in one operation.
+    known = 1 << position
+    for pattern in reversed(patterns):
+        known |= _joined_keys(pattern, known, num_heads, length, is_causal)
+    sight = (1 << (position + 1 if is_causal else length)) - 1
+    return Reach(_ranges(known), _ranges(sight & ~known))
+
+
+def pattern_warnings(patterns: Sequence[DilatedPattern], num_heads: int) -> list[str]:
+    """What a user of these layers should know: queries without any key, and keys that only the first branch keeps."""
+    warnings = []
+    for pattern in patterns:
+        empty = _first_query_without_keys(pattern, num_heads)
+        if empty is not None:
+            head, position = empty
+            warnings.append(
+                f"In layer {pattern.layer_idx} no branch joins head {head} at position {position} to any key: such "
+                "queries give zeros. A branch of dilation rate 1 avoids this."
+            )
+            break
+    position = _first_position_of_first_branch_only(patterns, num_heads)
+    if position is not None:
+        warnings.append(
+            f"Position {position} (and others) is kept by no branch but the first, in any head and layer: "
+            f"{num_heads} key/value heads do not cover all phases of the dilation rates {patterns[0].dilation_rates}. "
+            'Use smaller rates, more key/value heads or `head_offset="rotating"`.'
+        )
+    return warnings
+
+
+def _is_positive_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _num_phases(branch: Branch, length: int) -> int:
+    """How many phases can keep a key: no more than there are rows, in a segment or in the sequence."""
+    return min(branch.rate, length if branch.type == "window" else branch.length)
+
+
+def _clip(rows: range, start: int, stop: int) -> range:
+    """The members of `rows` in [start, stop)."""
+    first = max(0, -(-(start - rows.start) // rows.step))
+    last = max(first, min(len(rows), -(-(stop - rows.start) // rows.step)))
+    return rows[first:last]
+
+
+@functools.lru_cache(maxsize=256)
+def _tiles(
+    pattern: DilatedPattern, length: int, num_heads: int, num_queries: int, is_causal: bool
+) -> tuple[Tile, ...]:
+    if not 0 <= num_queries <= length:
+        raise ValueError(f"`num_queries` must lie between 0 and the number of keys {length}, got {num_queries}.")
+    tiles: list[Tile] = []
+    for branch in pattern.branches:
+        cut = _segment_tiles if branch.type == "segment" else _window_tiles
+        for phase in range(_num_phases(branch, length)):
+            heads = pattern.heads_of_phase(branch, phase, num_heads)
+            if heads:
+                shift = pattern.grid_shift(branch) if branch.type == "segment" else 0
+                pieces = cut(branch, shift, phase, length, num_queries, is_causal)
+                tiles.extend(Tile(heads, *piece) for piece in pieces)
+    return tuple(tile for tile in tiles if tile.pairs)
+
+
+def _segment_tiles(branch: Branch, g: int, phase: int, length: int, num_queries: int, is_causal: bool) -> Iterator:
+    w, r = branch.length, branch.rate
+    first_query = length - num_queries
+
+    def segment(index: int, repeats: int = 1) -> Iterator[tuple]:
+        start = index * w - g
+        keys = _clip(range(start + phase, start + w, r), 0, length)
+        queries = _clip(keys, first_query, length)
+        i = len(keys) - len(queries)
+        for mask, rows, columns, _, _ in _band(i, len(keys), 0, len(keys), None, 0 if is_causal else None):
+            yield mask, keys[rows.start : rows.stop], keys[columns.start : columns.stop], repeats, w
+
+    if not num_queries:
+        return
+    first, last = (first_query + g) // w, (length - 1 + g) // w
+    # Segments that the sequence and the query block hold whole are alike, and become one repeated tile.
+    first_whole, last_whole = -(-(first_query + g) // w), (length + g) // w - 1
+    if first < first_whole:
+        yield from segment(first)
+    if last_whole >= first_whole:
+        yield from segment(first_whole, last_whole - first_whole + 1)
+    if last > max(last_whole, first if first < first_whole else first - 1):
+        yield from segment(last)
+
+
+def _window_tiles(branch: Branch, g: int, phase: int, length: int, num_queries: int, is_causal: bool) -> Iterator:
+    w, r = branch.length, branch.rate
+    num_keys = -(-(length - phase) // r)
+    # The queries n = phase + lag + r * i of one lag are to the keys m = phase + r * j what an undilated window is.
+    for lag in range(r):
+        first = -(-(length - num_queries - phase - lag) // r)
+        stop = -(-(length - phase - lag) // r)
+        back = None if w is None else (w - 1 - lag) // r
+        ahead = 0 if is_causal else None if w is None else (w - 1 + lag) // r
+        for mask, rows, columns, repeats, period in _band(first, stop, 0, num_keys, back, ahead):
+            queries = range(phase + lag + r * rows.start, phase + lag + r * rows.stop, r)
+            keys = range(phase + r * columns.start, phase + r * columns.stop, r)
+            yield mask, queries, keys, repeats, r * period
+
+
+def _band(
+    i_start: int, i_stop: int, j_start: int, j_stop: int, back: int | None, ahead: int | None
+) -> Iterator[tuple[str, range, range, int, int]]:
+    """Cut the band i - back <= j <= i + ahead of a matrix (`None`: unbounded) into rectangles and triangles.
+
+    The band is cut into blocks of as many rows as it is wide (all rows if a side is unbounded). Inside a block, the
+    right edge of the band is a lower triangle, its left edge an upper triangle, and what lies between is a rectangle.
+    Blocks that the matrix does not clip are alike, and come out once, with their number and period.
+    """
+    if ahead is not None:  # rows that end before the matrix begins see nothing
+        i_start = max(i_start, j_start - ahead)
+    if back is not None:  # nor do rows that begin behind its end
+        i_stop = min(i_stop, j_stop + back)
+    if i_start >= i_stop or j_start >= j_stop:
+        return
+    if back is None and ahead is None:
+        yield "full", range(i_start, i_stop), range(j_start, j_stop), 1, 0
+        return
+    if ahead is None:
+        raise AssertionError("a band with a left edge only does not occur")
+    height = i_stop - i_start
+    if back is not None:
+        height = min(height, back + ahead + 1)
+    if height <= 0:
+        return
+
+    def block(i: int, rows: int, repeats: int = 1) -> Iterator[tuple[str, range, range, int, int]]:
+        right = min(rows, j_stop - i - ahead)
+        if right > 0:
+            yield "lower", range(i, i + right), range(i + ahead, i + ahead + right), repeats, height
+            if right < rows:
+                yield "full", range(i + right, i + rows), range(i + ahead, j_stop), repeats, height
+        left = j_start if back is None else max(j_start, i + rows - 1 - back)
+        yield "full", range(i, i + rows), range(left, max(left, min(j_stop, i + ahead))), repeats, height
+        if back is not None:
+            # Row i + u begins at column i - back + u: an upper triangle of rows - 1, clipped to columns [skip, stop).
+            skip, stop = max(0, j_start - (i - back)), min(rows - 1, j_stop - (i - back))
+            if skip < stop:
+                columns = range(i - back + skip, i - back + stop)
+                yield "full", range(i, i + skip), columns, repeats, height
+                yield "upper", range(i + skip, i + stop), columns, repeats, height
+
+    blocks = whole_from = whole_to = -(-(i_stop - i_start) // height)
+    if back is not None:
+        first = max(0, -(-(j_start + back - i_start) // height))
+        stop = min((i_stop - i_start) // height, (j_stop - ahead - i_start) // height)
+        if first < stop:
+            whole_from, whole_to = first, stop
+            yield from block(i_start + first * height, height, stop - first)
+    for index in (*range(whole_from), *range(whole_to, blocks)):
+        i = i_start + index * height
+        yield from block(i, min(height, i_stop - i))
+
+
+def _joined_keys(pattern: DilatedPattern, queries: int, num_heads: int, length: int, is_causal: bool) -> int:
+    """The keys that `pattern` joins to any of `queries`, both sets of positions as bits of an integer."""
+    joined, everything = 0, (1 << length) - 1
+    for branch in pattern.branches:
+        w, r = branch.length, branch.rate
+        for phase in range(_num_phases(branch, length)):
+            if not pattern.heads_of_phase(branch, phase, num_heads):
+                continue
+            if branch.type == "window":
+                seen = queries
+                if w is None or w >= length:
+                    seen = (1 << queries.bit_length()) - 1 if is_causal else everything
+                else:
+                    reached = 1  # widen by doubling
+                    while reached < w:
+                        step = min(reached, w - reached)
+                        seen |= (seen >> step) | (0 if is_causal else seen << step)
+                        reached += step
+                joined |= seen & everything & _bits(range(phase, length, r))
+            else:
+                g = pattern.grid_shift(branch)
+                for start in range(-g, length, w):
+                    kept = _bits(_clip(range(start + phase, start + w, r), 0, length))
+                    if kept & queries:
+                        joined |= kept & ((1 << (kept & queries).bit_length()) - 1) if is_causal else kept
+    return joined
+
+
+def _bits(rows: range) -> int:
+    """The integer whose bits `rows` are set."""
+    ones = ((1 << rows.step * len(rows)) - 1) // ((1 << rows.step) - 1)
+    return ones << rows.start if rows else 0
+
+
+def _ranges(bits: int) -> list[range]:
+    """The runs of set bits of an integer."""
+    runs, start = [], 0
+    while bits:
+        gap = (bits & -bits).bit_length() - 1
+        bits >>= gap
+        run = (~bits & (bits + 1)).bit_length() - 1
+        bits >>= run
+        runs.append(range(start + gap, start + gap + run))
+        start += gap + run
+    return runs
+
+
+def _first_query_without_keys(pattern: DilatedPattern, num_heads: int) -> tuple[int, int] | None:
+    """(head, position) of the first query that no branch joins to a key at or before it."""
+    if any(branch.rate == 1 for branch in pattern.branches):
+        return None
+    for position in range(_SEARCHED_POSITIONS):
+        for head in range(num_heads):
+            for branch in pattern.branches:
+                phase = pattern.phase(branch, head, num_heads)
+                nearest = position - (position - phase) % branch.rate if branch.type == "window" else position
+                if nearest >= 0 and pattern.joins(branch, position, nearest, phase):
+                    break
+            else:
+                return head, position
+    return None
+
+
+def _first_position_of_first_branch_only(patterns: Sequence[DilatedPattern], num_heads: int) -> int | None:
+    """The first position whose key no branch but the first keeps, in any layer; `None` if there is none."""
+    kept = []
+    for pattern in patterns:
+        for branch in pattern.branches if pattern.branches[0].length is None else pattern.branches[1:]:
+            phases = {pattern.phase(branch, head, num_heads) for head in range(num_heads)}
+            if len(phases) == branch.rate:
+                return None
+            kept.append((pattern, branch, phases))
+    if not kept:  # there is but one branch
+        return None
+    for position in range(_SEARCHED_POSITIONS):
+        if not any(
+            pattern.joins(branch, position, position, phase) for pattern, branch, phases in kept for phase in phases
+        ):
+            return position
+    return None

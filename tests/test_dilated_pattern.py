@@ -1,0 +1,177 @@
+"""The index arithmetic of `DilatedPattern` against its definition, pair by pair."""
+
+import random
+
+import pytest
+from patterns import joined, random_pattern
+
+from longnet_hf import Branch, DilatedPattern, LongNetConfig, reach
+from longnet_hf.dilated_pattern import pattern_warnings
+
+
+PAPER = DilatedPattern([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
+
+
+def flat(ranges):
+    return [position for rows in ranges for position in rows]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_tiles_hold_every_joined_pair_as_often_as_branches_join_it(seed):
+    rng = random.Random(seed)
+    pattern, heads, length, causal = random_pattern(rng), rng.choice([1, 2, 3, 5]), rng.randint(1, 50), seed % 2 == 0
+    queries = rng.choice([length, 1, rng.randint(1, length)])
+    counts = {}
+    for tile in pattern.tiles(length, heads, num_queries=queries, is_causal=causal):
+        for repeat in range(tile.repeats):
+            for i, n in enumerate(tile.queries):
+                for j, m in enumerate(tile.keys):
+                    if tile.mask == "full" or (j <= i if tile.mask == "lower" else j >= i):
+                        for head in tile.heads:
+                            at = (n + repeat * tile.period, m + repeat * tile.period, head)
+                            counts[at] = counts.get(at, 0) + 1
+    expected = {
+        (n, m, head): joined(pattern, n, m, head, heads, causal)
+        for n in range(length - queries, length)
+        for m in range(length)
+        for head in range(heads)
+    }
+    assert counts == {at: count for at, count in expected.items() if count}
+    assert pattern.pairs(length, heads, num_queries=queries, is_causal=causal) == sum(expected.values())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_multiplicity_and_kept_rows_follow_the_definition(seed):
+    rng = random.Random(seed)
+    pattern, heads, length = random_pattern(rng), rng.choice([1, 3, 4]), 40
+    for head in range(heads):
+        for n in range(length):
+            for m in range(length):
+                assert pattern.multiplicity(n, m, head, heads) == joined(pattern, n, m, head, heads)
+        for branch in pattern.branches:
+            alone = DilatedPattern(
+                [branch.length],
+                [branch.rate],
+                [branch.type],
+                pattern.head_offset,
+                shift=pattern.shift,
+                layer_idx=pattern.layer_idx,
+            )
+            kept = [m for m in range(length) if any(joined(alone, n, m, head, heads) for n in range(m, m + 8))]
+            assert flat(pattern.kept_rows(branch, head, heads, length)) == kept
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_live_keys_are_those_that_a_later_query_joins(seed):
+    rng = random.Random(seed)
+    pattern, heads = random_pattern(rng), rng.choice([1, 2, 4])
+    for position in (0, 5, 23, 40):
+        for head in range(heads):
+            later = range(position + 1, position + 80)
+            live = [m for m in range(position + 1) if any(joined(pattern, n, m, head, heads) for n in later)]
+            assert pattern.live_keys(position, head, heads) == live
+            assert pattern.max_live_keys() is None or len(live) <= pattern.max_live_keys()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reach_follows_joined_pairs_through_the_layers(seed):
+    rng = random.Random(seed)
+    patterns, heads, length, causal = [random_pattern(rng) for _ in range(3)], rng.choice([1, 2]), 30, seed % 2 == 0
+    position = rng.randrange(length)
+    known = {position}
+    for pattern in reversed(patterns):
+        known |= {
+            m
+            for n in known
+            for m in range(length)
+            if any(joined(pattern, n, m, head, heads, causal) for head in range(heads))
+        }
+    result = reach(patterns, position, heads, length=length, is_causal=causal)
+    assert flat(result.reached) == sorted(known)
+    assert flat(result.blind) == sorted(set(range(position + 1 if causal else length)) - known)
+
+
+def test_the_papers_pattern_is_blind_at_segment_boundaries_and_shifted_grids_are_not():
+    lengths, rates = [16, 32, 64], [1, 2, 4]
+    aligned = [DilatedPattern(lengths, rates, layer_idx=i) for i in range(12)]
+    shifted = [DilatedPattern(lengths, rates, shift=i % 2 == 1, layer_idx=i) for i in range(4)]
+    for depth in range(1, 13):
+        assert 15 in flat(reach(aligned[:depth], 16, 4).blind)
+    assert reach(aligned, 16, 4).blind == [range(15, 16)]
+    for position in range(64):
+        assert not reach(shifted, position, 4).blind
+
+
+def test_work_of_the_papers_pattern():
+    assert PAPER.pairs(32768, 12) / 32768 / 12 == pytest.approx(2133, abs=2)
+    assert PAPER.pairs(1 << 20, 12) / PAPER.pairs(1 << 15, 12) == pytest.approx(32, rel=1e-3)
+    assert PAPER.flops(4096, 12, 64) == 4 * 64 * PAPER.pairs(4096, 12)
+    assert PAPER.flops(4096, 24, 64, num_key_value_heads=12, backward=True) == 2 * 10 * 64 * PAPER.pairs(4096, 12)
+    assert PAPER.max_live_keys() == 2048 + 2048 + 2048 + 2731 + 2731
+    full = DilatedPattern.full()
+    assert full.pairs(100, 3) == 3 * 100 * 101 // 2
+    assert full.max_live_keys() is None
+
+
+def test_number_of_tiles_does_not_grow_with_the_length():
+    window = DilatedPattern([2048, 32768], [1, 16], ["window", "window"])
+    for pattern in (PAPER, window):
+        assert len(pattern.tiles(1 << 24, 12)) == len(pattern.tiles(1 << 20, 12))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (dict(segment_lengths=[8, 16], dilation_rates=[1]), "`segment_lengths`, `dilation_rates` and `branch_types`"),
+        (dict(segment_lengths=[], dilation_rates=[]), "`segment_lengths`"),
+        (dict(segment_lengths="16", dilation_rates=[1, 2]), "`segment_lengths` .* '16'"),
+        (dict(segment_lengths=[0], dilation_rates=[1]), "`segment_lengths` .* 0"),
+        (dict(segment_lengths=[8.0], dilation_rates=[1]), r"`segment_lengths` .* 8\.0"),
+        (dict(segment_lengths=[True], dilation_rates=[1]), "`segment_lengths` .* True"),
+        (dict(segment_lengths=[None], dilation_rates=[1]), "`segment_lengths` .* None"),
+        (dict(segment_lengths=[None], dilation_rates=[2], branch_types=["window"]), "`segment_lengths` .* None"),
+        (dict(segment_lengths=[8], dilation_rates=[-1]), "`dilation_rates` .* -1"),
+        (dict(segment_lengths=[8], dilation_rates=[1], branch_types=["block"]), "`branch_types` .* 'block'"),
+        (dict(segment_lengths=[8], dilation_rates=[1], head_offset="mod"), "`head_offset` .* 'mod'"),
+        (dict(segment_lengths=[8], dilation_rates=[1], layer_idx=-1), "`layer_idx` .* -1"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        DilatedPattern(**arguments)
+
+
+def test_patterns_are_values():
+    pattern = DilatedPattern([8, None], [2, 1], ["segment", "window"], "rotating", shift=True, layer_idx=3)
+    same = DilatedPattern.from_json(pattern.to_json())
+    assert same == pattern and hash(same) == hash(pattern)
+    assert pattern.branches == (Branch("segment", 8, 2), Branch("window", None, 1))
+    with pytest.raises(AttributeError):
+        pattern.shift = False
+
+
+def test_warnings_name_queries_without_keys_and_keys_of_the_first_branch_only():
+    assert pattern_warnings([PAPER], 12) == []
+    (empty,) = pattern_warnings([DilatedPattern([8], [2])], 2)
+    assert "head 1 at position 0" in empty and "zeros" in empty
+    (empty,) = pattern_warnings([DilatedPattern([8], [3], ["window"])], 2)
+    assert "head 1 at position 0" in empty
+    (uncovered,) = pattern_warnings([DilatedPattern([8, 16], [1, 4])], 2)
+    assert "Position 2 " in uncovered and "no branch but the first" in uncovered
+    rotating = [DilatedPattern([8, 16], [1, 4], head_offset="rotating", layer_idx=i) for i in range(2)]
+    assert pattern_warnings(rotating, 2) == []
+    assert len(pattern_warnings(rotating[:1], 2)) == 1
+    assert pattern_warnings([DilatedPattern([8], [1])], 1) == []  # there is but one branch
+    assert pattern_warnings([DilatedPattern([8, 16], [1, 4]), DilatedPattern.full()], 2) == []
+    with pytest.warns(UserWarning, match="Position 1 "):
+        LongNetConfig(num_attention_heads=1, hidden_size=64, segment_lengths=[8, 16], dilation_rates=[1, 2])
+
+
+def test_a_pattern_draws_itself():
+    assert DilatedPattern([2, 4], [1, 2]).draw(5, head=0, num_heads=2).split("\n") == [
+        "2····",
+        "11···",
+        "1·2··",
+        "··11·",
+        "····2",
+    ]
