@@ -1,0 +1,322 @@
+"""The fast operator against the dense oracle, and the oracle against the definition."""
+
+import random
+
+import pytest
+import torch
+from patterns import joined, random_pattern
+
+from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference, find_documents
+from longnet_hf import dilated_operator as operator_module
+
+
+PATTERN = DilatedPattern([8, 16, 40], [1, 2, 3], ["segment", "segment", "window"])
+
+
+def random_tensors(batch, heads, group, queries, keys, size, dtype=torch.float64, device="cpu"):
+    """query, key, value and a gradient; the query with strides as a model makes them."""
+    query = torch.randn(batch, queries, heads * group, size, dtype=dtype, device=device).transpose(1, 2)
+    key, value = (torch.randn(batch, heads, keys, size, dtype=dtype, device=device) for _ in range(2))
+    return [x.requires_grad_() for x in (query, key, value)], torch.randn_like(query)
+
+
+def random_layout(rng, batch, length):
+    """Padding and packing in any of the ways in which they can be said, or neither."""
+    layout, kind = {}, rng.choice(["none", "padding", "left", "right", "packed", "packed and padded", "cu_seq_lens"])
+    if "padded" in kind or kind == "padding":
+        layout["attention_mask"] = (torch.rand(batch, length) < rng.choice([0.2, 0.7, 0.95])).long()
+    if kind in ("left", "right"):
+        lengths = torch.tensor([rng.randint(0, length) for _ in range(batch)])
+        mask = torch.arange(length) < lengths[:, None]
+        layout["attention_mask"] = mask.flip(1) if kind == "left" else mask
+    if "packed" in kind:
+        rows = []
+        for _ in range(batch):
+            row = []
+            while len(row) < length:
+                row += range(rng.randint(1, 25))
+            rows.append(row[:length])
+        layout["position_ids"] = torch.tensor(rows)
+    if kind == "cu_seq_lens":
+        cuts = sorted(rng.sample(range(1, batch * length), min(3, batch * length - 1)))
+        layout["cu_seq_lens"] = torch.tensor([0, *cuts, batch * length], dtype=torch.int32)
+    return layout
+
+
+def gradients(output, inputs, grad):
+    return torch.autograd.grad(output, inputs, grad)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("offset", ["paper", "grouped", "rotating"])
+def test_oracle_is_one_softmax_over_the_joined_pairs(offset, causal):
+    """Written out query by query as the paper's mixture: a softmax per branch, weighted by their denominators."""
+    pattern = DilatedPattern([4, 7, 9], [1, 3, 2], ["segment", "segment", "window"], offset, shift=True, layer_idx=1)
+    (query, key, value), _ = random_tensors(1, 2, 2, 19, 19, 4)
+    output, weights = dilated_attention_reference(query, key, value, pattern, is_causal=causal, return_weights=True)
+    for head in range(4):
+        for n in range(19):
+            numerator, denominator, mass = torch.zeros(4, dtype=torch.float64), 0.0, torch.zeros(19)
+            for w, r, kind in zip(pattern.segment_lengths, pattern.dilation_rates, pattern.branch_types, strict=True):
+                branch = DilatedPattern([w], [r], [kind], offset, shift=True, layer_idx=1)
+                for m in range(19):
+                    if joined(branch, n, m, head // 2, 2, causal):
+                        z = (query[0, head, n] @ key[0, head // 2, m] / 2).exp()
+                        numerator, denominator = numerator + z * value[0, head // 2, m], denominator + z
+                        mass[m] += z.item()
+            torch.testing.assert_close(output[0, head, n], numerator / denominator, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(weights[0, head, n].float(), mass / mass.sum(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_fast_operator_agrees_with_the_oracle(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    pattern, batch, heads, group = (
+        random_pattern(rng),
+        rng.choice([1, 2]),
+        rng.choice([1, 2, 3, 5]),
+        rng.choice([1, 1, 2]),
+    )
+    keys = rng.choice([1, 2, 7, 13, 31, rng.randint(1, 70)])
+    queries = rng.choice([keys, keys, 1, rng.randint(1, keys)])
+    inputs, grad = random_tensors(batch, heads, group, queries, keys, rng.choice([1, 3, 8]))
+    options = {"is_causal": rng.random() < 0.6, "scale": rng.choice([None, 0.3]), **random_layout(rng, batch, keys)}
+    output = dilated_attention(*inputs, pattern, **options)
+    expected = dilated_attention_reference(*inputs, pattern, **options)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+    for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_kernel_without_flash_attention_agrees_too(seed, monkeypatch):
+    rng = random.Random(seed)
+    monkeypatch.setattr(operator_module, "_MAX_SCORES", rng.choice([1, 50, 1 << 20]))
+    monkeypatch.setattr(operator_module._Kernel, "forward", without_flash(operator_module._Kernel.forward))
+    monkeypatch.setattr(operator_module._Kernel, "backward", without_flash(operator_module._Kernel.backward))
+    test_fast_operator_agrees_with_the_oracle(1000 + seed)
+
+
+def without_flash(method):
+    def wrapped(kernel, *arguments):
+        kernel.on_cpu = kernel.on_cuda = False
+        return method(kernel, *arguments)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_longer_sequences_with_many_segments(causal):
+    pattern = DilatedPattern([64, 200, 500, 96], [1, 4, 7, 6], ["segment", "segment", "segment", "window"], shift=True)
+    inputs, grad = random_tensors(1, 4, 1, 1201, 1201, 8)
+    output = dilated_attention(*inputs, pattern, is_causal=causal)
+    expected = dilated_attention_reference(*inputs, pattern, is_causal=causal)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+    for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("operator", [dilated_attention, dilated_attention_reference])
+def test_padded_and_packed_rows_equal_each_document_alone(operator):
+    torch.manual_seed(1)
+    (query, key, value), _ = random_tensors(2, 3, 1, 60, 60, 4)
+    # row 0: two documents with padding before, between, inside and after; row 1: one document
+    ids = torch.full((2, 60), -1)
+    ids[0, 3:20], ids[0, 24:55], ids[0, 30:33], ids[1, :60] = 0, 1, -1, 0
+    position = torch.zeros(2, 60, dtype=torch.long)
+    position[0, 3:20], position[0, 24:55], position[1] = torch.arange(17), torch.arange(31), torch.arange(60)
+    layouts = [{"document_ids": ids}, {"attention_mask": (ids >= 0).long(), "position_ids": position}]
+    for layout in layouts:
+        output = operator(query, key, value, PATTERN, **layout)
+        for row, document in ((0, 0), (0, 1), (1, 0)):
+            at = (ids[row] == document).nonzero()[:, 0]
+            alone = operator(*(x[row : row + 1, :, at] for x in (query, key, value)), PATTERN)
+            torch.testing.assert_close(output[row : row + 1, :, at], alone, rtol=0, atol=1e-12)
+        assert (output.transpose(1, 2)[ids < 0] == 0).all()
+
+
+@pytest.mark.parametrize("operator", [dilated_attention, dilated_attention_reference])
+def test_queries_that_no_branch_joins_and_masked_rows_give_zeros_not_nan(operator):
+    inputs, grad = random_tensors(2, 2, 1, 12, 12, 4)
+    output = operator(*inputs, DilatedPattern([6], [2]))
+    assert (output[:, 0, 1::2] == 0).all() and (output[:, 1, 0::2] == 0).all() and (output[:, 0, 0::2] != 0).all()
+    mask = torch.tensor([[0] * 12, [1] * 12])
+    output = operator(*inputs, PATTERN, attention_mask=mask)
+    assert (output[0] == 0).all() and (output[1] != 0).all()
+    for gradient in gradients(output, inputs, grad):
+        assert gradient.isfinite().all() and (gradient[0] == 0).all()
+    assert (operator(*inputs, PATTERN, attention_mask=torch.zeros(2, 12)) == 0).all()
+
+
+def test_full_attention_is_what_pytorch_computes():
+    inputs, _ = random_tensors(2, 4, 1, 33, 33, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+    for pattern in (DilatedPattern.full(), DilatedPattern([33], [1]), DilatedPattern([100], [1], ["window"])):
+        torch.testing.assert_close(dilated_attention(*inputs, pattern), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_in_low_precision_is_that_of_ordinary_attention(dtype):
+    """At most twice the error of PyTorch's own attention in that precision, under a mask of the same pattern."""
+    pattern = DilatedPattern([64, 256], [1, 4])
+    exact, grad = random_tensors(1, 4, 1, 256, 256, 32)
+    low = [x.detach().to(dtype).requires_grad_() for x in exact]
+    expected = dilated_attention_reference(*exact, pattern)
+    counts = pattern.multiplicity(torch.arange(256)[:, None], torch.arange(256), torch.arange(4)[:, None, None], 4)
+    plain = torch.nn.functional.scaled_dot_product_attention(*low, attn_mask=counts.log().to(dtype))
+    ours = dilated_attention(*low, pattern)
+    assert ours.dtype == dtype
+    assert (ours - expected).abs().max() <= 2 * (plain - expected).abs().max()
+    exact_grads = gradients(expected, exact, grad)
+    for our, other, right in zip(
+        gradients(ours, low, grad.to(dtype)), gradients(plain, low, grad.to(dtype)), exact_grads, strict=True
+    ):
+        assert (our - right).abs().max() <= 2 * (other - right).abs().max()
+
+
+def test_large_scores_stay_finite():
+    (query, key, value), grad = random_tensors(1, 2, 1, 40, 40, 4)
+    inputs = [(1e4 * query).detach().requires_grad_(), key, value]
+    output = dilated_attention(*inputs, PATTERN)
+    assert output.isfinite().all()
+    assert all(x.isfinite().all() for x in gradients(output, inputs, grad))
+
+
+def test_dropout_drops_weights_and_keeps_the_mean():
+    torch.manual_seed(2)
+    inputs, grad = random_tensors(1, 2, 1, 30, 30, 4)
+    exact = dilated_attention(*inputs, PATTERN)
+    runs = torch.stack([dilated_attention(*inputs, PATTERN, dropout=0.3).detach() for _ in range(600)])
+    assert (runs[0] - exact).abs().max() > 0.05
+    deviation = (runs.mean(0) - exact).abs() / (runs.std(0) / 600**0.5 + 1e-9)
+    assert deviation.mean() < 1.2  # 0.8 for a normal distribution
+
+
+def test_gradients_under_dropout_are_those_of_the_same_random_draw():
+    inputs, _ = random_tensors(1, 2, 1, 13, 13, 3)
+
+    def draw(*inputs):
+        torch.manual_seed(3)
+        return dilated_attention(*inputs, PATTERN, dropout=0.4)
+
+    assert torch.autograd.gradcheck(draw, inputs)
+    torch.manual_seed(3)
+    inside = torch.utils.checkpoint.checkpoint(
+        lambda *inputs: dilated_attention(*inputs, PATTERN, dropout=0.4), *inputs, use_reentrant=False
+    )
+    for ours, theirs in zip(
+        gradients(inside.sum(), inputs, None), gradients(draw(*inputs).sum(), inputs, None), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_compiles_into_one_graph_and_passes_pytorchs_checks_of_custom_operators():
+    inputs, grad = random_tensors(2, 2, 2, 21, 21, 4)
+    mask = torch.ones(2, 21)
+    mask[0, :5] = 0
+    compiled = torch.compile(dilated_attention, fullgraph=True, backend="aot_eager")
+    for layout in ({}, {"attention_mask": mask}):
+        output, expected = compiled(*inputs, PATTERN, **layout), dilated_attention(*inputs, PATTERN, **layout)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+        for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    arguments = (*inputs, find_documents(2, 21, attention_mask=mask), PATTERN.to_json(), True, 0.5, 0.0, None)
+    torch.library.opcheck(operator_module._forward_op, arguments)
+
+
+def test_autocast_brings_mixed_inputs_to_its_dtype():
+    (query, key, value), _ = random_tensors(1, 2, 1, 16, 16, 8, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert dilated_attention(query, key, value.bfloat16(), PATTERN).dtype == torch.bfloat16
+
+
+def test_memory_is_linear_in_the_length():
+    """What a forward and backward pass allocates, per token, does not grow."""
+
+    def peak(length):
+        inputs, grad = random_tensors(1, 2, 1, length, length, 8, dtype=torch.float32)
+        pattern = DilatedPattern([64, 256, 1024], [1, 4, 16])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            gradients(dilated_attention(*inputs, pattern), inputs, grad)
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = highest = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            highest = max(highest, held)
+        return highest
+
+    assert peak(16384) < 2.2 * peak(8192)
+
+
+def test_documents_are_found_in_any_notation():
+    position_ids = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1]])
+    expected = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3]], dtype=torch.int32)
+    assert torch.equal(find_documents(1, 8, position_ids=position_ids), expected)
+    cu_seq_lens = torch.tensor([0, 3, 5, 6, 8], dtype=torch.int32)
+    assert torch.equal(find_documents(1, 8, cu_seq_lens=cu_seq_lens), expected)
+    # boundaries of a flattened batch of two rows
+    found = find_documents(2, 4, cu_seq_lens=cu_seq_lens)
+    assert found.tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
+    # positions may skip: that is no new document; padding has no position
+    assert find_documents(1, 4, position_ids=torch.tensor([[5, 6, 90, 91]])) is None
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1]])
+    assert find_documents(1, 6, attention_mask=mask, position_ids=torch.tensor([[0, 0, 0, 1, 1, 2]])).tolist() == [
+        [-1, -1, 0, 0, -1, 0]
+    ]
+    assert find_documents(1, 8) is None
+    assert find_documents(2, 8, attention_mask=torch.ones(2, 8), position_ids=torch.arange(8)[None]) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(query=torch.randn(1, 3, 8, 4)), "multiple of the key/value heads"),
+        (dict(query=torch.randn(1, 2, 9, 4)), "at least as many keys"),
+        (dict(query=torch.randn(1, 2, 8, 5)), "head sizes"),
+        (dict(query=torch.randn(2, 8, 4)), "expected query"),
+        (dict(value=torch.randn(1, 2, 7, 4)), "expected query"),
+        (dict(value=torch.randn(1, 2, 8, 4).double()), "floating dtype"),
+        (dict(pattern=[8]), "`pattern`"),
+        (dict(dropout=1.0), "`dropout`"),
+        (dict(attention_mask=torch.ones(1, 1, 8, 8)), "`attention_mask` must be a 2-D"),
+        (dict(attention_mask=torch.ones(1, 7)), "`attention_mask`"),
+        (dict(position_ids=torch.arange(7)[None]), "`position_ids`"),
+        (dict(cu_seq_lens=torch.tensor([[0, 8]])), "`cu_seq_lens`"),
+        (dict(document_ids=torch.zeros(1, 7)), "`document_ids`"),
+        (dict(document_ids=torch.zeros(1, 8), attention_mask=torch.ones(1, 8)), "`document_ids` replaces"),
+    ],
+)
+@pytest.mark.parametrize("operator", [dilated_attention, dilated_attention_reference])
+def test_wrong_inputs_are_named(operator, change, named):
+    arguments = {name: torch.randn(1, 2, 8, 4) for name in ("query", "key", "value")}
+    with pytest.raises(ValueError, match=named):
+        operator(**{"pattern": PATTERN, **arguments, **change})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 20, 128, 256, 272])
+@pytest.mark.parametrize("causal", [True, False])
+def test_on_a_gpu(dtype, size, causal):
+    """Against the oracle in float64: at most twice the error of the oracle itself in the same precision."""
+    patterns = [
+        DilatedPattern([64, 200, 500], [1, 4, 7]),
+        DilatedPattern([64, 200, None], [1, 4, 1], ["window", "window", "window"], "grouped"),
+        DilatedPattern([48, 300], [1, 5], ["segment", "window"], "rotating", shift=True, layer_idx=1),
+    ]
+    mask = torch.ones(2, 603, device="cuda")
+    mask[0, :99] = mask[1, 590:] = mask[1, 200:220] = 0
+    for pattern in patterns:
+        for queries, layout in ((603, {}), (603, {"attention_mask": mask}), (5, {"attention_mask": mask})):
+            exact, grad = random_tensors(2, 2, 2, queries, 603, size, device="cuda")
+            low = [x.detach().to(dtype).requires_grad_() for x in exact]
+            expected = dilated_attention_reference(*exact, pattern, is_causal=causal, **layout)
+            plain = dilated_attention_reference(*low, pattern, is_causal=causal, **layout)
+            ours = dilated_attention(*low, pattern, is_causal=causal, **layout)
+            floor = 1e-10 if dtype == torch.float64 else 1e-6
+            assert (ours - expected).abs().max() <= 2 * (plain - expected).abs().max() + floor
+            exact_grads = gradients(expected, exact, grad)
+            plain_grads = gradients(plain, low, grad.to(dtype))
+            for our, other, right in zip(gradients(ours, low, grad.to(dtype)), plain_grads, exact_grads, strict=True):
+                assert (our - right).abs().max() <= 2 * (other - right).abs().max() + 10 * floor
