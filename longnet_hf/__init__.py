@@ -1,0 +1,41 @@
+"""LongNet for Hugging Face Transformers. Importing this package registers it with the Auto classes."""
+
+import transformers
+from transformers import AutoConfig
+
+from .configuration_longnet import LongNetConfig
+from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
+from .dilated_pattern import Branch, DilatedPattern, reach
+from .modeling_longnet import (
+    AUTO_CLASSES,
+    LongNetAttention,
+    LongNetForCausalLM,
+    LongNetForQuestionAnswering,
+    LongNetForSequenceClassification,
+    LongNetForTokenClassification,
+    LongNetModel,
+    LongNetPreTrainedModel,
+)
+
+
+AutoConfig.register(LongNetConfig.model_type, LongNetConfig)
+for _auto_class, _model_class in AUTO_CLASSES.items():
+    getattr(transformers, _auto_class).register(LongNetConfig, _model_class)
+
+__version__ = "0.1.0"
+__all__ = [
+    "Branch",
+    "DilatedPattern",
+    "LongNetAttention",
+    "LongNetConfig",
+    "LongNetForCausalLM",
+    "LongNetForQuestionAnswering",
+    "LongNetForSequenceClassification",
+    "LongNetForTokenClassification",
+    "LongNetModel",
+    "LongNetPreTrainedModel",
+    "dilated_attention",
+    "dilated_attention_reference",
+    "find_documents",
+    "reach",
+]

@@ -1,0 +1,194 @@
+"""LongNet configuration: the usual fields of a Transformers decoder, and the pattern of dilated attention of every
+layer."""
+
+import warnings
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .dilated_pattern import DilatedPattern, pattern_warnings
+
+
+@strict
+class LongNetConfig(PreTrainedConfig):
+    r"""Configuration of a LongNet model ("Scaling Transformers to 1,000,000,000 Tokens", arXiv 2307.02486).
+
+    The default is the paper's base model: 12 layers, 768 wide, 12 heads, sub-layer norms as in MAGNETO and GELU, with
+    rotary positions in place of xPos. With RMSNorm, a gated MLP and no sub-layer norms it is a Llama
+    (see [`LongNetForCausalLM.from_llama`]).
+
+    Args:
+        segment_lengths (`list[int | None]`): segment length w of every branch, in tokens. A sequence longer than the
+            longest is not seen across its boundaries.
+        dilation_rates (`list[int]`): dilation rate r of every branch. Cost per token grows with the sum of w / r².
+        branch_types (`list[str]`, *optional*): `"segment"` (the paper's; default) or `"window"` (every query attends
+            to the kept keys of the last w tokens; w = `None` with r = 1 is full attention) for every branch.
+        head_offset (`str`): which rows a head keeps: `"paper"` (head mod r), `"grouped"` (torchscale's, contiguous
+            groups of heads) or `"rotating"` ((head + layer * heads) mod r). Heads are key/value heads.
+        segment_shift (`bool`): move the segments by half their length in odd layers, which lets information cross the
+            segment boundaries of even layers. The paper has none.
+        full_attention_layers (`list[int]`, *optional*): indices of layers with full attention (a hybrid stack).
+        is_causal (`bool`): `False` makes an encoder, for the classification heads.
+        vocab_size (`int`): by default the size of the paper's tokenizer, cl100k_base, rounded up to a multiple of 64.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`): sizes, as in Llama.
+        num_key_value_heads (`int`, *optional*): fewer than `num_attention_heads` for grouped-query attention.
+        head_dim (`int`, *optional*): size of a head, `hidden_size / num_attention_heads` by default.
+        hidden_act (`str`): activation of the MLP.
+        use_gated_mlp (`bool`): gate the MLP (SwiGLU with `hidden_act="silu"`).
+        norm_type (`str`): `"layer_norm"` or `"rms_norm"`.
+        norm_eps (`float`): epsilon of the norms.
+        use_sub_norm (`bool`): MAGNETO's extra norms before the output projections of attention and MLP (arXiv
+            2210.06423), with its initialisation.
+        attention_bias, attention_out_bias, mlp_bias (`bool`): biases of the query, key and value projections, of the
+            output projection, and of the MLP.
+        attention_dropout (`float`): dropout of attention weights in training.
+        rope_parameters (`dict`, *optional*): rotary positions, as in all of Transformers (`rope_type`, `rope_theta`).
+        max_position_embeddings (`int`): the context length meant for the model. Only some `rope_type`s look at it.
+        skip_logits (`bool`): leave out the logits where labels are given, so that no `[N, vocabulary]` matrix exists.
+            Set it to `False` if `compute_metrics` of a `Trainer` needs them.
+        initializer_range, use_cache, tie_word_embeddings, bos_token_id, eos_token_id, pad_token_id: as in Llama.
+
+    ```python
+    >>> from longnet_hf import LongNetConfig, LongNetForCausalLM
+
+    >>> config = LongNetConfig(segment_lengths=[2048, 8192, 32768], dilation_rates=[1, 4, 12])
+    >>> model = LongNetForCausalLM(config)
+    ```
+    """
+
+    model_type = "longnet"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 100288
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "gelu"
+    use_gated_mlp: bool = False
+    norm_type: str = "layer_norm"
+    norm_eps: float = 1e-5
+    use_sub_norm: bool = True
+    attention_bias: bool = True
+    attention_out_bias: bool = True
+    mlp_bias: bool = True
+    attention_dropout: float | int = 0.0
+    segment_lengths: list[int | None] | tuple[int | None, ...] = (2048, 4096, 8192, 16384, 32768)
+    dilation_rates: list[int] | tuple[int, ...] = (1, 2, 4, 6, 12)
+    branch_types: list[str] | tuple[str, ...] | None = None
+    head_offset: str = "paper"
+    segment_shift: bool = False
+    full_attention_layers: list[int] | tuple[int, ...] | None = None
+    is_causal: bool = True
+    max_position_embeddings: int = 32768
+    rope_parameters: dict | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    skip_logits: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                    f"({self.num_attention_heads}) where `head_dim` is not given."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_patterns(self) -> list[DilatedPattern]:
+        """The pattern of every layer, first layer first."""
+        full = set(self.full_attention_layers or ())
+        return [
+            DilatedPattern.full(layer_idx)
+            if layer_idx in full
+            else DilatedPattern(
+                self.segment_lengths,
+                self.dilation_rates,
+                self.branch_types,
+                head_offset=self.head_offset,
+                shift=self.segment_shift and layer_idx % 2 == 1,
+                layer_idx=layer_idx,
+            )
+            for layer_idx in range(self.num_hidden_layers)
+        ]
+
+    @classmethod
+    def from_llama(cls, config: PreTrainedConfig, **kwargs) -> "LongNetConfig":
+        """The configuration under which LongNet computes what a Llama-family model computes, but for its attention.
+
+        Args:
+            config: configuration of a Llama, Mistral, SmolLM or Qwen2 model.
+            kwargs: fields of `LongNetConfig`, at least `segment_lengths` and `dilation_rates`.
+
+        Raises:
+            ValueError: if the source has something that LongNet does not compute.
+        """
+        if config.model_type not in ("llama", "mistral", "qwen2"):
+            raise ValueError(f"`from_llama` takes models of type llama, mistral and qwen2, got {config.model_type!r}.")
+        sliding_window = getattr(config, "sliding_window", None)
+        layer_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if sliding_window or layer_types:
+            raise ValueError(
+                f"`from_llama` takes models with full attention, got `sliding_window={sliding_window}` and layers of "
+                f"type {sorted(layer_types)}. Clear both in its configuration to let the pattern replace them."
+            )
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("`from_llama` takes weights that are not quantized: dequantize the source first.")
+        same = (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rope_parameters", "initializer_range"),
+            *("attention_dropout", "use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+        )
+        qkv_bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
+        fields = {name: getattr(config, name) for name in same} | {
+            "head_dim": getattr(config, "head_dim", None),
+            "norm_type": "rms_norm",
+            "norm_eps": config.rms_norm_eps,
+            "use_gated_mlp": True,
+            "use_sub_norm": False,
+            "attention_bias": qkv_bias,
+            "attention_out_bias": qkv_bias and config.model_type != "qwen2",
+            "mlp_bias": getattr(config, "mlp_bias", False),
+        }
+        return cls(**(fields | kwargs))
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: checks what concerns several fields."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+                f"({self.num_key_value_heads})."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even for rotary positions, got {self.head_dim}.")
+        if self.norm_type not in ("layer_norm", "rms_norm"):
+            raise ValueError(f'`norm_type` must be "layer_norm" or "rms_norm", got {self.norm_type!r}.')
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"`attention_dropout` must lie in [0, 1), got {self.attention_dropout}.")
+        outside = [i for i in self.full_attention_layers or () if not 0 <= i < self.num_hidden_layers]
+        if outside:
+            raise ValueError(
+                f"`full_attention_layers` must be layer indices from 0 to {self.num_hidden_layers - 1}, got {outside}."
+            )
+        for name in ("sliding_window", "layer_types"):
+            if getattr(self, name, None):
+                raise ValueError(
+                    f"LongNet does not read `{name}` (got {getattr(self, name)!r}). Say it with the pattern: "
+                    '`branch_types=["window"]` is a sliding window of `segment_lengths` tokens, and '
+                    "`full_attention_layers` names the layers with full attention."
+                )
+        for text in pattern_warnings(self.layer_patterns, self.num_key_value_heads):
+            warnings.warn(text, stacklevel=2)
+
+
+__all__ = ["LongNetConfig"]

@@ -1,0 +1,95 @@
+"""The model card (README.md of a repository on the Hub) of a LongNet."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import EntryNotFoundError
+
+
+_TEMPLATE = """---
+{metadata}
+---
+
+# {title}
+
+A LongNet: a Transformers model with dilated attention ("LongNet: Scaling Transformers to 1,000,000,000 Tokens",
+[arXiv 2307.02486](https://arxiv.org/abs/2307.02486)), whose cost grows linearly with the length of the sequence.
+
+## Use
+
+The code comes with the weights; neither LongNet nor flash-attn needs to be installed.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)
+```
+
+## Architecture
+
+| | |
+|---|---|
+| context length | {context} tokens |
+| layers, hidden size | {config.num_hidden_layers}, {config.hidden_size} |
+| heads (key/value), head size | {config.num_attention_heads} ({config.num_key_value_heads}), {config.head_dim} |
+| vocabulary | {config.vocab_size} |
+| head offset | {config.head_offset} |
+| segments shifted in odd layers | {shift} |
+| layers with full attention | {full} |
+
+| branch | type | segment length | dilation rate |
+|---|---|---|---|
+{branches}
+
+A pair of tokens further apart than the longest segment is not seen directly.
+
+## Citation
+
+```bibtex
+@article{{ding2023longnet,
+  title={{LongNet: Scaling Transformers to 1,000,000,000 Tokens}},
+  author={{Ding, Jiayu and Ma, Shuming and Dong, Li and Zhang, Xingxing and Huang, Shaohan and Wang, Wenhui and Zheng,
+    Nanning and Wei, Furu}},
+  journal={{arXiv preprint arXiv:2307.02486}},
+  year={{2023}}
+}}
+```
+"""
+
+
+def model_card(config, repo_id: str) -> str:
+    """The card's text, for a configuration and the name or path that it is loaded by."""
+    types = config.branch_types or ["segment"] * len(config.segment_lengths)
+    rows = zip(types, config.segment_lengths, config.dilation_rates, strict=True)
+    lengths = [length for length in config.segment_lengths if length is not None]
+    return _TEMPLATE.format(
+        metadata=ModelCardData(
+            library_name="transformers", pipeline_tag="text-generation", tags=["longnet", "dilated-attention"]
+        ).to_yaml(),
+        title=repo_id.rstrip("/").split("/")[-1],
+        repo_id=repo_id,
+        context=config.max_position_embeddings if len(lengths) < len(config.segment_lengths) else max(lengths),
+        config=config,
+        shift="yes" if config.segment_shift else "no",
+        full=", ".join(map(str, config.full_attention_layers or ())) or "none",
+        branches="\n".join(
+            f"| {i} | {kind} | {'all' if length is None else length} | {rate} |"
+            for i, (kind, length, rate) in enumerate(rows)
+        ),
+    )
+
+
+def write_model_card(config, directory) -> None:
+    """Write the card into a folder that has none."""
+    path = Path(directory) / "README.md"
+    if not path.exists():
+        path.write_text(model_card(config, str(directory)), encoding="utf-8")
+
+
+def push_model_card(config, repo_id: str, *, token=None, private=None, **kwargs) -> None:
+    """Give the repository a card before the first upload, which would otherwise write an empty one."""
+    repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+    try:
+        ModelCard.load(repo_id, token=token)
+    except EntryNotFoundError:
+        ModelCard(model_card(config, repo_id)).push_to_hub(repo_id, token=token)

@@ -1,0 +1,592 @@
+"""PyTorch LongNet: a Transformers decoder (or encoder) whose attention is dilated.
+
+Reads from top to bottom like any model of Transformers: rotary positions, attention, MLP, layer, model, heads.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_longnet import LongNetConfig
+from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
+from .model_card_longnet import push_model_card, write_model_card
+
+
+# Most logits that the loss holds at a time (128 MiB in float32).
+_MAX_LOGITS = 1 << 25
+
+
+class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's rotary positions, with angles that stay right at any length: they are taken in float64, since float32
+    misses them by 0.06 rad after a million positions, and the frequencies stay in float32 when the model is cast."""
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            if getattr(self, name).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines `[B, N, D]` in the dtype of `x`, for `position_ids` `[B, N]`."""
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+        angles = position_ids[..., None].to(dtype) * self.inv_freq.to(x.device, dtype)
+        angles = torch.cat((angles, angles), dim=-1)
+        return tuple((f(angles) * self.attention_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
+
+
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, document_ids=None, is_causal=None, **kwargs
+):
+    """`attn_implementation="eager"`: the dense oracle, which can return its weights `[B, H, Nq, N]`."""
+    output, weights = dilated_attention_reference(
+        query,
+        key,
+        value,
+        module.pattern,
+        is_causal=module.is_causal if is_causal is None else is_causal,
+        scale=scaling,
+        dropout=dropout,
+        attention_mask=attention_mask,
+        document_ids=document_ids,
+        return_weights=True,
+    )
+    return output.transpose(1, 2), weights
+
+
+def dilated_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, document_ids=None, is_causal=None, **kwargs
+):
+    """`attn_implementation="sdpa"`: the fast operator."""
+    output = dilated_attention(
+        query,
+        key,
+        value,
+        module.pattern,
+        is_causal=module.is_causal if is_causal is None else is_causal,
+        scale=scaling,
+        dropout=dropout,
+        attention_mask=attention_mask,
+        document_ids=document_ids,
+    )
+    return output.transpose(1, 2), None
+
+
+# This module's own mapping: what "sdpa" means here. Others' registered functions know nothing of the pattern.
+ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+ALL_ATTENTION_FUNCTIONS["sdpa"] = dilated_attention_forward
+
+
+def make_norm(config: LongNetConfig, size: int) -> nn.Module:
+    norm = LlamaRMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    return norm(size, eps=config.norm_eps)
+
+
+class LongNetAttention(nn.Module):
+    """Multi-head dilated attention (LongNet, section 2.3), with rotary positions and MAGNETO's inner norm.
+
+    Can be used alone: `LongNetAttention(config, layer_idx=0)(hidden_states)`.
+    """
+
+    def __init__(self, config: LongNetConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.pattern = config.layer_patterns[layer_idx]
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = config.is_causal
+
+        width = config.num_attention_heads * self.head_dim
+        key_value_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
+        self.attn_sub_norm = make_norm(config, width) if config.use_sub_norm else nn.Identity()
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_out_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        document_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: `[B, N, hidden_size]`.
+            position_embeddings: cosines and sines of [`LongNetRotaryEmbedding`]; without them no positions are
+                encoded.
+            attention_mask: padding mask `[B, past + N]`, nonzero at real tokens.
+            past_key_values: cache that holds the earlier keys and values, and takes the new ones.
+            document_ids: `[B, past + N]` from [`find_documents`], in place of `attention_mask`.
+
+        Returns:
+            The output `[B, N, hidden_size]`, and the weights `[B, H, N, past + N]` with `attn_implementation="eager"`.
+        """
+        if self.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                '`attn_implementation` of LongNet must be "sdpa" (the dilated operator) or "eager" (its dense '
+                f"reference), got {self.config._attn_implementation!r}."
+            )
+        if kwargs.get("cache") is not None:
+            raise ValueError(
+                "LongNet does not support continuous batching: its paged cache knows nothing of the pattern."
+            )
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        if position_embeddings is not None:
+            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            document_ids=document_ids,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1)
+        return self.o_proj(self.attn_sub_norm(attn_output)), attn_weights
+
+
+class LongNetMLP(nn.Module):
+    """Two or, gated, three projections; MAGNETO's inner norm stands before the last."""
+
+    def __init__(self, config: LongNetConfig):
+        super().__init__()
+        hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+        self.gate_proj = (
+            nn.Linear(hidden_size, intermediate_size, bias=config.mlp_bias) if config.use_gated_mlp else None
+        )
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.ffn_sub_norm = make_norm(config, intermediate_size) if config.use_sub_norm else nn.Identity()
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            x = self.act_fn(self.up_proj(x))
+        else:
+            x = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(self.ffn_sub_norm(x))
+
+
+class LongNetDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: LongNetConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = LongNetAttention(config, layer_idx)
+        self.mlp = LongNetMLP(config)
+        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LongNetPreTrainedModel(PreTrainedModel):
+    config: LongNetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LongNetDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": LongNetDecoderLayer, "attentions": LongNetAttention}
+
+    def __init__(self, config: LongNetConfig, *inputs, **kwargs):
+        # `from_pretrained(path, segment_lengths=...)` sets attributes without checking how they fit together
+        config.validate()
+        super().__init__(config, *inputs, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if self.config.use_sub_norm and isinstance(module, (LongNetAttention, LongNetMLP)):
+            # MAGNETO (arXiv 2210.06423), section 3: with sub-layer norms these weights grow with depth
+            gain = math.sqrt(math.log(2 * self.config.num_hidden_layers))
+            for name in ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+                projection = getattr(module, name, None)
+                if projection is not None:
+                    init.normal_(projection.weight, std=self.config.initializer_range * gain)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
+        """As in Transformers. The code travels with the weights, for every Auto class, and so does a model card."""
+        self.config.auto_map = dict(AUTO_MAP)
+        if push_to_hub:
+            push_model_card(self.config, str(kwargs.get("repo_id") or save_directory), **kwargs)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
+        if is_main_process:
+            write_model_card(self.config, save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """As in Transformers. A repository without a model card gets one that says what the pattern is."""
+        push_model_card(self.config, repo_id, **kwargs)
+        return super().push_to_hub(repo_id, **kwargs)
+
+
+class LongNetModel(LongNetPreTrainedModel):
+    """The stack of layers, without a head."""
+
+    def __init__(self, config: LongNetConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([LongNetDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = make_norm(config, config.hidden_size)
+        self.rotary_emb = LongNetRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids: `[B, N]`; or `inputs_embeds`, `[B, N, hidden_size]`.
+            attention_mask: padding mask `[B, past + N]`. Positions count real tokens only.
+            position_ids: `[B, N]`. Where they do not grow from one real token to the next, a new document starts that
+                sees nothing of the ones before. `cu_seq_lens_q`/`cu_seq_lens_k` and `seq_idx` say the same.
+            past_key_values: an ordinary [`DynamicCache`].
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        is_causal = self.config.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
+        if past_key_values is not None:
+            check_cache(past_key_values, is_causal)
+        elif use_cache and is_causal:
+            past_key_values = DynamicCache(config=self.config)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+
+        document_ids = self.find_documents(inputs_embeds, past_length, attention_mask, position_ids, kwargs)
+        if position_ids is None:
+            length = inputs_embeds.shape[1]
+            if attention_mask is None:
+                position_ids = torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None]
+            else:
+                position_ids = (attention_mask != 0).long().cumsum(-1)[:, past_length:].sub(1).clamp(min=0)
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                document_ids=document_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def find_documents(self, inputs_embeds, past_length, attention_mask, position_ids, kwargs) -> torch.Tensor | None:
+        """Document of every token, cached ones included; `None` if each row is one document without padding."""
+        batch_size, length = inputs_embeds.shape[:2]
+        cu_seq_lens = kwargs.pop("cu_seq_lens_k", None)
+        cu_seq_lens_q = kwargs.pop("cu_seq_lens_q", None)
+        cu_seq_lens = cu_seq_lens_q if cu_seq_lens is None else cu_seq_lens
+        seq_idx = kwargs.pop("seq_idx", None)
+        if past_length == 0:
+            documents = find_documents(
+                batch_size,
+                length,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cu_seq_lens=cu_seq_lens,
+            )
+            if seq_idx is not None:
+                documents = seq_idx if documents is None else seq_idx.masked_fill(documents < 0, -1)
+            return documents
+        if length > 1 and position_ids is not None and not torch.compiler.is_compiling():
+            new_mask = None if attention_mask is None else attention_mask[:, past_length:]
+            restarts = find_documents(batch_size, length, attention_mask=new_mask, position_ids=position_ids)
+            if restarts is not None and bool((restarts > 0).any()):
+                raise ValueError("`position_ids` restart: several documents cannot continue `past_key_values`.")
+        if cu_seq_lens is not None or seq_idx is not None:
+            raise ValueError("`cu_seq_lens_q`, `cu_seq_lens_k` and `seq_idx` cannot be used with `past_key_values`.")
+        return find_documents(batch_size, past_length + length, attention_mask=attention_mask)
+
+
+def check_cache(past_key_values: Cache, is_causal: bool) -> None:
+    """Refuse caches whose keys are not simply all earlier positions."""
+    layers = getattr(past_key_values, "layers", None)
+    if layers is None or any(type(layer) is not DynamicLayer for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers or ()}) or [type(past_key_values).__name__]
+        raise ValueError(
+            f"`past_key_values` must be a DynamicCache that keeps all keys, got {', '.join(kinds)}. Static, quantized "
+            "and sliding-window caches are not supported."
+        )
+    if not is_causal:
+        raise ValueError(
+            "`past_key_values` needs causal attention, and this model attends both ways (`is_causal=False`)."
+        )
+
+
+class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
+    """LongNet with a language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LongNetConfig):
+        if not config.is_causal:
+            raise ValueError("`is_causal=False` makes an encoder; LongNetForCausalLM needs `is_causal=True`.")
+        super().__init__(config)
+        self.model = LongNetModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args (the others are those of [`LongNetModel`]):
+            labels: `[B, N]`, -100 where there is nothing to predict; shifted inside.
+            logits_to_keep: compute the logits of these positions only, as in Transformers.
+            shift_labels: `[B, N]`, labels that are already shifted, in place of `labels`.
+            num_items_in_batch: divide the summed loss by this instead of by the number of labels.
+            skip_logits: leave out the logits. Default: where there are labels, no `logits_to_keep`, and
+                `config.skip_logits` holds. The loss itself never holds the logits of all positions.
+
+        ```python
+        >>> from longnet_hf import LongNetConfig, LongNetForCausalLM
+
+        >>> model = LongNetForCausalLM(LongNetConfig(num_hidden_layers=2))
+        >>> input_ids = torch.randint(model.config.vocab_size, (1, 5000))
+        >>> loss = model(input_ids, labels=input_ids).loss
+        ```"""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        has_labels = labels is not None or shift_labels is not None
+        own_loss = hasattr(self, "_loss_function")  # set by the user, who expects it to be given all logits
+        if skip_logits is None:
+            all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            skip_logits = self.config.skip_logits and has_labels and all_logits and not own_loss
+        logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+
+        loss = None
+        if has_labels and own_loss:
+            loss = self.loss_function(
+                logits=self.lm_head(hidden_states) if logits is None else logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+                **kwargs,
+            )
+        elif has_labels:
+            if shift_labels is None:
+                shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+            loss = self.chunked_loss(hidden_states, shift_labels, num_items_in_batch)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def chunked_loss(
+        self, hidden_states: torch.Tensor, shift_labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Cross-entropy over chunks of positions whose logits are recomputed in the backward pass.
+
+        Each chunk goes through the module `lm_head`, so that whatever wraps it (LoRA, FSDP) takes part.
+        """
+        hidden_states = hidden_states.flatten(0, -2)
+        shift_labels = shift_labels.flatten().to(hidden_states.device)
+        size = max(1, _MAX_LOGITS // self.config.vocab_size)
+
+        def chunk_loss(hidden_states, labels):
+            return F.cross_entropy(self.lm_head(hidden_states).float(), labels, ignore_index=-100, reduction="sum")
+
+        losses = []
+        for chunk in zip(hidden_states.split(size), shift_labels.split(size), strict=True):
+            if torch.is_grad_enabled():
+                losses.append(checkpoint(chunk_loss, *chunk, use_reentrant=False))
+            else:
+                losses.append(chunk_loss(*chunk))
+        loss = torch.stack(losses).sum()
+        if num_items_in_batch is None:
+            num_items_in_batch = (shift_labels != -100).sum().clamp(min=1)
+        elif torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
+
+    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
+            raise ValueError(f'`cache_implementation` of LongNet must be "dynamic" or "offloaded", got {kind!r}.')
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    @classmethod
+    def from_llama(cls, model_or_path, *, segment_lengths, dilation_rates, **kwargs) -> "LongNetForCausalLM":
+        """A LongNet with the weights of a Llama, Mistral, SmolLM or Qwen2 model, unchanged.
+
+        With one branch that covers the sequence it computes what the source computes. With others it wants
+        fine-tuning.
+
+        Args:
+            model_or_path: the source, a model (whose weights are copied), a path or a name on the Hub.
+            segment_lengths, dilation_rates: the pattern, see [`LongNetConfig`].
+            kwargs: further fields of [`LongNetConfig`] (`branch_types`, `segment_shift`, `rope_parameters`, …); the
+                rest goes to `from_pretrained` (`dtype`, `device_map`, `revision`, …).
+
+        Raises:
+            ValueError: if the source has anything that LongNet does not compute; it is named.
+        """
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in LongNetConfig.__annotations__}
+        fields |= {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
+        if isinstance(model_or_path, PreTrainedModel):
+            source, path = model_or_path.config, None
+            kwargs = {"dtype": model_or_path.dtype, **kwargs}
+            kwargs["state_dict"] = {
+                name: weight.detach().clone() for name, weight in model_or_path.state_dict().items()
+            }
+        else:
+            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            source = AutoConfig.from_pretrained(
+                model_or_path, **{name: kwargs[name] for name in hub if name in kwargs}
+            )
+            path = model_or_path
+        config = LongNetConfig.from_llama(source, **fields)
+        model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+        misfits = {name: sorted(map(str, info[name])) for name in info if name.endswith("_keys") and info[name]}
+        if misfits:
+            raise ValueError(f"The weights of {path or type(model_or_path).__name__} do not fit LongNet: {misfits}.")
+        if path is None:
+            model.generation_config = model_or_path.generation_config
+        return model
+
+
+class LongNetForSequenceClassification(GenericForSequenceClassification, LongNetPreTrainedModel):
+    """LongNet that classifies a sequence by its last token that is not padding."""
+
+    def __init__(self, config: LongNetConfig):
+        # Not through the mixin, whose AutoModel knows no classes that came from the Hub
+        LongNetPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LongNetModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class LongNetForTokenClassification(GenericForTokenClassification, LongNetPreTrainedModel):
+    """LongNet that classifies every token."""
+
+    def __init__(self, config: LongNetConfig):
+        LongNetPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LongNetModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class LongNetForQuestionAnswering(GenericForQuestionAnswering, LongNetPreTrainedModel):
+    """LongNet that finds the first and last token of an answer."""
+
+    def __init__(self, config: LongNetConfig):
+        LongNetPreTrainedModel.__init__(self, config)
+        self.model = LongNetModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+AUTO_CLASSES = {
+    "AutoModel": LongNetModel,
+    "AutoModelForCausalLM": LongNetForCausalLM,
+    "AutoModelForSequenceClassification": LongNetForSequenceClassification,
+    "AutoModelForTokenClassification": LongNetForTokenClassification,
+    "AutoModelForQuestionAnswering": LongNetForQuestionAnswering,
+}
+# Saved with every model, so that code which comes from the Hub serves all Auto classes, not only the one that was
+# saved.
+AUTO_MAP = {"AutoConfig": "configuration_longnet.LongNetConfig"} | {
+    auto_class: f"modeling_longnet.{model_class.__name__}" for auto_class, model_class in AUTO_CLASSES.items()
+}
+LongNetConfig.register_for_auto_class()
+for _auto_class, _model_class in AUTO_CLASSES.items():
+    _model_class.register_for_auto_class(_auto_class)
+
+
+__all__ = [
+    "LongNetPreTrainedModel",
+    "LongNetAttention",
+    *(model_class.__name__ for model_class in AUTO_CLASSES.values()),
+]
