@@ -22,7 +22,6 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import dynamic_rope_update
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -376,6 +375,18 @@ def check_cache(past_key_values: Cache, is_causal: bool) -> None:
         )
 
 
+def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions of `[B, N, D]` that Transformers' `logits_to_keep` names: the last so many (0: all), indices `[K]` or
+    `[B, K]`, or a boolean mask `[B, N]`, which gives `[kept, D]`."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.dtype == torch.bool and logits_to_keep.dim() == 2:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.dim() == 2:
+        return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
+
+
 class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
     """LongNet with a language modelling head."""
 
@@ -436,7 +447,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         if skip_logits is None:
             all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
             skip_logits = self.config.skip_logits and has_labels and all_logits and not own_loss
-        logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        logits = None if skip_logits else self.lm_head(keep_positions(hidden_states, logits_to_keep))
 
         loss = None
         if has_labels and own_loss:
