@@ -106,6 +106,13 @@ def make_norm(config: LongNetConfig, size: int) -> nn.Module:
     return norm(size, eps=config.norm_eps)
 
 
+def set_init_gain(config: LongNetConfig, *projections: nn.Linear | None) -> None:
+    """MAGNETO's initialisation (arXiv 2210.06423, section 3): beside sub-layer norms, deep models start larger."""
+    for projection in projections:
+        if config.use_sub_norm and projection is not None:
+            projection.init_gain = math.sqrt(math.log(2 * config.num_hidden_layers))
+
+
 class LongNetAttention(nn.Module):
     """Multi-head dilated attention (LongNet, section 2.3), with rotary positions and MAGNETO's inner norm.
 
@@ -130,6 +137,7 @@ class LongNetAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
         self.attn_sub_norm = make_norm(config, width) if config.use_sub_norm else nn.Identity()
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_out_bias)
+        set_init_gain(config, self.v_proj, self.o_proj)
 
     def forward(
         self,
@@ -203,6 +211,7 @@ class LongNetMLP(nn.Module):
         self.ffn_sub_norm = make_norm(config, intermediate_size) if config.use_sub_norm else nn.Identity()
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        set_init_gain(config, self.gate_proj, self.up_proj, self.down_proj)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:
@@ -245,13 +254,8 @@ class LongNetPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if self.config.use_sub_norm and isinstance(module, (LongNetAttention, LongNetMLP)):
-            # MAGNETO (arXiv 2210.06423), section 3: with sub-layer norms these weights grow with depth
-            gain = math.sqrt(math.log(2 * self.config.num_hidden_layers))
-            for name in ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
-                projection = getattr(module, name, None)
-                if projection is not None:
-                    init.normal_(projection.weight, std=self.config.initializer_range * gain)
+        if hasattr(module, "init_gain"):
+            init.normal_(module.weight, std=self.config.initializer_range * module.init_gain)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
         """As in Transformers. The code travels with the weights, for every Auto class, and so does a model card."""
@@ -376,8 +380,8 @@ def check_cache(past_key_values: Cache, is_causal: bool) -> None:
 
 
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions of `[B, N, D]` that Transformers' `logits_to_keep` names: the last so many (0: all), indices `[K]` or
-    `[B, K]`, or a boolean mask `[B, N]`, which gives `[kept, D]`."""
+    """The positions of `[B, N, D]` that Transformers' `logits_to_keep` names: the last so many (0: all), indices `[K]`
+    or `[B, K]`, or a boolean mask `[B, N]`, which gives `[kept, D]`."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, slice(-logits_to_keep, None)]
     if logits_to_keep.dtype == torch.bool and logits_to_keep.dim() == 2:
@@ -411,7 +415,6 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -432,6 +435,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         >>> input_ids = torch.randint(model.config.vocab_size, (1, 5000))
         >>> loss = model(input_ids, labels=input_ids).loss
         ```"""
+        # Not in the signature, where Trainer would take it for labels that every batch must have
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,0 +1,52 @@
+"""Tiny LongNets for the tests: one configuration of every kind."""
+
+import torch
+
+from longnet_hf import LongNetConfig
+
+
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    segment_lengths=[8, 16, 40],
+    dilation_rates=[1, 2, 3],
+)
+LLAMA_STYLE = dict(
+    norm_type="rms_norm",
+    use_gated_mlp=True,
+    hidden_act="silu",
+    use_sub_norm=False,
+    attention_bias=False,
+    attention_out_bias=False,
+    mlp_bias=False,
+    num_key_value_heads=2,
+)
+KINDS = {
+    "paper": {},
+    "llama": LLAMA_STYLE | {"head_offset": "rotating"},
+    "windows": {"branch_types": ["window", "window", "segment"], "tie_word_embeddings": False},
+    "hybrid": LLAMA_STYLE
+    | {"segment_shift": True, "head_offset": "rotating", "full_attention_layers": [1], "use_sub_norm": True},
+}
+
+
+def small_config(kind: str = "paper", **changes) -> LongNetConfig:
+    return LongNetConfig(**(SMALL | KINDS[kind] | changes))
+
+
+def build(model_class, kind: str = "paper", dtype=torch.float32, **changes):
+    """A model in evaluation mode, with weights large enough that attention matters."""
+    torch.manual_seed(0)
+    model = model_class(small_config(kind, initializer_range=0.2, **changes))
+    return model.to(dtype).eval()
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, SMALL["vocab_size"], shape)

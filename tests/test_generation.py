@@ -1,0 +1,161 @@
+"""`generate` with a cache writes what the model writes without one, in every mode and across segment boundaries."""
+
+import pytest
+import torch
+import transformers
+from models import KINDS, build, random_ids
+from transformers import DynamicCache, StaticCache
+
+from longnet_hf import LongNetForCausalLM
+
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+GREEDY = dict(max_new_tokens=60, do_sample=False, eos_token_id=None)  # the largest segment has 40 positions
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    return build(LongNetForCausalLM, request.param, torch.float64)
+
+
+@pytest.fixture
+def paper():
+    return build(LongNetForCausalLM, "paper", torch.float64)
+
+
+def left_padded(rows):
+    """A batch of rows of unequal lengths, and its mask."""
+    width = max(map(len, rows))
+    ids = torch.stack([torch.cat((torch.zeros(width - len(row), dtype=torch.long), row)) for row in rows])
+    mask = torch.stack([(torch.arange(width) >= width - len(row)).long() for row in rows])
+    return ids, mask
+
+
+@pytest.mark.parametrize("chunks", [[1] * 70, [70], [7, 1, 1, 30, 2, 29], [39, 2, 29]])
+def test_cached_logits_equal_uncached_logits(model, chunks):
+    ids = random_ids(2, 70)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = mask[1, 20:30] = 0
+    expected = model(ids, attention_mask=mask).logits
+    cache, logits, done = None, [], 0
+    for size in chunks:
+        done += size
+        chunk = ids[:, done - size : done]
+        outputs = model(chunk, attention_mask=mask[:, :done], past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        logits.append(outputs.logits)
+    real = mask == 1
+    torch.testing.assert_close(torch.cat(logits, dim=1)[real], expected[real], rtol=0, atol=1e-9)
+    assert cache.layers[0].keys.shape == (2, model.config.num_key_value_heads, 70, 8)
+
+
+@pytest.mark.parametrize("length", [1, 5, 47])
+def test_greedy(model, length):
+    ids = random_ids(2, length)
+    cached = model.generate(ids, **GREEDY)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **GREEDY))
+    step_by_step = ids
+    for _ in range(60):
+        step_by_step = torch.cat((step_by_step, model(step_by_step).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(cached, step_by_step)
+
+
+def test_left_padded_rows_are_continued_as_if_alone(model):
+    rows = [random_ids(n) for n in (3, 31, 17)]
+    ids, mask = left_padded(rows)
+    together = model.generate(ids, attention_mask=mask, **GREEDY)
+    for row, written in zip(rows, together, strict=True):
+        assert torch.equal(written[-60:], model.generate(row[None], **GREEDY)[0, -60:])
+
+
+def test_sampling_with_a_seed(paper):
+    ids, written = random_ids(2, 9), []
+    for use_cache in (True, False):
+        torch.manual_seed(7)
+        options = dict(max_new_tokens=40, do_sample=True, top_k=20, num_return_sequences=2, use_cache=use_cache)
+        written.append(paper.generate(ids, **options))
+    assert written[0].shape == (4, 49) and torch.equal(*written)
+
+
+@pytest.mark.parametrize("options", [
+    dict(num_beams=3), dict(num_beams=4, num_return_sequences=2, length_penalty=2.0),
+    dict(num_beams=3, do_sample=True),
+])  # fmt: skip
+def test_beams(model, options):
+    ids, mask = left_padded([random_ids(12), random_ids(20)])
+    written = []
+    for use_cache in (True, False):
+        torch.manual_seed(7)
+        written.append(model.generate(ids, attention_mask=mask, max_new_tokens=30, use_cache=use_cache, **options))
+    assert torch.equal(*written)
+
+
+def test_chunked_prefill(model):
+    ids, mask = left_padded([random_ids(33), random_ids(53)])
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    for size in (1, 8, 50):
+        assert torch.equal(model.generate(ids, attention_mask=mask, prefill_chunk_size=size, **GREEDY), expected)
+
+
+def test_embeddings_as_prompt(paper):
+    ids = random_ids(1, 21)
+    written = paper.generate(inputs_embeds=paper.get_input_embeddings()(ids), **GREEDY)
+    assert torch.equal(written, paper.generate(ids, **GREEDY)[:, 21:])
+
+
+def test_a_conversation_continues_from_its_cache(model):
+    """Rows of unequal lengths, which leaves padding in the middle at the second turn."""
+    rows = [random_ids(5), random_ids(18)]
+    ids, mask = left_padded(rows)
+    first = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **(GREEDY | {"max_new_tokens": 12}))
+    replies = first.sequences[:, ids.shape[1] :]
+    # the first row had stopped after 4 tokens; what follows in it is padding
+    reply_mask = torch.ones_like(replies)
+    reply_mask[0, 4:] = 0
+    turns = random_ids(2, 7)
+    both = torch.cat((first.sequences, turns), dim=1)
+    both_mask = torch.cat((mask, reply_mask, torch.ones_like(turns)), dim=1)
+    continued = model.generate(both, attention_mask=both_mask, past_key_values=first.past_key_values, **GREEDY)
+    for row, kept in ((0, 4), (1, 12)):
+        alone = torch.cat((rows[row], replies[row, :kept], turns[row]))[None]
+        assert torch.equal(continued[row, -60:], model.generate(alone, **GREEDY)[0, -60:])
+
+
+def test_assisted_decoding_and_prompt_lookup(model):
+    ids = random_ids(1, 10).repeat(1, 3)
+    expected = model.generate(ids, **GREEDY)
+    assistant = build(LongNetForCausalLM, "paper", torch.float64, num_hidden_layers=1)
+    assert torch.equal(model.generate(ids, assistant_model=assistant, **GREEDY), expected)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("kind", ["static", "sliding_window", "quantized"])
+def test_other_cache_implementations_are_refused(paper, kind):
+    with pytest.raises(ValueError, match="cache_implementation"):
+        paper.generate(random_ids(1, 5), cache_implementation=kind, max_new_tokens=3)
+
+
+def test_other_caches_are_refused(paper):
+    sliding = transformers.MistralConfig(sliding_window=4, num_hidden_layers=3)
+    for cache in (StaticCache(paper.config, max_cache_len=20), DynamicCache(config=sliding), ((), ())):
+        with pytest.raises(ValueError, match="`past_key_values` must be a DynamicCache"):
+            paper(random_ids(1, 5), past_key_values=cache)
+
+
+def test_after_saving_and_in_a_pipeline(paper, tmp_path):
+    ids = random_ids(1, 21)
+    paper.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(ids, **GREEDY), paper.generate(ids, **GREEDY))
+    tokenizer = transformers.ByT5Tokenizer()
+    model = build(LongNetForCausalLM, vocab_size=len(tokenizer))
+    write = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (written,) = write("def f(x):", max_new_tokens=8, do_sample=False)
+    assert written["generated_text"].startswith("def f(x):")
+
+
+def test_compiled_decoding(paper):
+    ids = random_ids(1, 9)
+    expected = paper.generate(ids, **GREEDY)
+    paper.forward = torch.compile(paper.forward, backend="eager", dynamic=True)
+    assert torch.equal(paper.generate(ids, **GREEDY), expected)
