@@ -66,7 +66,7 @@ def model_card(config, repo_id: str) -> str:
         metadata=ModelCardData(
             library_name="transformers", pipeline_tag="text-generation", tags=["longnet", "dilated-attention"]
         ).to_yaml(),
-        title=repo_id.rstrip("/").split("/")[-1],
+        title=repo_id.split("/")[-1],
         repo_id=repo_id,
         context=config.max_position_embeddings if len(lengths) < len(config.segment_lengths) else max(lengths),
         config=config,
@@ -81,9 +81,9 @@ def model_card(config, repo_id: str) -> str:
 
 def write_model_card(config, directory) -> None:
     """Write the card into a folder that has none."""
-    path = Path(directory) / "README.md"
+    path = Path(directory).resolve() / "README.md"
     if not path.exists():
-        path.write_text(model_card(config, str(directory)), encoding="utf-8")
+        path.write_text(model_card(config, path.parent.name), encoding="utf-8")
 
 
 def push_model_card(config, repo_id: str, *, token=None, private=None, **kwargs) -> None:

@@ -5,6 +5,7 @@ Reads from top to bottom like any model of Transformers: rotary positions, atten
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -257,13 +258,13 @@ class LongNetPreTrainedModel(PreTrainedModel):
         if hasattr(module, "init_gain"):
             init.normal_(module.weight, std=self.config.initializer_range * module.init_gain)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """As in Transformers. The code travels with the weights, for every Auto class, and so does a model card."""
         self.config.auto_map = dict(AUTO_MAP)
-        if push_to_hub:
-            push_model_card(self.config, str(kwargs.get("repo_id") or save_directory), **kwargs)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
-        if is_main_process:
+        if kwargs.get("push_to_hub"):
+            push_model_card(self.config, **{"repo_id": Path(save_directory).name, **kwargs})
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
             write_model_card(self.config, save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs):

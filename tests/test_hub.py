@@ -1,0 +1,155 @@
+"""The code travels with the weights: models load, train and are shared again where `longnet_hf` is not installed."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer
+from models import build, random_ids
+from safetensors import safe_open
+
+from longnet_hf import LongNetForCausalLM, LongNetForSequenceClassification, LongNetModel
+
+
+ROOT = Path(__file__).parent.parent
+CODE = {
+    "configuration_longnet.py",
+    "dilated_operator.py",
+    "dilated_pattern.py",
+    "model_card_longnet.py",
+    "modeling_longnet.py",
+}
+IMPORTS = """
+import torch
+from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification, AutoModelForTokenClassification, Trainer, TrainingArguments)
+"""
+WITHOUT_PACKAGE = 'import sys; sys.modules["longnet_hf"] = None'  # importing it fails, even where it is installed
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+def run(code, hub, cache, package=False):
+    """Run `code` in a new process that sees the test hub."""
+    environment = hub.environment(cache) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}" if package else ""}
+    code = ("import longnet_hf" if package else WITHOUT_PACKAGE) + IMPORTS + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("model_class", [LongNetForCausalLM, LongNetModel, LongNetForSequenceClassification])
+def test_a_saved_folder_serves_every_auto_class_without_the_package(model_class, tmp_path, hub):
+    model, ids = build(model_class, "llama"), random_ids(1, 40)
+    model.save_pretrained(tmp_path / "my model-1.5")
+    names = {path.name for path in (tmp_path / "my model-1.5").iterdir()}
+    assert names >= CODE | {"config.json", "model.safetensors", "README.md"}
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+    with safe_open(tmp_path / "my model-1.5" / "model.safetensors", "pt") as weights:
+        assert len(weights.keys()) > 20
+    torch.save((ids, getattr(model, "model", model)(ids).last_hidden_state), tmp_path / "expected.pt")
+    out = run(
+        f"""
+        ids, expected = torch.load(r"{tmp_path}/expected.pt")
+        for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                     AutoModelForTokenClassification, AutoModelForQuestionAnswering):
+            model = auto.from_pretrained(r"{tmp_path}/my model-1.5", trust_remote_code=True)
+            model(ids)
+            hidden = getattr(model, "model", model)(ids).last_hidden_state
+            print(type(model).__name__, torch.equal(hidden, expected))
+        """,
+        hub,
+        tmp_path,
+    )
+    assert out.count("True") == 5 and "LongNetForQuestionAnswering" in out
+
+
+def test_push_pull_train_and_push_again(tmp_path, hub):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    run(
+        """
+        from models import build
+        build(longnet_hf.LongNetForCausalLM, "hybrid").push_to_hub("tester/longnet")
+        """,
+        hub,
+        first,
+        package=True,
+    )
+    files = hub.files("tester/longnet")
+    assert set(files) >= CODE | {"config.json", "model.safetensors", "README.md", "generation_config.json"}
+    card = files["README.md"].decode()
+    for said in ("library_name: transformers", "longnet", "40 tokens", "| 2 | segment | 40 | 3 |", "ding2023longnet"):
+        assert said in card
+    assert 'from_pretrained("tester/longnet", trust_remote_code=True)' in card
+    out = run(
+        """
+        model = AutoModelForCausalLM.from_pretrained("tester/longnet", trust_remote_code=True).train()
+        ids = torch.arange(3, 80)[None]
+        before = model(ids, labels=ids).loss
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        before.backward()
+        optimizer.step()
+        after = model(ids, labels=ids).loss
+        print(before.item() > after.item())
+        model.push_to_hub("tester/longnet")
+        model.push_to_hub("tester/copy")
+        again = AutoModelForCausalLM.from_pretrained("tester/copy", trust_remote_code=True, force_download=True)
+        print(torch.equal(again(ids).logits, model.eval()(ids).logits))
+        AutoModelForTokenClassification.from_pretrained("tester/copy", trust_remote_code=True)(ids)
+        """,
+        hub,
+        second,
+    )
+    assert out.split() == ["True", "True"]
+    assert hub.files("tester/longnet")["model.safetensors"] != files["model.safetensors"]
+    assert hub.files("tester/longnet")["README.md"].decode() == card  # a card that is there is kept
+    assert 'from_pretrained("tester/copy"' in hub.files("tester/copy")["README.md"].decode()
+    for name in CODE:
+        assert hub.files("tester/copy")[name] == files[name]
+
+
+def test_trainer_and_adapters_push_too(tmp_path, hub):
+    pytest.importorskip("accelerate"), pytest.importorskip("peft")
+    out = run(
+        f"""
+        import peft
+        from models import build, random_ids
+        model = build(longnet_hf.LongNetForCausalLM)
+        model.save_pretrained("base", push_to_hub=True, repo_id="tester/base")
+        rows = [{{"input_ids": row, "labels": row}} for row in random_ids(4, 20).tolist()]
+        arguments = TrainingArguments(r"{tmp_path}/trained", max_steps=1, use_cpu=True, report_to="none",
+                                      push_to_hub=True, hub_model_id="tester/trained", disable_tqdm=True)
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        trainer.push_to_hub()
+        base = AutoModelForCausalLM.from_pretrained("tester/base")
+        adapter = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+        adapter.push_to_hub("tester/adapter")
+        """,
+        hub,
+        tmp_path,
+        package=True,
+    )
+    assert set(hub.files("tester/trained")) >= CODE and set(hub.files("tester/base")) >= CODE
+    assert "| 1 | segment | 16 | 2 |" in hub.files("tester/base")["README.md"].decode()
+    out = run(
+        """
+        import peft
+        ids = torch.arange(3, 80)[None]
+        print(AutoModelForCausalLM.from_pretrained("tester/trained", trust_remote_code=True)(ids).logits.shape[-1])
+        base = AutoModelForCausalLM.from_pretrained("tester/base", trust_remote_code=True)
+        model = peft.PeftModel.from_pretrained(base, "tester/adapter")
+        print(type(model.base_model.model).__name__, model(input_ids=ids).logits.shape[-1])
+        """,
+        hub,
+        tmp_path,
+    )
+    assert out.split() == ["97", "LongNetForCausalLM", "97"]
