@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import socket
 
 import pytest
 import torch
@@ -644,3 +645,61 @@ def test_from_llama_refuses_what_does_not_fit(tmp_path):
     source.model.layers[0].mlp.extra = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="extra"):
         LongNetForCausalLM.from_llama(source, **pattern)
+
+
+# Large models: offloading and sharding
+
+
+def test_layers_can_stay_on_disk(tmp_path):
+    pytest.importorskip("accelerate")
+    model, ids = build(LongNetForCausalLM, tie_word_embeddings=False), random_ids(1, 30)
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
+    loaded = LongNetForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk"
+    )
+    assert loaded.model.layers[2].mlp.up_proj.weight.is_meta
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    on_cpu = LongNetForCausalLM.from_pretrained(tmp_path / "model", device_map="auto")
+    assert torch.equal(on_cpu.generate(ids, max_new_tokens=5), model.generate(ids, max_new_tokens=5))
+
+
+def test_checkpointed_activations_can_be_offloaded():
+    """With the hook that `activation_checkpointing_enable(offload=True)` uses, whose pinned memory wants a GPU."""
+    model, ids = build(LongNetForCausalLM).train(), random_ids(2, 30)
+    expected = all_gradients(model, model(ids, labels=ids).loss)
+    model.gradient_checkpointing_enable()
+    with torch.autograd.graph.save_on_cpu():
+        loss = model(ids, labels=ids).loss
+    assert_same_gradients(all_gradients(model, loss), expected, atol=1e-6)
+
+
+def fsdp_worker(rank, port, expected):
+    """One of two processes: FSDP2 as Accelerate lays it out, layers one by one and the rest together."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    from torch.distributed.fsdp import fully_shard
+
+    modeling_longnet._MAX_LOGITS = 97 * 5
+    torch.set_num_threads(1)
+    model, ids = build(LongNetForCausalLM, dtype=torch.float64).train(), expected.pop("ids")
+    model.gradient_checkpointing_enable()
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # every rank has a row of its own; gradients are averaged over ranks, so each loss is divided by its own labels
+    loss = model(ids[rank : rank + 1], labels=ids[rank : rank + 1], num_items_in_batch=22).loss
+    loss.backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad.full_tensor(), expected[name], rtol=0, atol=1e-6, msg=name)
+    torch.distributed.destroy_process_group()
+
+
+def test_the_chunked_loss_is_exact_under_fsdp2():
+    model, ids = build(LongNetForCausalLM, dtype=torch.float64).train(), random_ids(2, 23)
+    expected = all_gradients(model, model(ids, labels=ids).loss) | {"ids": ids}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(fsdp_worker, (port, expected), nprocs=2)
