@@ -161,10 +161,11 @@ class LongNetAttention(nn.Module):
         Returns:
             The output `[B, N, hidden_size]`, and the weights `[B, H, N, past + N]` with `attn_implementation="eager"`.
         """
-        if self.config._attn_implementation not in ("sdpa", "eager"):
+        implementation = self.config._attn_implementation or "sdpa"  # no model has chosen one if used alone
+        if implementation not in ("sdpa", "eager"):
             raise ValueError(
                 '`attn_implementation` of LongNet must be "sdpa" (the dilated operator) or "eager" (its dense '
-                f"reference), got {self.config._attn_implementation!r}."
+                f"reference), got {implementation!r}."
             )
         if kwargs.get("cache") is not None:
             raise ValueError(
@@ -181,9 +182,7 @@ class LongNetAttention(nn.Module):
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attn_output, attn_weights = attention_interface(
             self,
             query_states,
@@ -244,7 +243,7 @@ class LongNetPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True
+    _can_compile_fullgraph = False  # which in Transformers means: generates with a compiled static cache
     _can_record_outputs = {"hidden_states": LongNetDecoderLayer, "attentions": LongNetAttention}
 
     def __init__(self, config: LongNetConfig, *inputs, **kwargs):
@@ -317,7 +316,8 @@ class LongNetModel(LongNetPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
 
-        document_ids = self.find_documents(inputs_embeds, past_length, attention_mask, position_ids, kwargs)
+        packing = {name: kwargs.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")}
+        document_ids = self.get_document_ids(inputs_embeds, past_length, attention_mask, position_ids, **packing)
         if position_ids is None:
             length = inputs_embeds.shape[1]
             if attention_mask is None:
@@ -337,32 +337,33 @@ class LongNetModel(LongNetPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def find_documents(self, inputs_embeds, past_length, attention_mask, position_ids, kwargs) -> torch.Tensor | None:
+    def get_document_ids(
+        self, inputs_embeds, past_length, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx
+    ) -> torch.Tensor | None:
         """Document of every token, cached ones included; `None` if each row is one document without padding."""
         batch_size, length = inputs_embeds.shape[:2]
-        cu_seq_lens = kwargs.pop("cu_seq_lens_k", None)
-        cu_seq_lens_q = kwargs.pop("cu_seq_lens_q", None)
-        cu_seq_lens = cu_seq_lens_q if cu_seq_lens is None else cu_seq_lens
-        seq_idx = kwargs.pop("seq_idx", None)
-        if past_length == 0:
-            documents = find_documents(
-                batch_size,
-                length,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cu_seq_lens=cu_seq_lens,
-            )
-            if seq_idx is not None:
-                documents = seq_idx if documents is None else seq_idx.masked_fill(documents < 0, -1)
-            return documents
-        if length > 1 and position_ids is not None and not torch.compiler.is_compiling():
-            new_mask = None if attention_mask is None else attention_mask[:, past_length:]
-            restarts = find_documents(batch_size, length, attention_mask=new_mask, position_ids=position_ids)
-            if restarts is not None and bool((restarts > 0).any()):
-                raise ValueError("`position_ids` restart: several documents cannot continue `past_key_values`.")
-        if cu_seq_lens is not None or seq_idx is not None:
-            raise ValueError("`cu_seq_lens_q`, `cu_seq_lens_k` and `seq_idx` cannot be used with `past_key_values`.")
-        return find_documents(batch_size, past_length + length, attention_mask=attention_mask)
+        if past_length:
+            if any(x is not None for x in (cu_seq_lens_q, cu_seq_lens_k, seq_idx)):
+                raise ValueError(
+                    "`cu_seq_lens_q`, `cu_seq_lens_k` and `seq_idx` cannot be used with `past_key_values`."
+                )
+            if length > 1 and position_ids is not None and not torch.compiler.is_compiling():
+                new_mask = None if attention_mask is None else attention_mask[:, past_length:]
+                documents = find_documents(batch_size, length, attention_mask=new_mask, position_ids=position_ids)
+                if documents is not None and bool((documents > 0).any()):
+                    raise ValueError("`position_ids` restart: several documents cannot continue `past_key_values`.")
+            return find_documents(batch_size, past_length + length, attention_mask=attention_mask)
+
+        documents = find_documents(
+            batch_size,
+            length,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seq_lens=cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k,
+        )
+        if seq_idx is not None:
+            documents = seq_idx if documents is None else seq_idx.masked_fill(documents < 0, -1)
+        return documents
 
 
 def check_cache(past_key_values: Cache, is_causal: bool) -> None:
@@ -570,7 +571,8 @@ class LongNetForTokenClassification(GenericForTokenClassification, LongNetPreTra
         LongNetPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = LongNetModel(config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)  # Transformers' default
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

@@ -10,6 +10,10 @@ import pytest
 import torch
 
 
+# The tensors are tiny: more threads would only wait for each other
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)

@@ -534,9 +534,7 @@ def test_an_encoder_attends_both_ways():
 
 
 def test_attention_can_be_used_alone():
-    config = small_config()
-    config._attn_implementation = "sdpa"
-    attention, x = LongNetAttention(config, layer_idx=0).double(), torch.randn(2, 30, 32, dtype=torch.float64)
+    attention, x = LongNetAttention(small_config(), layer_idx=0).double(), torch.randn(2, 30, 32, dtype=torch.float64)
     mask = torch.ones(2, 30)
     mask[0, :4] = 0
     output, weights = attention(x, attention_mask=mask)
