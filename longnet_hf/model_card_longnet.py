@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.utils import EntryNotFoundError
+from huggingface_hub import HfApi, ModelCardData
 
 
 _TEMPLATE = """---
@@ -79,17 +78,8 @@ def model_card(config, repo_id: str) -> str:
     )
 
 
-def write_model_card(config, directory) -> None:
-    """Write the card into a folder that has none."""
+def write_model_card(config, directory, repo_id: str | None = None, token: str | bool | None = None) -> None:
+    """Write the card into a folder that has none; on the way to the Hub, if the repository there has none."""
     path = Path(directory).resolve() / "README.md"
-    if not path.exists():
-        path.write_text(model_card(config, path.parent.name), encoding="utf-8")
-
-
-def push_model_card(config, repo_id: str, *, token=None, private=None, **kwargs) -> None:
-    """Give the repository a card before the first upload, which would otherwise write an empty one."""
-    repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
-    try:
-        ModelCard.load(repo_id, token=token)
-    except EntryNotFoundError:
-        ModelCard(model_card(config, repo_id)).push_to_hub(repo_id, token=token)
+    if not (path.exists() if repo_id is None else HfApi(token=token).file_exists(repo_id, "README.md")):
+        path.write_text(model_card(config, repo_id or path.parent.name), encoding="utf-8")

@@ -5,7 +5,6 @@ Reads from top to bottom like any model of Transformers: rotary positions, atten
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_longnet import LongNetConfig
 from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
-from .model_card_longnet import push_model_card, write_model_card
+from .model_card_longnet import write_model_card
 
 
 # Most logits that the loss holds at a time (128 MiB in float32).
@@ -260,16 +259,14 @@ class LongNetPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in Transformers. The code travels with the weights, for every Auto class, and so does a model card."""
         self.config.auto_map = dict(AUTO_MAP)
-        if kwargs.get("push_to_hub"):
-            push_model_card(self.config, **{"repo_id": Path(save_directory).name, **kwargs})
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_model_card(self.config, save_directory)
 
-    def push_to_hub(self, repo_id: str, **kwargs):
-        """As in Transformers. A repository without a model card gets one that says what the pattern is."""
-        push_model_card(self.config, repo_id, **kwargs)
-        return super().push_to_hub(repo_id, **kwargs)
+    def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
+        # Both ways of pushing come here, with an empty card where the repository has none
+        write_model_card(self.config, working_dir, repo_id, token=token)
+        return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
 
 
 class LongNetModel(LongNetPreTrainedModel):
