@@ -239,7 +239,8 @@ def _forward_op(
     lse = torch.full(q.shape[:3], -torch.inf, dtype=output.dtype, device=q.device)
     kernel = _Kernel(query, scale, dropout, seed)
     for tile in documents.tiles(pattern, is_causal, k.shape[1]):
-        tile_output, tile_lse = kernel.forward(tile.queries(q), tile.keys(k), tile.keys(v), tile.mask)
+        with torch.autocast(q.device.type, enabled=False):
+            tile_output, tile_lse = kernel.forward(tile.queries(q), tile.keys(k), tile.keys(v), tile.mask)
         merged_output, merged_lse = tile.rows(output), tile.rows(lse[..., None])
         tile_lse = tile.unfold(tile_lse[..., None])
         new_lse = torch.logaddexp(merged_lse, tile_lse)
@@ -270,15 +271,10 @@ def _backward_op(
     dq, dk, dv = (torch.zeros(x.shape, dtype=_accumulator(x.dtype), device=x.device) for x in (q, k, v))
     kernel = _Kernel(query, scale, dropout, seed)
     for tile in documents.tiles(pattern, is_causal, k.shape[1]):
-        tile_dq, tile_dk, tile_dv = kernel.backward(
-            tile.queries(do),
-            tile.queries(q),
-            tile.keys(k),
-            tile.keys(v),
-            tile.queries(o),
-            tile.queries(l)[..., 0],
-            tile.mask,
-        )
+        queries = (tile.queries(x) for x in (do, q, o, l))
+        keys = (tile.keys(x) for x in (k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            tile_dq, tile_dk, tile_dv = kernel.backward(*queries, *keys, tile.mask)
         tile.rows(dq).add_(tile.unfold(tile_dq))
         tile.columns(dk).add_(tile.unfold(tile_dk).sum(2, keepdim=True))
         tile.columns(dv).add_(tile.unfold(tile_dv).sum(2, keepdim=True))
@@ -458,12 +454,12 @@ class _Kernel:
             output[:, :, rows] = weights @ v[:, :, columns]
         return output, lse
 
-    def backward(self, do, q, k, v, o, lse, mask: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The tile's share of the gradients, given the merged output `o` and log-sum-exp of its queries."""
+    def backward(self, do, q, o, lse, k, v, mask: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tile's share of the gradients, given the merged output `o` and log-sum-exp `[..., 1]` of its queries."""
         if mask == "upper":
-            flipped = (x.flip(2) for x in (do, q, k, v, o, lse))
+            flipped = (x.flip(2) for x in (do, q, o, lse, k, v))
             return tuple(x.flip(2) for x in self.backward(*flipped, "lower"))
-        is_causal = mask == "lower"
+        is_causal, lse = mask == "lower", lse[..., 0]
         if self.on_cpu:
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 do, q, k, v, o, lse, 0.0, is_causal, scale=self.scale

@@ -229,6 +229,13 @@ def test_autocast_brings_mixed_inputs_to_its_dtype():
     (query, key, value), _ = random_tensors(1, 2, 1, 16, 16, 8, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert dilated_attention(query, key, value.bfloat16(), PATTERN).dtype == torch.bfloat16
+    low = [x.bfloat16() for x in (query, key, value)]
+    for dropout in (0.0, 0.2):  # and that is all that it does, in either kernel
+        torch.manual_seed(4)
+        expected = dilated_attention(*low, PATTERN, dropout=dropout)
+        torch.manual_seed(4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(dilated_attention(query, key, value, PATTERN, dropout=dropout), expected)
 
 
 def test_memory_is_linear_in_the_length():
