@@ -55,10 +55,10 @@ class ModelArguments:
     vocab_size: int = field(default=1024, metadata={"help": "Size of the tokenizer that is trained on the data."})
     hidden_size: int = field(default=96, metadata={"help": "Width of the model."})
     intermediate_size: int = field(default=384, metadata={"help": "Width of the MLPs."})
-    num_hidden_layers: int = field(default=3, metadata={"help": "Number of layers."})
+    num_hidden_layers: int = field(default=2, metadata={"help": "Number of layers."})
     num_attention_heads: int = field(default=4, metadata={"help": "Number of attention heads."})
     segment_lengths: list[int] = field(
-        default_factory=lambda: [256, 1024, 8192],
+        default_factory=lambda: [128, 1024, 8192],
         metadata={"help": "Segment length w of every branch in tokens, the local branch first."},
     )
     dilation_rates: list[int] = field(
@@ -107,16 +107,16 @@ class DataArguments:
 # The demo's, in place of the defaults of TrainingArguments
 DEMO_DEFAULTS = dict(
     output_dir="runs/demo",
-    max_steps=200,
+    max_steps=360,
     per_device_train_batch_size=1,
     learning_rate=1e-2,
     lr_scheduler_type="cosine",
-    warmup_steps=10,
+    warmup_steps=20,
     weight_decay=0.01,
     adam_beta2=0.98,
     max_grad_norm=2.0,
-    logging_steps=20,
-    save_steps=20,
+    logging_steps=30,
+    save_steps=30,
     save_total_limit=2,
     dataloader_pin_memory=torch.cuda.is_available(),
 )
