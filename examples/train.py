@@ -1,4 +1,4 @@
-"""Train a LongNet language model with Trainer and datasets, and see where its long branches help.
+"""Train a LongNet language model with Trainer and datasets, and compare it with its local branch alone.
 
     python examples/train.py                          # the demo: less than five minutes on two CPU cores
     python examples/train.py --data my_book.txt 'my_repository/**/*.py' --output_dir runs/mine
@@ -13,7 +13,7 @@ The paper's base model (arXiv 2307.02486, section 4: half a million tokens a ste
 
     python examples/train.py --data codeparrot/codeparrot-clean --text_column content --output_dir runs/base \
         --vocab_size 50304 --hidden_size 768 --intermediate_size 3072 --num_hidden_layers 12 \
-        --num_attention_heads 12 --use_sub_norm --initializer_range 0.02 \
+        --num_attention_heads 12 --use_sub_norm --initializer_range 0.02 --head_offset paper \
         --segment_lengths 2048 4096 8192 16384 32768 --dilation_rates 1 2 4 6 12 --context_length 32768 \
         --per_device_train_batch_size 1 --gradient_accumulation_steps 16 --max_steps 300000 --learning_rate 6e-4 \
         --lr_scheduler_type polynomial --warmup_steps 750 --adam_beta1 0.9 --adam_beta2 0.98 --weight_decay 0.01 \
@@ -55,20 +55,20 @@ class ModelArguments:
     vocab_size: int = field(default=1024, metadata={"help": "Size of the tokenizer that is trained on the data."})
     hidden_size: int = field(default=96, metadata={"help": "Width of the model."})
     intermediate_size: int = field(default=384, metadata={"help": "Width of the MLPs."})
-    num_hidden_layers: int = field(default=2, metadata={"help": "Number of layers."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "Number of layers."})
     num_attention_heads: int = field(default=4, metadata={"help": "Number of attention heads."})
     segment_lengths: list[int] = field(
-        default_factory=lambda: [128, 1024, 8192],
+        default_factory=lambda: [32, 256, 2048, 8192],
         metadata={"help": "Segment length w of every branch in tokens, the local branch first."},
     )
     dilation_rates: list[int] = field(
-        default_factory=lambda: [1, 2, 4], metadata={"help": "Dilation rate r of every branch."}
+        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Dilation rate r of every branch."}
     )
     branch_types: list[str] | None = field(
         default=None, metadata={"help": "segment (the paper's; default) or window, for every branch."}
     )
     head_offset: str = field(
-        default="paper", metadata={"help": "Which positions a head keeps: paper, grouped or rotating."}
+        default="rotating", metadata={"help": "Which positions a head keeps: paper, grouped or rotating."}
     )
     segment_shift: bool = field(
         default=False, metadata={"help": "Move the segments by half their length in odd layers."}
@@ -107,7 +107,7 @@ class DataArguments:
 # The demo's, in place of the defaults of TrainingArguments
 DEMO_DEFAULTS = dict(
     output_dir="runs/demo",
-    max_steps=360,
+    max_steps=350,
     per_device_train_batch_size=1,
     learning_rate=1e-2,
     lr_scheduler_type="cosine",
@@ -219,14 +219,6 @@ def make_contexts(documents: Dataset, tokenizer: PreTrainedTokenizerFast, length
 # Training
 
 
-def new_model(config: LongNetConfig) -> LongNetForCausalLM:
-    model = LongNetForCausalLM(config)
-    # Every layer adds about unit variance to its input. Embeddings that start much smaller drown in it, and the model
-    # does not get beyond the frequencies of the tokens for hundreds of steps.
-    torch.nn.init.normal_(model.get_input_embeddings().weight)
-    return model
-
-
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint: Trainer writes trainer_state.json last."""
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
@@ -247,7 +239,7 @@ def train(config: LongNetConfig, args: TrainingArguments, folder: Path, tokenize
     args.output_dir = str(folder)
     set_seed(args.seed)  # Both models start with the same weights and see the data in the same order
     trainer = Trainer(
-        model=new_model(config),
+        model=LongNetForCausalLM(config),
         args=args,
         train_dataset=contexts,
         eval_dataset=held_out,
@@ -314,22 +306,32 @@ def print_table(results: dict[str, dict]) -> None:
 
 
 def plot(results: dict[str, dict], config: LongNetConfig, title: str, path: Path) -> None:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for (name, result), style in zip(reversed(results.items()), ("s--", "o-")[-len(results) :], strict=True):
+    """Loss by position and, since texts differ more than models, the difference between the two models."""
+    figure = Figure(figsize=(8, 4 + 2 * (len(results) - 1)), layout="constrained")
+    panels = figure.subplots(len(results), sharex=True, squeeze=False, height_ratios=[2, 1][: len(results)])[:, 0]
+    curves = {}
+    for (name, result), style in zip(results.items(), ("o-", "s--"), strict=False):
         spans = [span for span in result["bits_per_byte"] if span != "all"]
         middles = [math.sqrt(math.prod(map(int, span.split("-")))) for span in spans]
-        label = f"{name}, {result['bits_per_byte']['all']:.3f} over all positions"
-        axes.plot(middles, [result["bits_per_byte"][span] for span in spans], style, label=label)
+        curves[name] = [result["bits_per_byte"][span] for span in spans]
+        label = f"{name}: {result['bits_per_byte']['all']:.3f} over all positions"
+        panels[0].plot(middles, curves[name], style, label=label)
+    panels[0].set(title=title, ylabel="held-out loss (bits per byte)")
+    panels[0].legend()
+    if len(results) == 2:
+        panels[1].plot(middles, [a - b for a, b in zip(*curves.values(), strict=True)], "o-", color="black")
+        panels[1].axhline(0, color="gray", linewidth=0.8)
+        panels[1].set_ylabel(f"{' − '.join(curves)}\n(below 0: longer is better)")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        for length in config.segment_lengths:
+            axes.axvline(length, color="gray", linewidth=0.8, linestyle=":")
     for length in config.segment_lengths:
-        axes.axvline(length, color="gray", linewidth=0.8, linestyle=":")
         where = dict(xycoords=("data", "axes fraction"), xytext=(-3, 4), textcoords="offset points")
-        axes.annotate(f"w = {length:,}", (length, 0), **where, rotation=90, ha="right", color="gray", fontsize=8)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set(xlabel="position in the context (tokens)", ylabel="held-out loss (bits per byte)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+        panels[0].annotate(f"w = {length:,}", (length, 0), **where, rotation=90, ha="right", color="gray", fontsize=8)
+    panels[-1].set_xscale("log", base=2)
+    panels[-1].xaxis.set_major_formatter("{x:,.0f}")
+    panels[-1].set_xlabel("position in the context (tokens)")
     figure.savefig(path, dpi=150)
 
 
@@ -401,7 +403,8 @@ def main():
         results[name] = {"bits_per_byte": bits_per_byte(losses, num_bytes), "training": training}
     (output_dir / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     print_table(results)
-    title = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, after {training['steps']} steps"
+    source = " ".join(data_args.data or ["Python's standard library"])
+    title = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {training['steps']} steps on {source}"
     plot(results, config, title, output_dir / "loss_by_position.png")
 
     # A process of its own, which knows Transformers and nothing of this package

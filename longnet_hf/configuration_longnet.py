@@ -39,6 +39,8 @@ class LongNetConfig(PreTrainedConfig):
         norm_eps (`float`): epsilon of the norms.
         use_sub_norm (`bool`): MAGNETO's extra norms before the output projections of attention and MLP (arXiv
             2210.06423), with its initialisation.
+        scale_embedding (`bool`): multiply embeddings (`inputs_embeds` too) by the square root of `hidden_size`, and
+            start them with variance 1 / `hidden_size`, as in torchscale.
         attention_bias, attention_out_bias, mlp_bias (`bool`): biases of the query, key and value projections, of the
             output projection, and of the MLP.
         attention_dropout (`float`): dropout of attention weights in training.
@@ -71,6 +73,7 @@ class LongNetConfig(PreTrainedConfig):
     norm_type: str = "layer_norm"
     norm_eps: float = 1e-5
     use_sub_norm: bool = True
+    scale_embedding: bool = True
     attention_bias: bool = True
     attention_out_bias: bool = True
     mlp_bias: bool = True
@@ -156,6 +159,7 @@ class LongNetConfig(PreTrainedConfig):
             "norm_eps": config.rms_norm_eps,
             "use_gated_mlp": True,
             "use_sub_norm": False,
+            "scale_embedding": False,
             "attention_bias": qkv_bias,
             "attention_out_bias": qkv_bias and config.model_type != "qwen2",
             "mlp_bias": getattr(config, "mlp_bias", False),

@@ -106,11 +106,11 @@ def make_norm(config: LongNetConfig, size: int) -> nn.Module:
     return norm(size, eps=config.norm_eps)
 
 
-def set_init_gain(config: LongNetConfig, *projections: nn.Linear | None) -> None:
+def set_magneto_init(config: LongNetConfig, *projections: nn.Linear | None) -> None:
     """MAGNETO's initialisation (arXiv 2210.06423, section 3): beside sub-layer norms, deep models start larger."""
     for projection in projections:
         if config.use_sub_norm and projection is not None:
-            projection.init_gain = math.sqrt(math.log(2 * config.num_hidden_layers))
+            projection.init_std = config.initializer_range * math.sqrt(math.log(2 * config.num_hidden_layers))
 
 
 class LongNetAttention(nn.Module):
@@ -137,7 +137,7 @@ class LongNetAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
         self.attn_sub_norm = make_norm(config, width) if config.use_sub_norm else nn.Identity()
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_out_bias)
-        set_init_gain(config, self.v_proj, self.o_proj)
+        set_magneto_init(config, self.v_proj, self.o_proj)
 
     def forward(
         self,
@@ -210,7 +210,7 @@ class LongNetMLP(nn.Module):
         self.ffn_sub_norm = make_norm(config, intermediate_size) if config.use_sub_norm else nn.Identity()
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        set_init_gain(config, self.gate_proj, self.up_proj, self.down_proj)
+        set_magneto_init(config, self.gate_proj, self.up_proj, self.down_proj)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:
@@ -253,8 +253,8 @@ class LongNetPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if hasattr(module, "init_gain"):
-            init.normal_(module.weight, std=self.config.initializer_range * module.init_gain)
+        if hasattr(module, "init_std"):
+            init.normal_(module.weight, std=module.init_std)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in Transformers. The code travels with the weights, for every Auto class, and so does a model card."""
@@ -275,6 +275,10 @@ class LongNetModel(LongNetPreTrainedModel):
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_scale = 1.0
+        if config.scale_embedding:  # unit variance to begin with, or the branches' outputs drown the embeddings
+            self.embed_scale = math.sqrt(config.hidden_size)
+            self.embed_tokens.init_std = 1 / self.embed_scale
         self.layers = nn.ModuleList([LongNetDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = make_norm(config, config.hidden_size)
         self.rotary_emb = LongNetRotaryEmbedding(config)
@@ -322,7 +326,7 @@ class LongNetModel(LongNetPreTrainedModel):
             else:
                 position_ids = (attention_mask != 0).long().cumsum(-1)[:, past_length:].sub(1).clamp(min=0)
 
-        hidden_states = inputs_embeds
+        hidden_states = inputs_embeds * self.embed_scale
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
             hidden_states = layer(

@@ -23,6 +23,7 @@ LLAMA_STYLE = dict(
     use_gated_mlp=True,
     hidden_act="silu",
     use_sub_norm=False,
+    scale_embedding=False,
     attention_bias=False,
     attention_out_bias=False,
     mlp_bias=False,

@@ -157,6 +157,15 @@ def test_magneto_initialisation_grows_with_depth():
         assert projection.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+def test_embeddings_start_with_unit_variance():
+    """Smaller ones drown in what the layers add, and a small model stays at the frequencies of the tokens."""
+    model = LongNetModel(small_config(hidden_size=256))
+    first = model(random_ids(4, 200), output_hidden_states=True).hidden_states[0]
+    assert first.std().item() == pytest.approx(1.0, rel=0.05)
+    llama = LongNetModel(small_config("llama", hidden_size=256))
+    assert llama.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_weights_and_resized_embeddings(tied, tmp_path):
     model = build(LongNetForCausalLM, tie_word_embeddings=tied)
