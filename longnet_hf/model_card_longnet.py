@@ -78,8 +78,18 @@ def model_card(config, repo_id: str) -> str:
     )
 
 
-def write_model_card(config, directory, repo_id: str | None = None, token: str | bool | None = None) -> None:
-    """Write the card into a folder that has none; on the way to the Hub, if the repository there has none."""
+def write_model_card(config, directory) -> None:
+    """Write the card into a folder that has none."""
     path = Path(directory).resolve() / "README.md"
-    if not (path.exists() if repo_id is None else HfApi(token=token).file_exists(repo_id, "README.md")):
-        path.write_text(model_card(config, repo_id or path.parent.name), encoding="utf-8")
+    if not path.exists():
+        path.write_text(model_card(config, path.parent.name), encoding="utf-8")
+
+
+def prepare_model_card(config, directory, repo_id: str, revision: str | None = None, token=None) -> None:
+    """In a folder about to be uploaded, put the card in the place of the empty one that Transformers writes where the
+    main branch has none. A card that is in the repository stays."""
+    path = Path(directory) / "README.md"
+    if not HfApi(token=token).file_exists(repo_id, path.name, revision=revision):
+        path.write_text(model_card(config, repo_id), encoding="utf-8")
+    elif revision is not None:
+        path.unlink()

@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_longnet import LongNetConfig
 from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
-from .model_card_longnet import write_model_card
+from .model_card_longnet import prepare_model_card, write_model_card
 
 
 # Most logits that the loss holds at a time (128 MiB in float32).
@@ -263,10 +263,10 @@ class LongNetPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             write_model_card(self.config, save_directory)
 
-    def _upload_modified_files(self, working_dir, repo_id, *args, token=None, **kwargs):
-        # Both ways of pushing come here, with an empty card where the repository has none
-        write_model_card(self.config, working_dir, repo_id, token=token)
-        return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # Both ways of pushing come here
+        prepare_model_card(self.config, working_dir, repo_id, kwargs.get("revision"), kwargs.get("token"))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 class LongNetModel(LongNetPreTrainedModel):

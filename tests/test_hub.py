@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
+from local_hub import LocalHub
 from models import build, random_ids
 from safetensors import safe_open
 
@@ -32,13 +32,13 @@ WITHOUT_PACKAGE = 'import sys; sys.modules["longnet_hf"] = None'  # importing it
 
 @pytest.fixture(scope="module")
 def hub():
-    with HubServer() as server:
+    with LocalHub() as server:
         yield server
 
 
 def run(code, hub, cache, package=False):
     """Run `code` in a new process that sees the test hub."""
-    environment = hub.environment(cache) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}" if package else ""}
+    environment = hub.env(cache) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}" if package else ""}
     code = ("import longnet_hf" if package else WITHOUT_PACKAGE) + IMPORTS + textwrap.dedent(code)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=cache)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -153,3 +153,25 @@ def test_trainer_and_adapters_push_too(tmp_path, hub):
         tmp_path,
     )
     assert out.split() == ["97", "LongNetForCausalLM", "97"]
+
+
+def test_branches_and_pull_requests_keep_their_cards(tmp_path, hub):
+    run(
+        """
+        from huggingface_hub import HfApi
+        from models import build
+        model, api = build(longnet_hf.LongNetForCausalLM), HfApi()
+        api.create_repo("tester/branched")
+        model.push_to_hub("tester/branched", revision="dev")
+        where = dict(repo_id="tester/branched", revision="dev")
+        api.upload_file(path_or_fileobj=b"by hand", path_in_repo="README.md", **where)
+        model.push_to_hub("tester/branched", revision="dev")
+        model.push_to_hub("tester/branched", create_pr=True)
+        """,
+        hub,
+        tmp_path,
+        package=True,
+    )
+    assert "README.md" not in hub.files("tester/branched")
+    assert hub.files("tester/branched", "dev")["README.md"] == b"by hand"
+    assert b"ding2023longnet" in hub.files("tester/branched", "refs/pr/1")["README.md"]
