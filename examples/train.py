@@ -107,7 +107,7 @@ class DataArguments:
 # The demo's, in place of the defaults of TrainingArguments
 DEMO_DEFAULTS = dict(
     output_dir="runs/demo",
-    max_steps=250,
+    max_steps=200,
     per_device_train_batch_size=1,
     learning_rate=1e-2,
     lr_scheduler_type="cosine",
