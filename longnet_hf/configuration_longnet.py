@@ -5,6 +5,7 @@ import warnings
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .dilated_pattern import DilatedPattern, pattern_warnings
 
@@ -175,6 +176,8 @@ class LongNetConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even for rotary positions, got {self.head_dim}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
         if self.norm_type not in ("layer_norm", "rms_norm"):
             raise ValueError(f'`norm_type` must be "layer_norm" or "rms_norm", got {self.norm_type!r}.')
         if not 0 <= self.attention_dropout < 1:

@@ -3,6 +3,7 @@
 Reads from top to bottom like any model of Transformers: rotary positions, attention, MLP, layer, model, heads.
 """
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -255,6 +256,11 @@ class LongNetPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if hasattr(module, "init_std"):
             init.normal_(module.weight, std=module.init_std)
+            # A slice loses the mark of weights that were loaded, hence the check
+            if getattr(module, "padding_idx", None) is not None and not getattr(
+                module.weight, "_is_hf_initialized", False
+            ):
+                init.zeros_(module.weight[module.padding_idx])
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in Transformers. The code travels with the weights, for every Auto class, and so does a model card."""
@@ -440,6 +446,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         ```"""
         # Not in the signature, where Trainer would take it for labels that every batch must have
         shift_labels = kwargs.pop("shift_labels", None)
+        ignore_index = kwargs.pop("ignore_index", -100)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -465,12 +472,13 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=shift_labels,
+                ignore_index=ignore_index,
                 **kwargs,
             )
         elif has_labels:
             if shift_labels is None:
-                shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
-            loss = self.chunked_loss(hidden_states, shift_labels, num_items_in_batch)
+                shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+            loss = self.chunked_loss(hidden_states, shift_labels, num_items_in_batch, ignore_index)
 
         return CausalLMOutputWithPast(
             loss=loss,
@@ -481,7 +489,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         )
 
     def chunked_loss(
-        self, hidden_states: torch.Tensor, shift_labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+        self,
+        hidden_states: torch.Tensor,
+        shift_labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
     ) -> torch.Tensor:
         """Cross-entropy over chunks of positions whose logits are recomputed in the backward pass.
 
@@ -492,7 +504,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         size = max(1, _MAX_LOGITS // self.config.vocab_size)
 
         def chunk_loss(hidden_states, labels):
-            return F.cross_entropy(self.lm_head(hidden_states).float(), labels, ignore_index=-100, reduction="sum")
+            return F.cross_entropy(
+                self.lm_head(hidden_states).float(), labels, ignore_index=ignore_index, reduction="sum"
+            )
 
         losses = []
         for chunk in zip(hidden_states.split(size), shift_labels.split(size), strict=True):
@@ -502,7 +516,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 losses.append(chunk_loss(*chunk))
         loss = torch.stack(losses).sum()
         if num_items_in_batch is None:
-            num_items_in_batch = (shift_labels != -100).sum().clamp(min=1)
+            num_items_in_batch = (shift_labels != ignore_index).sum().clamp(min=1)
         elif torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss / num_items_in_batch
@@ -548,8 +562,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         misfits = {name: sorted(map(str, info[name])) for name in info if name.endswith("_keys") and info[name]}
         if misfits:
             raise ValueError(f"The weights of {path or type(model_or_path).__name__} do not fit LongNet: {misfits}.")
-        if path is None:
-            model.generation_config = model_or_path.generation_config
+        if path is None and getattr(model_or_path, "generation_config", None) is not None:
+            model.generation_config = copy.deepcopy(model_or_path.generation_config)
         return model
 
 

@@ -94,6 +94,7 @@ def test_config_round_trip(kind, tmp_path):
         (dict(num_key_value_heads=3), "`num_key_value_heads`"),
         (dict(hidden_size=30), "`hidden_size` .30."),
         (dict(head_dim=7), "`head_dim`.*7"),
+        (dict(hidden_act="nonsense"), "`hidden_act` must be one of .*'gelu'.*'nonsense'"),
         (dict(norm_type="batch_norm"), "`norm_type`.*'batch_norm'"),
         (dict(attention_dropout=1.5), "`attention_dropout`.*1.5"),
         (dict(sliding_window=128), "`sliding_window`.*128"),
@@ -163,6 +164,7 @@ def test_embeddings_start_with_unit_variance():
     model = LongNetModel(small_config(hidden_size=256))
     first = model(random_ids(4, 200), output_hidden_states=True).hidden_states[0]
     assert first.std().item() == pytest.approx(1.0, rel=0.05)
+    assert (model.embed_tokens.weight[model.config.pad_token_id] == 0).all()
     llama = LongNetModel(small_config("llama", hidden_size=256))
     assert llama.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
@@ -463,6 +465,8 @@ def test_the_loss_takes_what_trainer_gives():
     torch.testing.assert_close(model(ids, shift_labels=shifted).loss, mean)
     torch.testing.assert_close(model(ids, labels=ids, shift_labels=shifted).loss, mean)
     assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
+    ours = model(ids, labels=ids.where(ids > 40, 7), ignore_index=7).loss
+    torch.testing.assert_close(ours, model(ids, labels=ids.where(ids > 40, -100)).loss)
 
 
 def test_logits_beside_labels_on_request():
@@ -615,6 +619,7 @@ def test_one_branch_that_covers_the_sequence_reproduces_the_source(name, from_pa
     ours, theirs = (m(ids, attention_mask=mask).logits[mask == 1] for m in (model, source))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert model.generation_config.temperature == 0.7
+    assert model.generation_config is not source.generation_config
     assert model.config.eos_token_id == 2 and type(model.config) is LongNetConfig
     with torch.no_grad():
         source.model.norm.weight.zero_()
