@@ -63,7 +63,7 @@ def dilated_attention(
         ValueError: if shapes, dtypes or devices do not fit together.
     """
     query, key, value = _autocast(query, key, value)
-    _check_inputs(query, key, value, pattern, dropout)
+    _check_inputs(query, key, value, pattern, scale, dropout)
     document_ids = _resolve_documents(key, attention_mask, position_ids, cu_seq_lens, document_ids)
     seed = torch.randint(2**62, (1,), dtype=torch.int64) if dropout > 0 else None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -91,7 +91,7 @@ def dilated_attention_reference(
     as a whole, also where several branches join it. With `return_weights`, also returns the weights `[B, H, Nq, N]`.
     """
     query, key, value = _autocast(query, key, value)
-    _check_inputs(query, key, value, pattern, dropout)
+    _check_inputs(query, key, value, pattern, scale, dropout)
     document_ids = _resolve_documents(key, attention_mask, position_ids, cu_seq_lens, document_ids)
     heads, queries, keys = key.shape[1], query.shape[2], key.shape[2]
     if document_ids is None:
@@ -187,7 +187,7 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
-def _check_inputs(query, key, value, pattern, dropout) -> None:
+def _check_inputs(query, key, value, pattern, scale, dropout) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
         raise ValueError(f"expected query [B, H, Nq, D] and key, value [B, Hkv, N, D], got {shapes}.")
@@ -207,8 +207,15 @@ def _check_inputs(query, key, value, pattern, dropout) -> None:
         )
     if not hasattr(pattern, "multiplicity"):  # not isinstance: code loaded from the Hub has its own copy of the class
         raise ValueError(f"`pattern` must be a DilatedPattern, got {pattern!r}.")
+    if scale is not None and (torch.is_tensor(scale) or not scale > 0):  # flash kernels give NaN for others
+        raise ValueError(f"`scale` must be a number above 0 or None, got {scale!r}.")
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` must lie in [0, 1), got {dropout}.")
+
+
+def _whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """PyTorch's flash kernels read a row of D numbers as adjacent, and do not check."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -233,6 +240,7 @@ def _forward_op(
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merged output `[B, H, Nq, D]` and log-sum-exp `[B, H, Nq]` of all tiles."""
+    query, key, value = map(_whole_rows, (query, key, value))
     documents = _Documents.find(query, key, document_ids)
     q, k, v = documents.pack_queries(query), documents.pack_keys(key), documents.pack_keys(value)
     output = torch.zeros(q.shape, dtype=_accumulator(q.dtype), device=q.device)
@@ -265,6 +273,7 @@ def _backward_op(
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value from the merged output and log-sum-exp."""
+    grad_output, query, key, value = map(_whole_rows, (grad_output, query, key, value))
     documents = _Documents.find(query, key, document_ids)
     q, o, do, l = (documents.pack_queries(x) for x in (query, output, grad_output, lse[..., None]))
     k, v = documents.pack_keys(key), documents.pack_keys(value)

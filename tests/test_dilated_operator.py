@@ -106,6 +106,27 @@ def without_flash(method):
     return wrapped
 
 
+@pytest.mark.parametrize("layout", ["b n (d h) -> b h n d", "every second", "d before n", "expanded"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_strides(layout, masked):
+    def tensor():
+        if layout == "b n (d h) -> b h n d":
+            return torch.randn(2, 30, 8, 4, dtype=torch.float64).permute(0, 3, 1, 2)
+        if layout == "every second":
+            return torch.randn(2, 4, 30, 16, dtype=torch.float64)[..., ::2]
+        if layout == "d before n":
+            return torch.randn(2, 4, 8, 30, dtype=torch.float64).transpose(2, 3)
+        return torch.randn(2, 4, 30, 1, dtype=torch.float64).expand(-1, -1, -1, 8)
+
+    *inputs, grad = (tensor() for _ in range(4))
+    inputs = [x.requires_grad_() for x in inputs]
+    mask = {"attention_mask": torch.arange(30).expand(2, 30) > 3} if masked else {}
+    output, expected = (f(*inputs, PATTERN, **mask) for f in (dilated_attention, dilated_attention_reference))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+    for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_longer_sequences_with_many_segments(causal):
     pattern = DilatedPattern([64, 200, 500, 96], [1, 4, 7, 6], ["segment", "segment", "segment", "window"], shift=True)
@@ -286,6 +307,9 @@ def test_documents_are_found_in_any_notation():
         (dict(value=torch.randn(1, 2, 8, 4).double()), "floating dtype"),
         (dict(pattern=[8]), "`pattern`"),
         (dict(dropout=1.0), "`dropout`"),
+        (dict(scale=0.0), "`scale` must be a number above 0"),
+        (dict(scale=-1.0), "`scale` must be a number above 0"),
+        (dict(scale=torch.tensor(0.5)), "`scale` must be a number above 0"),
         (dict(attention_mask=torch.ones(1, 1, 8, 8)), "`attention_mask` must be a 2-D"),
         (dict(attention_mask=torch.ones(1, 7)), "`attention_mask`"),
         (dict(position_ids=torch.arange(7)[None]), "`position_ids`"),
