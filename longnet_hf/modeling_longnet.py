@@ -23,6 +23,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -319,12 +320,15 @@ class LongNetModel(LongNetPreTrainedModel):
         is_causal = self.config.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         if past_key_values is not None:
             check_cache(past_key_values, is_causal)
-        elif use_cache and is_causal:
-            past_key_values = DynamicCache(config=self.config)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
 
         packing = {name: kwargs.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")}
         document_ids = self.get_document_ids(inputs_embeds, past_length, attention_mask, position_ids, **packing)
+        if is_packed(document_ids):  # what follows could continue only one of the documents
+            if past_key_values is not None:
+                raise ValueError("`past_key_values` cannot take a row of several packed documents: give one per row.")
+        elif use_cache and is_causal and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             length = inputs_embeds.shape[1]
             if attention_mask is None:
@@ -357,7 +361,7 @@ class LongNetModel(LongNetPreTrainedModel):
             if length > 1 and position_ids is not None and not torch.compiler.is_compiling():
                 new_mask = None if attention_mask is None else attention_mask[:, past_length:]
                 documents = find_documents(batch_size, length, attention_mask=new_mask, position_ids=position_ids)
-                if documents is not None and bool((documents > 0).any()):
+                if is_packed(documents):
                     raise ValueError("`position_ids` restart: several documents cannot continue `past_key_values`.")
             return find_documents(batch_size, past_length + length, attention_mask=attention_mask)
 
@@ -371,6 +375,14 @@ class LongNetModel(LongNetPreTrainedModel):
         if seq_idx is not None:
             documents = seq_idx if documents is None else seq_idx.masked_fill(documents < 0, -1)
         return documents
+
+
+def is_packed(document_ids: torch.Tensor | None) -> bool:
+    """Whether any row `[B, N]` holds more than one document (not looked at under `torch.compile`)."""
+    if document_ids is None or torch.compiler.is_compiling():
+        return False
+    first = document_ids.masked_fill(document_ids < 0, torch.iinfo(document_ids.dtype).max).amin(1)
+    return bool((document_ids.amax(1) > first).any())
 
 
 def check_cache(past_key_values: Cache, is_causal: bool) -> None:
@@ -446,7 +458,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         ```"""
         # Not in the signature, where Trainer would take it for labels that every batch must have
         shift_labels = kwargs.pop("shift_labels", None)
-        ignore_index = kwargs.pop("ignore_index", -100)
+        loss_kwargs = {"ignore_index": kwargs.pop("ignore_index")} if "ignore_index" in kwargs else {}
+        if num_items_in_batch is not None:
+            loss_kwargs["num_items_in_batch"] = num_items_in_batch
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -466,19 +480,19 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
 
         loss = None
         if has_labels and own_loss:
+            if shift_labels is not None:
+                loss_kwargs["shift_labels"] = shift_labels
             loss = self.loss_function(
                 logits=self.lm_head(hidden_states) if logits is None else logits,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
-                ignore_index=ignore_index,
+                **loss_kwargs,
                 **kwargs,
             )
         elif has_labels:
             if shift_labels is None:
-                shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-            loss = self.chunked_loss(hidden_states, shift_labels, num_items_in_batch, ignore_index)
+                shift_labels = F.pad(labels, (0, 1), value=loss_kwargs.get("ignore_index", -100))[..., 1:]
+            loss = self.chunked_loss(hidden_states, shift_labels, **loss_kwargs)
 
         return CausalLMOutputWithPast(
             loss=loss,
@@ -615,6 +629,8 @@ AUTO_MAP = {"AutoConfig": "configuration_longnet.LongNetConfig"} | {
     auto_class: f"modeling_longnet.{model_class.__name__}" for auto_class, model_class in AUTO_CLASSES.items()
 }
 LongNetConfig.register_for_auto_class()
+# By this table Trainer knows whose labels its label smoothing has to shift. Auto classes do not read it for our type.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LongNetConfig.model_type] = LongNetForCausalLM.__name__
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _model_class.register_for_auto_class(_auto_class)
 

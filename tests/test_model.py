@@ -328,6 +328,10 @@ def test_packed_documents_equal_each_alone(kind):
 
 def test_documents_cannot_continue_a_cache():
     model = build(LongNetModel)
+    packed = dict(input_ids=random_ids(1, 8), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]))
+    assert model(**packed).past_key_values is None
+    with pytest.raises(ValueError, match="`past_key_values` cannot take a row of several packed documents"):
+        model(**packed, past_key_values=DynamicCache())
     cache = model(random_ids(1, 5)).past_key_values
     with pytest.raises(ValueError, match="`position_ids` restart"):
         model(random_ids(1, 4), past_key_values=cache, position_ids=torch.tensor([[5, 6, 0, 1]]))
@@ -491,6 +495,8 @@ def test_a_loss_function_of_the_users_own_is_honoured():
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.mean() + vocab_size
     outputs = model(ids, labels=ids)
     torch.testing.assert_close(outputs.loss, outputs.logits.mean() + 97)
+    model.loss_function = lambda logits, labels, vocab_size: logits.mean()  # gets nothing that was not given
+    torch.testing.assert_close(model(ids, labels=ids).loss, outputs.logits.mean())
 
 
 def test_lora_on_the_head_gets_its_gradient_from_the_chunked_loss(monkeypatch):
@@ -504,6 +510,17 @@ def test_lora_on_the_head_gets_its_gradient_from_the_chunked_loss(monkeypatch):
     gradients = all_gradients(model, ours)
     assert any("lm_head.lora_A" in name for name in gradients)
     assert_same_gradients(gradients, all_gradients(model, expected), atol=1e-6)
+
+
+def test_label_smoothing_of_trainer_shifts_the_labels(tmp_path):
+    pytest.importorskip("accelerate")
+    model, ids = build(LongNetForCausalLM), random_ids(2, 20)
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to="none")
+    trainer = Trainer(model, arguments)
+    expected = trainer.label_smoother({"logits": model(ids).logits}, ids, shift_labels=True)
+    loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
+    torch.testing.assert_close(loss, expected)
+    assert type(transformers.AutoModelForCausalLM.from_config(model.config)) is LongNetForCausalLM
 
 
 @pytest.mark.parametrize("with_metrics", [False, True])
