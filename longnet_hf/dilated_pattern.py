@@ -9,7 +9,7 @@ Positions are counted from the first real token of a document: n is a query's po
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 
@@ -251,7 +251,8 @@ class DilatedPattern:
         The tiles hold every joined pair once per branch that joins it, and no other: their `pairs` are the work that
         the pattern asks for. Their number does not grow with `length`.
         """
-        return _tiles(self, length, num_heads, length if num_queries is None else num_queries, is_causal)
+        num_queries = length if num_queries is None else num_queries
+        return _tiles(_canonical(self), length, num_heads, num_queries, is_causal)
 
     def draw(self, length: int, head: int = 0, num_heads: int = 1, is_causal: bool = True) -> str:
         """A picture in characters: a row per query, a column per key, and in how many branches they join."""
@@ -331,7 +332,13 @@ def _clip(rows: range, start: int, stop: int) -> range:
     return rows[first:last]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
+def _canonical(pattern: DilatedPattern) -> DilatedPattern:
+    """The same pattern for all layers that share it, so that they share its tiles."""
+    return pattern if pattern.head_offset == "rotating" else replace(pattern, layer_idx=0)
+
+
+@functools.lru_cache(maxsize=1024)
 def _tiles(
     pattern: DilatedPattern, length: int, num_heads: int, num_queries: int, is_causal: bool
 ) -> tuple[Tile, ...]:

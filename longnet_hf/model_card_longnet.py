@@ -19,9 +19,9 @@ A LongNet: a Transformers model with dilated attention ("LongNet: Scaling Transf
 The code comes with the weights; neither LongNet nor flash-attn needs to be installed.
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)
+model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
 
 ## Architecture
@@ -40,7 +40,7 @@ model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True
 |---|---|---|---|
 {branches}
 
-A pair of tokens further apart than the longest segment is not seen directly.
+{reach}
 
 ## Citation
 
@@ -56,18 +56,33 @@ A pair of tokens further apart than the longest segment is not seen directly.
 """
 
 
-def model_card(config, repo_id: str) -> str:
-    """The card's text, for a configuration and the name or path that it is loaded by."""
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
+
+
+def model_card(config, auto_class: str, repo_id: str) -> str:
+    """The card's text, for a configuration, the Auto class of the model and the name or path that it is loaded by."""
     types = config.branch_types or ["segment"] * len(config.segment_lengths)
     rows = zip(types, config.segment_lengths, config.dilation_rates, strict=True)
     lengths = [length for length in config.segment_lengths if length is not None]
+    unbounded = len(lengths) < len(config.segment_lengths) or bool(config.full_attention_layers)
     return _TEMPLATE.format(
         metadata=ModelCardData(
-            library_name="transformers", pipeline_tag="text-generation", tags=["longnet", "dilated-attention"]
+            library_name="transformers",
+            pipeline_tag=_PIPELINES.get(auto_class, "feature-extraction"),
+            tags=["longnet", "dilated-attention"],
         ).to_yaml(),
         title=repo_id.split("/")[-1],
         repo_id=repo_id,
-        context=config.max_position_embeddings if len(lengths) < len(config.segment_lengths) else max(lengths),
+        auto_class=auto_class,
+        context=config.max_position_embeddings if unbounded else max(lengths),
+        reach="Some layers attend to everything."
+        if unbounded
+        else "A pair of tokens further apart than the longest segment is not seen directly.",
         config=config,
         shift="yes" if config.segment_shift else "no",
         full=", ".join(map(str, config.full_attention_layers or ())) or "none",
@@ -78,18 +93,20 @@ def model_card(config, repo_id: str) -> str:
     )
 
 
-def write_model_card(config, directory) -> None:
+def write_model_card(config, auto_class: str, directory) -> None:
     """Write the card into a folder that has none."""
     path = Path(directory).resolve() / "README.md"
     if not path.exists():
-        path.write_text(model_card(config, path.parent.name), encoding="utf-8")
+        path.write_text(model_card(config, auto_class, path.parent.name), encoding="utf-8")
 
 
-def prepare_model_card(config, directory, repo_id: str, revision: str | None = None, token=None) -> None:
+def prepare_model_card(
+    config, auto_class: str, directory, repo_id: str, revision: str | None = None, token=None
+) -> None:
     """In a folder about to be uploaded, put the card in the place of the empty one that Transformers writes where the
     main branch has none. A card that is in the repository stays."""
     path = Path(directory) / "README.md"
     if not HfApi(token=token).file_exists(repo_id, path.name, revision=revision):
-        path.write_text(model_card(config, repo_id), encoding="utf-8")
+        path.write_text(model_card(config, auto_class, repo_id), encoding="utf-8")
     elif revision is not None:
         path.unlink()

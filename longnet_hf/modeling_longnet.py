@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -34,6 +34,8 @@ from .configuration_longnet import LongNetConfig
 from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
 from .model_card_longnet import prepare_model_card, write_model_card
 
+
+logger = logging.get_logger(__name__)
 
 # Most logits that the loss holds at a time (128 MiB in float32).
 _MAX_LOGITS = 1 << 25
@@ -268,11 +270,12 @@ class LongNetPreTrainedModel(PreTrainedModel):
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            write_model_card(self.config, save_directory)
+            write_model_card(self.config, self._auto_class, save_directory)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         # Both ways of pushing come here
-        prepare_model_card(self.config, working_dir, repo_id, kwargs.get("revision"), kwargs.get("token"))
+        where = (kwargs.get("revision"), kwargs.get("token"))
+        prepare_model_card(self.config, self._auto_class, working_dir, repo_id, *where)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
@@ -476,6 +479,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         if skip_logits is None:
             all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
             skip_logits = self.config.skip_logits and has_labels and all_logits and not own_loss
+            if skip_logits and not self.training and not torch.compiler.is_compiling():
+                logger.warning_once(
+                    "The logits are left out because there are labels. If something reads them (`compute_metrics` or "
+                    "`predict` of Trainer), set `model.config.skip_logits = False`."
+                )
         logits = None if skip_logits else self.lm_head(keep_positions(hidden_states, logits_to_keep))
 
         loss = None
@@ -541,6 +549,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             raise ValueError(f'`cache_implementation` of LongNet must be "dynamic" or "offloaded", got {kind!r}.')
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(
+            "LongNet does not support continuous batching (`generate_batch`): its paged cache knows no pattern."
+        )
+
     @classmethod
     def from_llama(cls, model_or_path, *, segment_lengths, dilation_rates, **kwargs) -> "LongNetForCausalLM":
         """A LongNet with the weights of a Llama, Mistral, SmolLM or Qwen2 model, unchanged.
@@ -561,7 +574,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         fields |= {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
         if isinstance(model_or_path, PreTrainedModel):
             source, path = model_or_path.config, None
-            kwargs = {"dtype": model_or_path.dtype, **kwargs}
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype", model_or_path.dtype))
             kwargs["state_dict"] = {
                 name: weight.detach().clone() for name, weight in model_or_path.state_dict().items()
             }

@@ -175,3 +175,10 @@ def test_a_pattern_draws_itself():
         "··11·",
         "····2",
     ]
+
+
+def test_layers_of_one_pattern_share_their_tiles():
+    layers = [DilatedPattern([8, 16], [1, 2], layer_idx=i) for i in range(2)]
+    assert layers[0].tiles(40, 2) is layers[1].tiles(40, 2)
+    rotating = [DilatedPattern([8, 16], [1, 2], head_offset="rotating", layer_idx=i) for i in range(2)]
+    assert rotating[0].tiles(40, 1) != rotating[1].tiles(40, 1)

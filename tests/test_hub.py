@@ -86,7 +86,14 @@ def test_push_pull_train_and_push_again(tmp_path, hub):
     files = hub.files("tester/longnet")
     assert set(files) >= CODE | {"config.json", "model.safetensors", "README.md", "generation_config.json"}
     card = files["README.md"].decode()
-    for said in ("library_name: transformers", "longnet", "40 tokens", "| 2 | segment | 40 | 3 |", "ding2023longnet"):
+    for said in (
+        "library_name: transformers",
+        "text-generation",
+        "64 tokens",
+        "Some layers attend to everything",
+        "| 2 | segment | 40 | 3 |",
+        "ding2023longnet",
+    ):
         assert said in card
     assert 'from_pretrained("tester/longnet", trust_remote_code=True)' in card
     out = run(

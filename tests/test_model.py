@@ -589,6 +589,8 @@ def test_other_attentions_are_refused():
     model.config._attn_implementation = "sdpa"
     with pytest.raises(ValueError, match="continuous batching"):
         model(random_ids(1, 4), cache=object())
+    with pytest.raises(ValueError, match="continuous batching"):
+        model.generate_batch([[5, 6, 7]])
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 9, 9), (2, 9, 9), (2, 8), (1, 9)])
@@ -658,6 +660,10 @@ def test_from_llama_takes_fields_and_loading_options(tmp_path):
         dtype=torch.bfloat16,
     )
     assert model.dtype == torch.bfloat16 and model.config.rope_parameters["rope_type"] == "yarn"
+    again = LongNetForCausalLM.from_llama(
+        llama_family("llama"), segment_lengths=[8], dilation_rates=[1], torch_dtype=torch.float64
+    )
+    assert again.dtype == torch.float64
     assert [layer.self_attn.pattern.shift for layer in model.model.layers] == [False, True, False]
 
 
@@ -735,3 +741,10 @@ def test_the_chunked_loss_is_exact_under_fsdp2():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(fsdp_worker, (port, expected), nprocs=2)
+
+
+def test_the_model_card_is_that_of_the_model(tmp_path):
+    build(LongNetForSequenceClassification, is_causal=False).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "import AutoModelForSequenceClassification" in card
+    assert "40 tokens" in card and "further apart than the longest segment" in card and "CausalLM" not in card
