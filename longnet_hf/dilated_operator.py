@@ -8,14 +8,22 @@ merges their outputs by their log-sum-exp; its backward gives every tile the *me
 which the tile's ordinary flash backward yields exactly its share of the gradients. Nothing per branch is saved.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .dilated_pattern import DilatedPattern, Tile
+
+
+try:
+    from .dilated_kernels import MAX_HEAD_DIM, triton_backward, triton_forward
+except ImportError:  # PyTorch without Triton: there are no GPUs to run it on
+    MAX_HEAD_DIM = 0
 
 
 # Most score entries that the kernel without flash attention holds at a time.
@@ -214,12 +222,28 @@ def _check_inputs(query, key, value, pattern, scale, dropout) -> None:
 
 
 def _whole_rows(x: torch.Tensor) -> torch.Tensor:
-    """PyTorch's flash kernels read a row of D numbers as adjacent, and do not check."""
+    """All kernels read a row of D numbers as adjacent, and PyTorch's do not check."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """An empty tensor in the layout that results have: that of `x`, so that a model need not copy them."""
+    return torch.empty_like(_whole_rows(x))
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _uses_triton(query: torch.Tensor, dropout: float) -> bool:
+    """Whether the Triton kernels compute this; `LONGNET_TRITON=0` in the environment switches them off."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and query.shape[-1] <= MAX_HEAD_DIM
+        and dropout == 0
+        and os.environ.get("LONGNET_TRITON", "1") != "0"
+    )
 
 
 # The fast path is a custom operator: torch.compile, checkpointing and FSDP see one opaque node. The namespace is the
@@ -241,6 +265,12 @@ def _forward_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merged output `[B, H, Nq, D]` and log-sum-exp `[B, H, Nq]` of all tiles."""
     query, key, value = map(_whole_rows, (query, key, value))
+    if _uses_triton(query, dropout):
+        documents = _Documents.find(query, key, document_ids, in_place=True)
+        q, k, v = documents.pack_queries(query), documents.pack_keys(key), documents.pack_keys(value)
+        places = documents.places()
+        output, lse = triton_forward(q, k, v, DilatedPattern.from_json(pattern), places, is_causal, scale)
+        return documents.unpack_queries(output, query), documents.unpack_lse(lse)
     documents = _Documents.find(query, key, document_ids)
     q, k, v = documents.pack_queries(query), documents.pack_keys(key), documents.pack_keys(value)
     output = torch.zeros(q.shape, dtype=_accumulator(q.dtype), device=q.device)
@@ -254,7 +284,7 @@ def _forward_op(
         new_lse = torch.logaddexp(merged_lse, tile_lse)
         merged_output.mul_((merged_lse - new_lse).exp_()).add_(tile.unfold(tile_output) * (tile_lse - new_lse).exp_())
         merged_lse.copy_(new_lse)
-    return documents.unpack_queries(output.to(q.dtype)), documents.unpack_queries(lse[..., None], -torch.inf)[..., 0]
+    return documents.unpack_queries(output, query), documents.unpack_lse(lse)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
@@ -274,9 +304,15 @@ def _backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value from the merged output and log-sum-exp."""
     grad_output, query, key, value = map(_whole_rows, (grad_output, query, key, value))
-    documents = _Documents.find(query, key, document_ids)
+    uses_triton = _uses_triton(query, dropout)
+    documents = _Documents.find(query, key, document_ids, in_place=uses_triton)
     q, o, do, l = (documents.pack_queries(x) for x in (query, output, grad_output, lse[..., None]))
     k, v = documents.pack_keys(key), documents.pack_keys(value)
+    if uses_triton:
+        dq, dk, dv = triton_backward(
+            do, q, k, v, o, l[..., 0], DilatedPattern.from_json(pattern), documents.places(), is_causal, scale
+        )
+        return documents.unpack_queries(dq, query), documents.unpack_keys(dk, key), documents.unpack_keys(dv, value)
     dq, dk, dv = (torch.zeros(x.shape, dtype=_accumulator(x.dtype), device=x.device) for x in (q, k, v))
     kernel = _Kernel(query, scale, dropout, seed)
     for tile in documents.tiles(pattern, is_causal, k.shape[1]):
@@ -287,18 +323,17 @@ def _backward_op(
         tile.rows(dq).add_(tile.unfold(tile_dq))
         tile.columns(dk).add_(tile.unfold(tile_dk).sum(2, keepdim=True))
         tile.columns(dv).add_(tile.unfold(tile_dv).sum(2, keepdim=True))
-    dq, dk, dv = dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
-    return documents.unpack_queries(dq), documents.unpack_keys(dk), documents.unpack_keys(dv)
+    return documents.unpack_queries(dq, query), documents.unpack_keys(dk, key), documents.unpack_keys(dv, value)
 
 
 @_forward_op.register_fake
 def _(query, key, value, document_ids, pattern, is_causal, scale, dropout, seed):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=_accumulator(query.dtype))
+    return _like(query), query.new_empty(query.shape[:3], dtype=_accumulator(query.dtype))
 
 
 @_backward_op.register_fake
 def _(grad_output, query, key, value, output, lse, document_ids, pattern, is_causal, scale, dropout, seed):
-    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+    return tuple(map(_like, (query, key, value)))
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -320,14 +355,25 @@ class _Documents:
 
     def __init__(self, query, key, bounds, query_rows=None, key_rows=None):
         self.shapes = query.shape, key.shape
-        self.bounds = bounds  # per document: first query, first key, number of queries, number of keys
+        self.bounds = bounds  # per document: row of the batch, first query, first key, numbers of queries and of keys
         self.query_rows, self.key_rows = query_rows, key_rows  # into the flattened batch; None: left as it is
 
     @classmethod
-    def find(cls, query: torch.Tensor, key: torch.Tensor, document_ids: torch.Tensor | None) -> "_Documents":
+    def find(
+        cls, query: torch.Tensor, key: torch.Tensor, document_ids: torch.Tensor | None, in_place: bool = False
+    ) -> "_Documents":
+        """With `in_place`, documents without padding inside are left where they are."""
         batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-        if document_ids is None:
-            return cls(query, key, [(0, 0, queries, keys)])
+        runs = [(row, 0, keys) for row in range(batch)] if document_ids is None else None
+        if in_place and document_ids is not None:
+            runs = _document_runs(document_ids)
+        if runs is not None:
+            skipped = keys - queries  # columns of keys before the first query
+            bounds = [
+                (row, max(0, start - skipped), start, max(0, min(length, start + length - skipped)), length)
+                for row, start, length in runs
+            ]
+            return cls(query, key, bounds)
         row = torch.arange(batch, device=document_ids.device)[:, None]
         ids = (document_ids.long() + row * (document_ids.max() + 1)).flatten()
         real = (document_ids >= 0).flatten()
@@ -340,7 +386,14 @@ class _Documents:
         query_counts = torch.zeros_like(key_counts).index_add_(0, document, is_query.to(key_counts.dtype))
         counts = torch.stack((query_counts, key_counts), dim=1)
         bounds = torch.cat((counts.cumsum(0) - counts, counts), dim=1).tolist()
-        return cls(query, key, bounds, query_rows, key_rows)
+        return cls(query, key, [(0, *bound) for bound in bounds], query_rows, key_rows)
+
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """The documents as the Triton kernels ask for them."""
+        return tuple(
+            (row, first_key, first_query - (keys - queries), keys, keys - queries)
+            for row, first_query, first_key, queries, keys in self.bounds
+        )
 
     def pack_queries(self, x: torch.Tensor) -> torch.Tensor:
         return self._pack(x, self.query_rows)
@@ -348,11 +401,17 @@ class _Documents:
     def pack_keys(self, x: torch.Tensor) -> torch.Tensor:
         return self._pack(x, self.key_rows)
 
-    def unpack_queries(self, x: torch.Tensor, padding: float = 0.0) -> torch.Tensor:
-        return self._unpack(x, self.query_rows, self.shapes[0], padding)
+    def unpack_queries(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return self._unpack(x, self.query_rows, like)
 
-    def unpack_keys(self, x: torch.Tensor) -> torch.Tensor:
-        return self._unpack(x, self.key_rows, self.shapes[1], 0.0)
+    def unpack_keys(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return self._unpack(x, self.key_rows, like)
+
+    def unpack_lse(self, x: torch.Tensor) -> torch.Tensor:
+        if self.query_rows is None:
+            return x
+        like = x.new_empty((*self.shapes[0][:3], 1))
+        return self._unpack(x[..., None], self.query_rows, like, -torch.inf)[..., 0]
 
     @staticmethod
     def _pack(x, rows):
@@ -360,20 +419,49 @@ class _Documents:
         return x if rows is None else x.transpose(1, 2).flatten(0, 1)[rows].transpose(0, 1)[None]
 
     @staticmethod
-    def _unpack(x, rows, shape, padding):
+    def _unpack(x, rows, like, padding=0.0):
+        """`[1, H, real tokens, D]` -> `[B, H, N, D]` in the layout and dtype of `like`"""
         if rows is None:
-            return x
-        batch, _, length, _ = shape
-        out = torch.full((batch * length, x.shape[1], x.shape[3]), padding, dtype=x.dtype, device=x.device)
-        out[rows] = x[0].transpose(0, 1)
-        return out.unflatten(0, (batch, length)).transpose(1, 2).contiguous()
+            return x if x.stride() == like.stride() and x.dtype == like.dtype else _like(like).copy_(x)
+        batch, heads, length, size = like.shape
+        flat = x.new_full((batch * length, heads, size), padding)
+        flat[rows] = x[0].transpose(0, 1)
+        return _like(like).copy_(flat.unflatten(0, (batch, length)).transpose(1, 2))
 
     def tiles(self, pattern: str, is_causal: bool, num_heads: int) -> Iterator["_PlacedTile"]:
         pattern = DilatedPattern.from_json(pattern)
         group = self.shapes[0][1] // num_heads
-        for first_query, first_key, queries, keys in self.bounds:
+        # Rows that are one document each have the same tiles, which are then done for all rows at a time
+        bounds = self.bounds if self.query_rows is not None else self.bounds[:1]
+        for _, first_query, first_key, queries, keys in bounds:
             for tile in pattern.tiles(keys, num_heads, num_queries=queries, is_causal=is_causal):
                 yield _PlacedTile(tile, num_heads, group, first_query - (keys - queries), first_key)
+
+
+# Every layer asks for the documents of one batch
+_known_runs = WeakTensorKeyDictionary()
+
+
+def _document_runs(document_ids: torch.Tensor) -> list[tuple[int, int, int]] | None:
+    """Row, first column and length of every document; `None` if there is padding inside one."""
+    version = None if document_ids.is_inference() else document_ids._version
+    if version is not None and document_ids in _known_runs and _known_runs[document_ids][0] == version:
+        return _known_runs[document_ids][1]
+    batch, length = document_ids.shape
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = begins.flatten().nonzero()[:, 0]
+    ids = document_ids.flatten()[starts]
+    starts, ids = torch.stack((starts, ids.long())).tolist()
+    ends = [*starts[1:], batch * length]
+    runs = [(start // length, start % length, end - start) for start, end in zip(starts, ends, strict=True)]
+    documents = [(row, document) for (row, _, _), document in zip(runs, ids, strict=True) if document >= 0]
+    runs = [run for run, document in zip(runs, ids, strict=True) if document >= 0]
+    if len(set(documents)) < len(documents):
+        runs = None
+    if version is not None:
+        _known_runs[document_ids] = version, runs
+    return runs
 
 
 class _PlacedTile(NamedTuple):

@@ -1,0 +1,190 @@
+"""The Triton kernels against the dense oracle: without a GPU in Triton's interpreter, on a GPU as they are."""
+
+import random
+
+import pytest
+import torch
+from patterns import random_pattern
+from test_dilated_operator import gradients, random_layout, random_tensors
+
+from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference
+from longnet_hf import dilated_operator as operator_module
+
+
+kernels = pytest.importorskip("longnet_hf.dilated_kernels", reason="needs Triton", exc_type=ImportError)
+Blocks = kernels.Blocks
+
+PAPER = DilatedPattern([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
+MIXED = DilatedPattern(
+    [48, 300, None], [1, 5, 1], ["segment", "window", "window"], "rotating", shift=True, layer_idx=1
+)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels that run on the CPU, in blocks small enough for short sequences to have many."""
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU the kernels run as they are")
+    monkeypatch.setattr(operator_module, "_uses_triton", lambda query, dropout: True)
+    blocks = dict.fromkeys(("forward", "queries", "keys"), Blocks(16, 16, 4, 1))
+    monkeypatch.setattr(kernels, "_FLOAT32_BLOCKS", {64: blocks})
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("seed", range(24))
+def test_kernels_agree_with_the_oracle(seed, interpreted):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    pattern, batch, heads, group = (
+        random_pattern(rng),
+        rng.choice([1, 2]),
+        rng.choice([1, 2, 3]),
+        rng.choice([1, 1, 2]),
+    )
+    if seed % 2:  # segments longer than blocks
+        lengths = [w and w * rng.choice([1, 4, 8]) for w in pattern.segment_lengths]
+        pattern = DilatedPattern(
+            lengths,
+            pattern.dilation_rates,
+            pattern.branch_types,
+            pattern.head_offset,
+            pattern.shift,
+            pattern.layer_idx,
+        )
+    keys = rng.choice([1, 7, 31, rng.randint(1, 70)]) if seed % 4 else rng.randint(60, 100)
+    queries = rng.choice([keys, keys, 1, rng.randint(1, keys)])
+    inputs, grad = random_tensors(batch, heads, group, queries, keys, rng.choice([1, 3, 16]), torch.float32)
+    options = {"is_causal": rng.random() < 0.6, "scale": rng.choice([None, 0.3]), **random_layout(rng, batch, keys)}
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    output = dilated_attention(*inputs, pattern, **options)
+    expected = dilated_attention_reference(*exact, pattern, **options)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+    for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, exact, grad.double()), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
+
+
+def test_offsets_of_64_bits_agree_too(interpreted, monkeypatch):
+    """Very large rates need them; the interpreter would not need as many numbers as a GPU does."""
+    constants = kernels._constants
+    monkeypatch.setattr(kernels, "_constants", lambda *arguments: constants(*arguments) | {"WIDE": True})
+    inputs, grad = random_tensors(1, 2, 1, 90, 90, 8, torch.float32)
+    output, expected = (f(*inputs, MIXED) for f in (dilated_attention, dilated_attention_reference))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_documents_without_padding_inside_stay_in_place_and_are_looked_for_once(monkeypatch):
+    ids = torch.tensor([[-1, 0, 0, 1, 1, 1], [0, 0, 0, 0, -1, -1]])
+    query, key = torch.zeros(2, 1, 4, 2), torch.zeros(2, 1, 6, 2)
+    documents = operator_module._Documents.find(query, key, ids, in_place=True)
+    assert documents.query_rows is None
+    # row, column of position 0 among keys and queries, length, first query
+    assert documents.places() == ((0, 1, -1, 2, 1), (0, 3, 1, 3, 0), (1, 0, -2, 4, 2))
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)  # which waits for the GPU
+    assert operator_module._Documents.find(query, key, ids, in_place=True).places() == documents.places()
+    monkeypatch.undo()
+    ids[0, 4] = -1  # padding inside: these are packed
+    documents = operator_module._Documents.find(query, key, ids, in_place=True)
+    assert documents.query_rows is not None
+    assert documents.places() == ((0, 0, -1, 2, 1), (0, 2, 1, 2, 0), (0, 4, 1, 4, 2))
+
+
+def test_plan_asks_for_no_more_programs_than_the_pattern_has_work():
+    """Blocks of queries times keys that they meet: at most what the triangle of a block adds to the joined pairs."""
+    length, block = 65536, 64
+    plan = kernels._plan(PAPER, ((0, 0, 0, length, 0),), 12, block, True, True, torch.device("cpu"))
+    assert len(plan.dense) // kernels._PROGRAM.value == length // block
+    kept = sum(-(-(w // r + 1) // block) * (length // w) for w, r in ((4096, 2), (8192, 4), (16384, 6), (32768, 12)))
+    assert len(plan.dilated) // kernels._PROGRAM.value <= kept
+    assert plan.partial_rows <= sum(length // r + length // w for _, w, r in PAPER.branches[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float64, 64), (torch.float32, 64), (torch.float32, 20), (torch.float16, 64)]
+    + [(torch.bfloat16, size) for size in (20, 64, 128, 256, 272)],
+)
+def test_error_on_a_gpu(dtype, size, causal):
+    """Against the oracle in float64: at most twice the error of the oracle itself in the same precision."""
+    patterns = [
+        DilatedPattern([64, 200, 500], [1, 4, 7]),
+        DilatedPattern([64, 200, None], [1, 4, 1], ["window", "window", "window"], "grouped"),
+        DilatedPattern([48, 300], [1, 5], ["segment", "window"], "rotating", shift=True, layer_idx=1),
+    ]
+    mask = torch.ones(2, 603, device="cuda")
+    mask[0, :99] = mask[1, 590:] = 0
+    holes = mask.clone()
+    holes[1, 200:220] = 0
+    layouts = [(603, {}), (603, {"attention_mask": mask}), (5, {"attention_mask": holes})]
+    for pattern in patterns:
+        for queries, layout in layouts:
+            exact, grad = random_tensors(2, 2, 2, queries, 603, size, device="cuda")
+            low = [x.detach().to(dtype).requires_grad_() for x in exact]
+            expected = dilated_attention_reference(*exact, pattern, is_causal=causal, **layout)
+            plain = dilated_attention_reference(*low, pattern, is_causal=causal, **layout)
+            ours = dilated_attention(*low, pattern, is_causal=causal, **layout)
+            floor = 1e-10 if dtype == torch.float64 else 1e-6
+            assert (ours - expected).abs().max() <= 2 * (plain - expected).abs().max() + floor
+            exact_grads = gradients(expected, exact, grad)
+            plain_grads = gradients(plain, low, grad.to(dtype))
+            for our, other, right in zip(gradients(ours, low, grad.to(dtype)), plain_grads, exact_grads, strict=True):
+                assert (our - right).abs().max() <= 2 * (other - right).abs().max() + 10 * floor
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
+def test_repeated_runs_on_a_gpu_are_equal_and_both_paths_agree(size, monkeypatch):
+    inputs, grad = random_tensors(2, 6, 1, 20000, 20000, size, torch.bfloat16, "cuda")
+
+    def run():
+        output = dilated_attention(*inputs, PAPER)
+        return output, *gradients(output, inputs, grad)
+
+    first = run()
+    for _ in range(5):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), first, strict=True))
+    monkeypatch.setenv("LONGNET_TRITON", "0")
+    for ours, theirs in zip(first, run(), strict=True):
+        assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_numbers_on_a_gpu():
+    """The last segments of a very long sequence, whose segments are apart, equal those of a short one."""
+    length, tail = 98 * 32768, 2 * 32768
+    make = lambda: torch.randn(1, length, 12, 64, dtype=torch.bfloat16, device="cuda").transpose(1, 2)  # noqa: E731
+    *inputs, grad = (make() for _ in range(4))
+    inputs = [x.requires_grad_() for x in inputs]
+    assert inputs[0].numel() > 2**31
+    output = dilated_attention(*inputs, PAPER)
+    grads = gradients(output, inputs, grad)
+    short = [x.detach()[:, :, -tail:].clone().requires_grad_() for x in inputs]
+    expected = dilated_attention(*short, PAPER)
+    assert torch.equal(output[:, :, -tail:], expected)
+    for ours, theirs in zip(grads, gradients(expected, short, grad[:, :, -tail:]), strict=True):
+        assert torch.equal(ours[:, :, -tail:], theirs)
+
+
+@pytest.mark.gpu
+def test_compiled_checkpointed_and_under_autocast_on_a_gpu():
+    inputs, grad = random_tensors(2, 4, 2, 3000, 3000, 64, torch.float32, "cuda")
+    mask = torch.ones(2, 3000, device="cuda")
+    mask[0, :777] = 0
+    low = [x.bfloat16() for x in inputs]
+    expected = dilated_attention(*low, PAPER, attention_mask=mask)
+    expected_grads = gradients(expected, inputs, grad.bfloat16())
+
+    def attend(*inputs):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return dilated_attention(*inputs, PAPER, attention_mask=mask)
+
+    compiled = torch.compile(attend, fullgraph=True)
+    checkpointed = lambda *inputs: torch.utils.checkpoint.checkpoint(attend, *inputs, use_reentrant=False)  # noqa: E731
+    for run in (attend, compiled, checkpointed):
+        output = run(*inputs)
+        assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
+        for ours, theirs in zip(gradients(output, inputs, grad.bfloat16()), expected_grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
