@@ -1,26 +1,41 @@
-"""Time and memory of one attention layer as the sequence grows: dilated attention beside PyTorch's full attention.
+"""Time and memory of one attention layer as the sequence grows: dilated attention beside the alternatives.
 
     python benchmarks/attention.py                    # on the GPU if there is one, or else on the CPU
-    python benchmarks/attention.py --lengths 8192 32768 --heads 12 --head_dim 64
+    python benchmarks/attention.py --lengths 8192 32768 --head_dim 64 --bidirectional
+    python benchmarks/attention.py --only triton "full, cuDNN" --cuda_graph
 
-Causal, batch 1, the paper's pattern (w = 2048 ... 32768, r = 1, 2, 4, 6, 12). A row gives milliseconds forward and
-forward + backward, the memory that the latter allocates at its peak, and the rate at which pairs are done.
+Batch 1, the paper's pattern (w = 2048 ... 32768, r = 1, 2, 4, 6, 12) or w = 2048 * 4^k, r = 4^k. A row gives
+milliseconds forward and forward + backward, the TFLOP/s of both, which count the pairs of the pattern only, and the
+memory that the latter allocates at its peak. The attentions:
+
+- triton: this project's kernels; pytorch: its path for other devices, tiles of PyTorch's flash attention
+- gather: the published implementations' way (kept rows copied, flash attention per branch, scattered, and mixed)
+- flex: FlexAttention with the pattern as block mask, where that fits
+- full, flash and full, cuDNN: full attention through scaled_dot_product_attention
 """
 
 import argparse
+import functools
+import os
 import platform
-import statistics
 import subprocess
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.benchmark import Timer
 
 from longnet_hf import DilatedPattern, dilated_attention
 
 
-PAPER = DilatedPattern([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
+PATTERNS = {
+    "paper": DilatedPattern([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12]),
+    "powers": DilatedPattern([2048 * 4**k for k in range(5)], [4**k for k in range(5)]),
+}
+# Beyond these lengths an attention takes too long to be worth its place in the table
+LONGEST = {"cpu": {"full": 2**14}, "cuda": {"flex": 2**15, "full, flash": 2**16, "full, cuDNN": 2**17}}
 
 
 def environment(device: str) -> str:
@@ -28,24 +43,92 @@ def environment(device: str) -> str:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
-    name = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.processor()} {torch.get_num_threads()} threads"
+    name = f"{platform.processor()} {torch.get_num_threads()} threads"
+    if device == "cuda":
+        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    commit = commit.stdout.strip() or os.environ.get("COMMIT", "unknown")
+    return f"{name}, torch {torch.__version__}, longnet-hf {commit}"
+
+
+def gather_attention(query, key, value, pattern, is_causal):
+    """Dilated attention as it was published: a copy of the kept rows, an output and a log-sum-exp per branch."""
+    heads, length = query.shape[1:3]
+    outputs, lses = [], []
+    for branch in pattern.branches:
+        w, r = min(branch.length, length), branch.rate
+        output, lse = torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+        for phase in range(min(r, heads)):
+
+            def kept(x, phase=phase, w=w, r=r):  # [1, heads, N, ...] -> [segments, heads, kept rows, ...]
+                return x[:, phase::r].unflatten(2, (-1, w))[0, :, :, phase::r].transpose(0, 1)
+
+            rows = (kept(x).contiguous() for x in (query, key, value))
+            part, part_lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*rows, 0.0, is_causal)
+            kept(output).copy_(part)
+            kept(lse).copy_(part_lse)
+        outputs.append(output)
+        lses.append(lse)
+    weights = torch.stack(lses).softmax(0).to(query.dtype)
+    return sum(weight[..., None] * output for weight, output in zip(weights, outputs, strict=True))
+
+
+@functools.lru_cache(maxsize=1)
+def flex(pattern, heads, length, is_causal, device):
+    """FlexAttention with the pattern as block mask, and the number of branches as score modification."""
+
+    def count(head, n, m):
+        return pattern.multiplicity(n, m, head, heads, is_causal)
+
+    mask = create_block_mask(
+        lambda b, h, n, m: count(h, n, m) > 0, None, heads, length, length, device=device, _compile=True
     )
-    return f"{name}, torch {torch.__version__}, longnet-hf {commit.stdout.strip() or 'without git'}"
+    return functools.partial(
+        torch.compile(flex_attention, dynamic=False),
+        block_mask=mask,
+        score_mod=lambda score, b, h, n, m: score + count(h, n, m).to(torch.float32).log(),
+    )
 
 
-def milliseconds(run, device: str, repeats: int) -> float:
-    """Median time of a call, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+def attentions(pattern, heads, length, is_causal, device):
+    """Name -> a function of query, key and value, and the pattern whose pairs it computes."""
+    full = DilatedPattern.full()
+
+    def dilated(q, k, v, triton="1"):
+        os.environ["LONGNET_TRITON"] = triton
+        return dilated_attention(q, k, v, pattern, is_causal=is_causal)
+
+    def sdpa(q, k, v, backend):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+    if device == "cpu":
+        return {
+            "pytorch": (dilated, pattern),
+            "full": (functools.partial(F.scaled_dot_product_attention, is_causal=is_causal), full),
+        }
+    return {
+        "triton": (dilated, pattern),
+        "pytorch": (functools.partial(dilated, triton="0"), pattern),
+        "gather": (functools.partial(gather_attention, pattern=pattern, is_causal=is_causal), pattern),
+        "flex": (lambda *qkv: flex(pattern, heads, length, is_causal, device)(*qkv), pattern),
+        "full, flash": (functools.partial(sdpa, backend=SDPBackend.FLASH_ATTENTION), full),
+        "full, cuDNN": (functools.partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION), full),
+    }
+
+
+def milliseconds(run, seconds: float) -> float:
+    """Median time of a call."""
+    return 1e3 * Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=seconds).median
+
+
+def captured(run):
+    """The work of a call on the GPU, without what the CPU does to launch it."""
+    for _ in range(3):
         run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[1:])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def peak_mebibytes(run, device: str) -> float:
@@ -70,43 +153,61 @@ def main():
     on_gpu = device == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[2**n for n in (range(13, 21) if on_gpu else range(12, 18))]
+        "--lengths", type=int, nargs="+", default=[2**n for n in (range(11, 23) if on_gpu else range(12, 18))]
     )
-    parser.add_argument("--heads", type=int, default=12 if on_gpu else 2)
+    parser.add_argument("--width", type=int, default=768 if on_gpu else 128, help="heads x head size")
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--repeats", type=int, default=5 if on_gpu else 1)
+    parser.add_argument("--pattern", choices=PATTERNS, default="paper")
+    parser.add_argument("--bidirectional", action="store_true")
+    parser.add_argument("--only", nargs="+", help="names of the attentions to run")
     parser.add_argument(
-        "--longest_full", type=int, default=2**17 if on_gpu else 2**14, help="skip full attention beyond"
+        "--cuda_graph", action="store_true", help="time the GPU's work alone, replayed as a CUDA graph"
     )
+    parser.add_argument("--seconds", type=float, default=0.2, help="to measure for")
     options = parser.parse_args()
+    heads, pattern = options.width // options.head_dim, PATTERNS[options.pattern]
 
-    print(f"{environment(device)}; {options.heads} heads x {options.head_dim}, {options.dtype}\n")
-    print("| tokens | attention | forward ms | forward + backward ms | peak MiB | forward TFLOP/s |")
-    print("|---|---|---|---|---|---|")
-    attentions = {
-        "dilated": (lambda q, k, v: dilated_attention(q, k, v, PAPER), PAPER),
-        "full": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), DilatedPattern.full()),
-    }
+    print(f"{environment(device)}; {heads} heads x {options.head_dim}, {options.dtype}, pattern {options.pattern}, ")
+    print(f"{'bidirectional' if options.bidirectional else 'causal'}{', CUDA graphs' * options.cuda_graph}\n")
+    print("| tokens | attention | forward ms | forward + backward ms | TFLOP/s | TFLOP/s | peak MiB |")
+    print("|---|---|---|---|---|---|---|")
     for length in options.lengths:
-        shape = (1, options.heads, length, options.head_dim)
-        inputs = [torch.randn(shape, device=device, dtype=getattr(torch, options.dtype)) for _ in range(4)]
-        grad = inputs.pop()
-        for name, (attention, pattern) in attentions.items():
-            if name == "full" and length > options.longest_full:
+        # as a model has them: [B, N, H, D], seen as [B, H, N, D]
+        shape = (1, length, heads, options.head_dim)
+        *inputs, grad = (
+            torch.randn(shape, device=device, dtype=getattr(torch, options.dtype)).transpose(1, 2) for _ in range(4)
+        )
+        inputs = [x.requires_grad_() for x in inputs]
+        for name, (attention, work) in attentions(pattern, heads, length, not options.bidirectional, device).items():
+            too_long = length > LONGEST[device].get(name, length)
+            if too_long or (options.only and name not in options.only):
                 continue
-            for x in inputs:
-                x.requires_grad_()
+
+            def forward(attention=attention, inputs=inputs):
+                with torch.no_grad():
+                    attention(*inputs)
 
             def both(attention=attention, inputs=inputs, grad=grad):
                 torch.autograd.grad(attention(*inputs), inputs, grad)
 
-            with torch.no_grad():
-                forward = milliseconds(lambda: attention(*inputs), device, options.repeats)  # noqa: B023
-            total = milliseconds(both, device, options.repeats)
-            peak = peak_mebibytes(both, device)
-            rate = pattern.flops(length, options.heads, options.head_dim) / forward / 1e9
-            print(f"| {length} | {name} | {forward:.1f} | {total:.1f} | {peak:.0f} | {rate:.2f} |", flush=True)
+            try:
+                peak = peak_mebibytes(both, device)
+                runs = (captured(forward), captured(both)) if options.cuda_graph else (forward, both)
+                times = [milliseconds(run, options.seconds) for run in runs]
+            except torch.cuda.OutOfMemoryError:
+                print(f"| {length} | {name} | out of memory |")
+                continue
+            flops = work.flops(length, heads, options.head_dim, is_causal=not options.bidirectional) / 1e9
+            rates = flops / times[0], 3.5 * flops / times[1]
+            columns = (
+                length,
+                name,
+                *(f"{time:.2f}" for time in times),
+                *(f"{rate:.3g}" for rate in rates),
+                f"{peak:.0f}",
+            )
+            print("|", " | ".join(map(str, columns)), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ class LongNetConfig(PreTrainedConfig):
         attention_dropout (`float`): dropout of attention weights in training.
         rope_parameters (`dict`, *optional*): rotary positions, as in all of Transformers (`rope_type`, `rope_theta`).
         max_position_embeddings (`int`): the context length meant for the model. Only some `rope_type`s look at it.
+        chunk_size_feed_forward (`int`): run the MLPs on so many tokens at a time, 0 for all, which saves memory. In
+            training the backward pass recomputes them.
         skip_logits (`bool`): leave out the logits where labels are given, so that no `[N, vocabulary]` matrix exists.
             Set it to `False` if `compute_metrics` of a `Trainer` needs them.
         initializer_range, use_cache, tie_word_embeddings, bos_token_id, eos_token_id, pad_token_id: as in Llama.
@@ -182,6 +184,8 @@ class LongNetConfig(PreTrainedConfig):
             raise ValueError(f'`norm_type` must be "layer_norm" or "rms_norm", got {self.norm_type!r}.')
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"`attention_dropout` must lie in [0, 1), got {self.attention_dropout}.")
+        if self.chunk_size_feed_forward < 0:
+            raise ValueError(f"`chunk_size_feed_forward` must be at least 0, got {self.chunk_size_feed_forward}.")
         outside = [i for i in self.full_attention_layers or () if not 0 <= i < self.num_hidden_layers]
         if outside:
             raise ValueError(

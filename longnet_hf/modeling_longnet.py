@@ -37,8 +37,8 @@ from .model_card_longnet import prepare_model_card, write_model_card
 
 logger = logging.get_logger(__name__)
 
-# Most logits that the loss holds at a time (128 MiB in float32).
-_MAX_LOGITS = 1 << 25
+# Most logits that the loss holds at a time (512 MiB in float32). Fewer make the products with a large vocabulary slow.
+_MAX_LOGITS = 1 << 27
 
 
 class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
@@ -202,7 +202,11 @@ class LongNetAttention(nn.Module):
 
 
 class LongNetMLP(nn.Module):
-    """Two or, gated, three projections; MAGNETO's inner norm stands before the last."""
+    """Two or, gated, three projections; MAGNETO's inner norm stands before the last.
+
+    With `config.chunk_size_feed_forward`, so many tokens at a time, which the backward pass recomputes: of a long
+    sequence, activations of `intermediate_size` are what takes most memory.
+    """
 
     def __init__(self, config: LongNetConfig):
         super().__init__()
@@ -214,9 +218,18 @@ class LongNetMLP(nn.Module):
         self.ffn_sub_norm = make_norm(config, intermediate_size) if config.use_sub_norm else nn.Identity()
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.chunk_size = config.chunk_size_feed_forward
         set_magneto_init(config, self.gate_proj, self.up_proj, self.down_proj)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not 0 < self.chunk_size < x.shape[-2]:
+            return self.forward_chunk(x)
+        chunks = x.split(self.chunk_size, dim=-2)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(self.forward_chunk, chunk, use_reentrant=False) for chunk in chunks], dim=-2)
+        return torch.cat([self.forward_chunk(chunk) for chunk in chunks], dim=-2)
+
+    def forward_chunk(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:
             x = self.act_fn(self.up_proj(x))
         else:

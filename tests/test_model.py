@@ -419,6 +419,20 @@ def test_gradient_checkpointing_changes_nothing(kind, reentrant):
     assert_same_gradients(all_gradients(model, model(ids, labels=ids).loss), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+@every_kind
+def test_mlps_in_chunks_change_nothing(kind, checkpointing):
+    model, ids = build(LongNetForCausalLM, kind).train(), random_ids(2, 30)
+    expected = all_gradients(model, model(ids, labels=ids).loss)
+    chunked = LongNetForCausalLM(LongNetConfig(**model.config.to_diff_dict() | {"chunk_size_feed_forward": 7})).train()
+    chunked.load_state_dict(model.state_dict())
+    if checkpointing is not None:
+        chunked.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    assert_same_gradients(all_gradients(chunked, chunked(ids, labels=ids).loss), expected, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked.eval()(ids).logits, model.eval()(ids).logits)
+
+
 def test_attention_dropout_acts_in_training_only():
     model, ids = build(LongNetModel, attention_dropout=0.5), random_ids(1, 20)
     assert torch.equal(main_output(model(ids)), main_output(model(ids)))
