@@ -90,7 +90,9 @@ def main():
                 torch.cuda.empty_cache()
                 continue
             peak = torch.cuda.max_memory_allocated() / 2**30
-            columns = f"{length} | {name} | {parameters / 1e6:.0f} M | {seconds:.3f} | {length / seconds:.0f} | {peak:.1f}"
+            columns = (
+                f"{length} | {name} | {parameters / 1e6:.0f} M | {seconds:.3f} | {length / seconds:.0f} | {peak:.1f}"
+            )
             print(f"| {columns} |", flush=True)
 
 

@@ -37,8 +37,9 @@ MAX_HEAD_DIM = 256
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Sizes of the records of a `_Plan`
-_PROGRAM = tl.constexpr(16)
+_PROGRAM = tl.constexpr(20)
 _ENTRY = tl.constexpr(6)
+_MERGE = tl.constexpr(12)
 
 
 @triton.jit
@@ -49,10 +50,16 @@ def _load_document(program):
 
 
 @triton.jit
-def _kept(start, stop, r, first):
-    """Of the positions `start`, `start + r`, ... below `stop`, those from `first` on: the first, and how many."""
-    skipped = tl.maximum(0, tl.cdiv(first - start, r))
-    return start + skipped * r, tl.maximum(0, tl.cdiv(stop - start, r) - skipped)
+def _kept(program, phase, FIRST: tl.constexpr):
+    """The positions that a phase keeps of a dilated program's segment: the first of them, and how many.
+
+    An integer division takes some 25 instructions. Hence quotient and rest of the distances from the segment's start
+    to its stop, and to where to begin (fields FIRST), stand in the record.
+    """
+    start, r = tl.load(program + 8) + phase, tl.load(program + 7)
+    skipped = tl.maximum(0, tl.load(program + FIRST) + tl.where(tl.load(program + FIRST + 1) > phase, 1, 0))
+    count = tl.load(program + 11) + tl.where(tl.load(program + 12) > phase, 1, 0)
+    return start + skipped * r, tl.maximum(0, count - skipped)
 
 
 @triton.jit
@@ -83,39 +90,42 @@ def _joined(
 
 
 @triton.jit
-def _count(position, offset, start, r, first):
-    """For `position + offset`, with few offsets from 0 on: its number among `start`, `start + r`, ... from `first` on,
-    and whether it is one of them."""
-    distance = position - start
-    count = distance // r
-    rest = distance - count * r
-    count, rest = count - tl.where(rest < 0, 1, 0), rest + tl.where(rest < 0, r, 0)
-    rest += offset
-    # An integer division takes some 25 instructions. This one is exact below 2 ** 21
-    more = ((rest.to(tl.float32) + 0.5) * (1.0 / r.to(tl.float32))).to(tl.int32)
-    skipped = tl.maximum(0, tl.cdiv(first - start, r))
-    return count + more - skipped, (more * r == rest) & (distance + offset >= 0)
+def _number(offset, phase, r, distance, distance_rest, first, first_rest):
+    """Of positions `offset` behind a block's first one: their numbers among those that a phase keeps of a segment, and
+    whether they are kept. The others are the distances from the segment's start to the block's first position and to
+    where numbers begin, as multiples of r and rests."""
+    rest = distance_rest - phase
+    number = distance - tl.where(rest < 0, 1, 0)
+    rest += tl.where(rest < 0, r, 0) + offset
+    more = ((rest.to(tl.float32) + 0.5) * (1.0 / r.to(tl.float32))).to(tl.int32)  # exact below 2 ** 21
+    skipped = tl.maximum(0, first + tl.where(first_rest > phase, 1, 0))
+    return number + more - skipped, (more * r == rest) & (number + more >= 0)
 
 
 @triton.jit
-def _partial_row(first_position, last_position, offset, entry, phase, first, SHORT: tl.constexpr):
-    """Where the partial results of positions are stored, and whether there are any."""
-    w, r, g = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    base, rows = tl.load(entry + 4), tl.load(entry + 5)
-    if SHORT:
-        segment = (first_position + offset + g) // w
-        count, kept = _count(first_position + offset, 0, segment * w - g + phase, r, first)
-        row = base + segment * rows + count
-    else:
-        segment = (first_position + g) // w
+def _partial_row(first_position, last_position, offset, merge, entry, phase, first, SHORT: tl.constexpr):
+    """Where the partial results of the positions `first_position + offset` are stored, and whether there are any."""
+    if SHORT:  # any number of segments in a block
+        w, r, g = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        position = first_position + offset
+        segment = (position + g) // w
         start = segment * w - g + phase
-        count, kept = _count(first_position, offset, start, r, first)
-        row = base + segment * rows + count
-        edge = segment * w - g + w
+        number = (position - start) // r
+        kept = (position >= start) & (number * r == position - start)
+        row = tl.load(entry + 4) + segment * tl.load(entry + 5)
+        row += number - tl.maximum(0, tl.cdiv(first - start, r))
+    else:  # one or two
+        edge, base, r = tl.load(merge), tl.load(merge + 1), tl.load(merge + 3)
+        number, kept = _number(
+            offset, phase, r, tl.load(merge + 4), tl.load(merge + 5), tl.load(merge + 6), tl.load(merge + 7)
+        )
+        row = base + number
         if last_position >= edge:
-            count, kept_there = _count(first_position, offset, start + w, r, first)
+            number, kept_there = _number(
+                offset, phase, r, tl.load(merge + 8), tl.load(merge + 9), tl.load(merge + 10), tl.load(merge + 11)
+            )
             is_there = first_position + offset >= edge
-            row = tl.where(is_there, base + (segment + 1) * rows + count, row)
+            row = tl.where(is_there, base + tl.load(merge + 2) + number, row)
             kept = tl.where(is_there, kept_there, kept)
     return row, kept
 
@@ -241,7 +251,8 @@ def _query_edges(
 
 @triton.jit(do_not_specialize=["partial_rows", "num_queries"])
 def _query_kernel(
-    Q, K, V, OUT, LSE, DO, STATS, PARTIAL, PARTIAL_LSE, programs, entries, phases, partial_rows, num_queries, scale,
+    Q, K, V, OUT, LSE, DO, STATS, PARTIAL, PARTIAL_LSE,
+    programs, entries, merges, phases, partial_rows, num_queries, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_batch, o_head, o_row, do_batch, do_head, do_row,
     DILATED: tl.constexpr, GRADIENT: tl.constexpr, IS_CAUSAL: tl.constexpr, GROUP: tl.constexpr,
@@ -262,8 +273,7 @@ def _query_kernel(
     # The block's queries: rows i of those at `start`, `start + step`, ...
     if DILATED:
         phase, step = tl.load(phases + index), tl.load(program + 7)
-        segment, segment_stop = tl.load(program + 8) + phase, tl.load(program + 9)
-        start, rows = _kept(segment, segment_stop, step, first_query)
+        start, rows = _kept(program, phase, 13)
     else:
         step = 1
         start, rows = first_query, length - first_query
@@ -293,7 +303,7 @@ def _query_kernel(
         entry = entries + (index + branch) * _ENTRY
         if DILATED:
             r = step
-            key_start, num_keys = _kept(segment, segment_stop, r, 0)
+            key_start, num_keys = _kept(program, phase, 15)
             skipped = num_keys - rows  # the queries are the last of the segment
             first, all_first, all_stop, stop = 0, 0, num_keys, num_keys
             if IS_CAUSAL:
@@ -338,17 +348,18 @@ def _query_kernel(
     PARTIAL += head * partial_rows * HEAD_DIM
     PARTIAL_LSE += head * partial_rows
     if DILATED:
-        i += tl.load(program + 10)
+        i += tl.load(program + 9)
         if not GRADIENT:
             acc *= (1.0 / total)[:, None]
             tl.store(PARTIAL_LSE + i, top + tl.log2(total), mask=valid)
         _store(_pointers(PARTIAL, i, HEAD_DIM, BLOCK_D), acc, valid, HEAD_DIM, BLOCK_D)
     else:
+        merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * _MERGE
         if not GRADIENT:
             old_top = top
             for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
                 at, kept = _partial_row(
-                    start + first_row, start + last_row, position - start - first_row,
+                    start + first_row, start + last_row, position - start - first_row, merge + branch * _MERGE,
                     entries + (index + branch) * _ENTRY, tl.load(phases + branch), first_query, SHORT,
                 )  # fmt: skip
                 top = tl.maximum(top, tl.load(PARTIAL_LSE + at, mask=valid & kept, other=-float("inf")))
@@ -358,7 +369,7 @@ def _query_kernel(
             total *= decay
         for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
             at, kept = _partial_row(
-                start + first_row, start + last_row, position - start - first_row,
+                start + first_row, start + last_row, position - start - first_row, merge + branch * _MERGE,
                 entries + (index + branch) * _ENTRY, tl.load(phases + branch), first_query, SHORT,
             )  # fmt: skip
             part = _load(_pointers(PARTIAL, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
@@ -453,7 +464,8 @@ def _joined_by_kept(j, start, step, reach, skipped, first_query, num_queries, IS
 
 @triton.jit(do_not_specialize=["partial_rows", "num_queries"])
 def _key_kernel(
-    Q, K, V, DO, STATS, DK, DV, PARTIAL_DK, PARTIAL_DV, programs, entries, phases, partial_rows, num_queries, scale,
+    Q, K, V, DO, STATS, DK, DV, PARTIAL_DK, PARTIAL_DV,
+    programs, entries, merges, phases, partial_rows, num_queries, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     DILATED: tl.constexpr, IS_CAUSAL: tl.constexpr, GROUP: tl.constexpr,
@@ -473,8 +485,7 @@ def _key_kernel(
     # The block's keys: rows j of those at `start`, `start + step`, ...
     if DILATED:
         phase, step = tl.load(phases + index), tl.load(program + 7)
-        segment, segment_stop = tl.load(program + 8) + phase, tl.load(program + 9)
-        start, rows = _kept(segment, segment_stop, step, 0)
+        start, rows = _kept(program, phase, 15)
     else:
         step = 1
         start, rows = 0, length
@@ -498,9 +509,9 @@ def _key_kernel(
         stats_base = STATS + ((row * num_heads + head) * num_queries + query_column) * 2
         for branch in range(1 if DILATED else NUM_DENSE):
             if DILATED:
-                reach = tl.load(program + 11)
+                reach = tl.load(program + 10)
                 # The queries of a window are all, those of a segment its kept ones, the last of which are given
-                query_start, query_rows = _kept(segment, segment_stop, step, first_query)
+                query_start, query_rows = _kept(program, phase, 13)
                 query_start = tl.where(reach > 0, first_query, query_start)
                 query_rows = tl.where(reach > 0, length - first_query, query_rows)
                 query_step = tl.where(reach > 0, 1, step)
@@ -548,15 +559,16 @@ def _key_kernel(
     PARTIAL_DK += kv_head * partial_rows * HEAD_DIM
     PARTIAL_DV += kv_head * partial_rows * HEAD_DIM
     if DILATED:
-        j += tl.load(program + 10)
+        j += tl.load(program + 9)
         _store(_pointers(PARTIAL_DK, j, HEAD_DIM, BLOCK_D), dk, valid, HEAD_DIM, BLOCK_D)
         _store(_pointers(PARTIAL_DV, j, HEAD_DIM, BLOCK_D), dv, valid, HEAD_DIM, BLOCK_D)
     else:
+        merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * _MERGE
         for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
-            entry = entries + (index + branch) * _ENTRY
             at, kept = _partial_row(
-                first_row, last_row, position - first_row, entry, tl.load(phases + branch), 0, SHORT
-            )
+                first_row, last_row, position - first_row, merge + branch * _MERGE,
+                entries + (index + branch) * _ENTRY, tl.load(phases + branch), 0, SHORT,
+            )  # fmt: skip
             dk += _load(_pointers(PARTIAL_DK, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
             dv += _load(_pointers(PARTIAL_DV, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
         dk_base = DK + row * dk_batch + kv_head * dk_head + key_column * dk_row
@@ -630,17 +642,19 @@ def _padded(head_dim: int) -> int:
 class _Plan(NamedTuple):
     """Which programs to launch, as tables of int32 on the device.
 
-    `dense`, `dilated`: a record for every program of a launch. Its document (see `_load_document`), its block, the
-    first of its document's entries, or if dilated the branch; and if dilated the rate, start and stop of the segment,
-    where the partial results of the segment begin, and the reach. `entries`: for every document and branch, the dense
-    branches first, length w, rate and shift of the grid (a window's is one segment); reach (a window's w, 0 for a
-    segment); where partial results begin, and how many there may be in a segment. `phases`: for every key/value head
-    and branch.
+    `dense`, `dilated`: a record for every program of a launch. Its document (see `_load_document`); its block; the
+    first of its document's entries, or if dilated the branch; and if dilated rate and start of the segment, where its
+    partial results begin, the reach, and the distances that `_kept` asks for. `entries`: for every document and
+    branch, the dense branches first, length w, rate and shift of the grid (a window's is one segment); reach (a
+    window's w, 0 for a segment); where partial results begin, and how many there may be in a segment. `merges`: for
+    every dense program and dilated branch, what `_partial_row` asks for of the segment where its block begins and of
+    the next. `phases`: for every key/value head and branch.
     """
 
     dense: torch.Tensor
     dilated: torch.Tensor
     entries: torch.Tensor
+    merges: torch.Tensor
     phases: torch.Tensor
     num_dense: int
     num_branches: int
@@ -677,7 +691,11 @@ def _plan(
         records[:, :5] = documents[document]
         return records, document, number
 
+    dense, dense_document, dense[:, 5] = programs(-(-(length - first) // block))
+    dense[:, 6] = dense_document * len(branches)
+    first_position = first[dense_document] + dense[:, 5] * block
     entries = np.zeros((len(documents), len(branches), _ENTRY.value), dtype=np.int64)
+    merges = np.zeros((len(dense), len(branches) - num_dense, _MERGE.value), dtype=np.int64)
     dilated, partial_rows, is_short = [], 0, False
     for index, branch in enumerate(branches):
         r = branch.rate
@@ -688,7 +706,7 @@ def _plan(
             g, reach = pattern.grid_shift(branch), 0
             whole = branch.length >= length + g
             w, g = np.where(whole, length + g % r, branch.length), np.where(whole, g % r, g)
-            is_short |= bool((~whole).any()) and branch.length < block or r > 2**20
+            is_short |= (bool((~whole).any()) and branch.length < block) or r > 2**20
         entries[:, index, :4] = np.stack(np.broadcast_arrays(w, r, g, reach), axis=1)
         if index < num_dense:
             continue
@@ -699,24 +717,33 @@ def _plan(
         entries[:, index, 4] = partial_rows + np.cumsum(segments * rows) - segments * rows - first_segment * rows
         entries[:, index, 5] = rows
         partial_rows += int(sum(segments * rows))
+
         records, document, number = programs(segments * blocks)
         segment = first_segment[document] + number // blocks[document]
         start = segment * w[document] - g[document]
-        records[:, 5] = number % blocks[document]
-        records[:, 6], records[:, 7] = index, r
-        records[:, 8], records[:, 9] = start, np.minimum(start + w[document], length[document])
-        records[:, 10] = entries[document, index, 4] + segment * rows[document]
-        records[:, 11] = entries[document, index, 3]
+        records[:, 5], records[:, 6] = number % blocks[document], index
+        records[:, 7], records[:, 8] = r, start
+        records[:, 9] = entries[document, index, 4] + segment * rows[document]
+        records[:, 10] = entries[document, index, 3]
+        stop = np.minimum(start + w[document], length[document])
+        for field, end in ((11, stop), (13, first[document] if of_queries else documents[document, 4]), (15, 0)):
+            records[:, field], records[:, field + 1] = np.divmod(end - start, r)
         dilated.insert(0, records)
-    dense, document, dense[:, 5] = programs(-(-(length - first) // block))
-    dense[:, 6] = document * len(branches)
+
+        document, merge = dense_document, merges[:, index - num_dense]
+        segment = (first_position + g[document]) // w[document]
+        start = segment * w[document] - g[document]
+        merge[:, 0] = start + w[document]
+        merge[:, 1] = entries[document, index, 4] + segment * rows[document]
+        merge[:, 2], merge[:, 3] = rows[document], r
+        for field, begin in ((4, start), (8, start + w[document])):
+            merge[:, field], merge[:, field + 1] = np.divmod(first_position - begin, r)
+            merge[:, field + 2], merge[:, field + 3] = np.divmod(first[document] - begin, r)
     phases = [[pattern.phase(branch, head, num_kv_heads) for branch in branches] for head in range(num_kv_heads)]
 
     # One copy to the device; every table begins at a multiple of 16 bytes, whatever the others hold
-    tables = [
-        np.asarray(table, dtype=np.int32).ravel()
-        for table in (dense, np.concatenate(dilated or [[]]), entries, phases)
-    ]
+    tables = (dense, np.concatenate(dilated or [[]]), entries, merges, phases)
+    tables = [np.asarray(table, dtype=np.int32).ravel() for table in tables]
     starts = np.cumsum([0] + [-(-len(table) // 4) * 4 for table in tables])
     joined = np.zeros(starts[-1], dtype=np.int32)
     for start, table in zip(starts, tables, strict=False):
@@ -802,7 +829,7 @@ def _run_queries(result, query, key, value, lse, grad_output, stats, pattern, pl
         _launch(
             _query_kernel,
             (len(programs) // _PROGRAM.value, heads, 1),
-            (*tensors, programs, plan.entries, plan.phases),
+            (*tensors, programs, plan.entries, plan.merges, plan.phases),
             (plan.partial_rows, query.shape[2], scale),
             strides,
             dict(DILATED=is_dilated, GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
@@ -823,7 +850,7 @@ def _run_keys(dk, dv, query, key, value, grad_output, stats, pattern, places, is
         _launch(
             _key_kernel,
             (len(programs) // _PROGRAM.value, heads, 1),
-            (*tensors, programs, plan.entries, plan.phases),
+            (*tensors, programs, plan.entries, plan.merges, plan.phases),
             (plan.partial_rows, query.shape[2], scale),
             strides,
             dict(DILATED=is_dilated, BLOCK_M=blocks.met, BLOCK_N=blocks.own)
