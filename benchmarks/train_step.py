@@ -57,10 +57,10 @@ def main():
     print(f"compiled {options.compile}, MLPs in chunks of {options.chunk_size}\n")
     print("| tokens | model | parameters | seconds per step | tokens per second | peak GiB |")
     print("|---|---|---|---|---|---|")
-    torch.set_default_device("cuda")
     for name in options.models:
         torch.set_default_dtype(torch.bfloat16)
-        model = make_model(name, options.size, options.chunk_size).train()
+        with torch.device("cuda"):
+            model = make_model(name, options.size, options.chunk_size).train()
         torch.set_default_dtype(torch.float32)
         if not options.no_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -72,7 +72,7 @@ def main():
         for length in options.lengths:
             if name == "llama" and length > options.longest_llama:
                 continue
-            input_ids = torch.randint(VOCABULARY, (1, length))
+            input_ids = torch.randint(VOCABULARY, (1, length), device="cuda")
 
             def step(model=model, optimizer=optimizer, input_ids=input_ids):
                 with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
