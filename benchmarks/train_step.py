@@ -66,7 +66,7 @@ def main():
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if options.compile:
             for layer in model.model.layers:
-                layer.compile(dynamic=True)
+                layer.compile(dynamic=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         for length in options.lengths:
