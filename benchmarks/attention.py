@@ -46,7 +46,7 @@ def environment(device: str) -> str:
     name = f"{platform.processor()} {torch.get_num_threads()} threads"
     if device == "cuda":
         name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    commit = commit.stdout.strip() or os.environ.get("COMMIT", "unknown")
+    commit = os.environ.get("COMMIT") or commit.stdout.strip() or "unknown"
     return f"{name}, torch {torch.__version__}, longnet-hf {commit}"
 
 

@@ -17,6 +17,7 @@ from longnet_hf import LongNetForCausalLM, LongNetForSequenceClassification, Lon
 ROOT = Path(__file__).parent.parent
 CODE = {
     "configuration_longnet.py",
+    "dilated_kernels.py",
     "dilated_operator.py",
     "dilated_pattern.py",
     "model_card_longnet.py",
