@@ -1,6 +1,7 @@
 """LongNet configuration: the usual fields of a Transformers decoder, and the pattern of dilated attention of every
 layer."""
 
+import copy
 import warnings
 
 from huggingface_hub.dataclasses import strict
@@ -101,7 +102,7 @@ class LongNetConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
+        if self.head_dim is None and self.num_attention_heads > 0:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
@@ -146,17 +147,22 @@ class LongNetConfig(PreTrainedConfig):
         if sliding_window or layer_types:
             raise ValueError(
                 f"`from_llama` takes models with full attention, got `sliding_window={sliding_window}` and layers of "
-                f"type {sorted(layer_types)}. Clear both in its configuration to let the pattern replace them."
+                f"type {sorted(layer_types)}. To let the pattern replace them, load the source as a model whose "
+                "configuration has neither, and give that."
             )
         if getattr(config, "quantization_config", None) is not None:
-            raise ValueError("`from_llama` takes weights that are not quantized: dequantize the source first.")
+            raise ValueError(
+                "`from_llama` takes weights that are not quantized, and the source has a `quantization_config`: "
+                "dequantize it first."
+            )
         same = (
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-            *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rope_parameters", "initializer_range"),
+            *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range"),
             *("attention_dropout", "use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
         )
         qkv_bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
         fields = {name: getattr(config, name) for name in same} | {
+            "rope_parameters": copy.deepcopy(config.rope_parameters),
             "head_dim": getattr(config, "head_dim", None),
             "norm_type": "rms_norm",
             "norm_eps": config.rms_norm_eps,
@@ -171,6 +177,13 @@ class LongNetConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: checks what concerns several fields."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must lie below `vocab_size` ({self.vocab_size}), got {self.pad_token_id}."
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
@@ -191,7 +204,7 @@ class LongNetConfig(PreTrainedConfig):
             raise ValueError(
                 f"`full_attention_layers` must be layer indices from 0 to {self.num_hidden_layers - 1}, got {outside}."
             )
-        for name in ("sliding_window", "layer_types"):
+        for name in ("sliding_window", "use_sliding_window", "layer_types"):
             if getattr(self, name, None):
                 raise ValueError(
                     f"LongNet does not read `{name}` (got {getattr(self, name)!r}). Say it with the pattern: "

@@ -112,9 +112,11 @@ def dilated_attention_reference(
     count = pattern.multiplicity(n, m, head, heads, is_causal) * together[:, None, keys - queries :]  # C
 
     group = query.shape[1] // heads
+    value = value.masked_fill((document_ids < 0)[:, None, :, None], 0.0)  # padding may hold anything, NaN too
     count, key, value = (x.repeat_interleave(group, dim=1) for x in (count, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = query @ key.transpose(-1, -2) * scale + count.to(_accumulator(query.dtype)).log()
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(count == 0, -torch.inf)
+    scores = scores + count.clamp(min=1).to(_accumulator(query.dtype)).log()
     unjoined = (count == 0).all(-1, keepdim=True)
     weights = scores.masked_fill(unjoined, 0.0).softmax(-1, dtype=_accumulator(query.dtype))
     weights = F.dropout(weights.masked_fill(unjoined, 0.0).to(query.dtype), dropout)
@@ -143,8 +145,9 @@ def find_documents(
     elif attention_mask.shape != (batch_size, length):
         raise ValueError(
             f"`attention_mask` must be a 2-D padding mask of shape {(batch_size, length)} (batch, keys), got "
-            f"{tuple(attention_mask.shape)}. Masks of more dimensions are not supported: the pattern decides who "
-            "attends to whom."
+            f"{tuple(attention_mask.shape)}."
+            + " Masks of more dimensions are not supported: the pattern decides who attends to whom."
+            * (attention_mask.dim() > 2)
         )
     else:
         real = attention_mask != 0
@@ -164,6 +167,13 @@ def find_documents(
     if cu_seq_lens is not None:
         if cu_seq_lens.dim() != 1:
             raise ValueError(f"`cu_seq_lens` must have one dimension, got shape {tuple(cu_seq_lens.shape)}.")
+        if not torch.compiler.is_compiling():
+            ends = [int(cu_seq_lens[0]), int(cu_seq_lens[-1])] if len(cu_seq_lens) else []
+            if ends != [0, batch_size * length] or bool((cu_seq_lens.diff() < 0).any()):
+                raise ValueError(
+                    f"`cu_seq_lens` must grow from 0 to {batch_size * length}, the number of tokens in the batch, got "
+                    f"{len(cu_seq_lens)} numbers from {ends[:1]} to {ends[1:]}."
+                )
         flat = torch.arange(batch_size * length, device=device)
         document = torch.searchsorted(cu_seq_lens.to(device), flat, right=True).view(batch_size, length)
         ids = ids + (document - document[:, :1]).to(torch.int32)
@@ -347,7 +357,12 @@ def _backward(ctx, grad_output, _):
     return *grads, None, None, None, None, None, None
 
 
+def _no_second_derivatives(ctx, *grads):
+    raise NotImplementedError("Dilated attention has no second derivatives (`create_graph=True`).")
+
+
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)
+_backward_op.register_autograd(_no_second_derivatives)
 
 
 class _Documents:

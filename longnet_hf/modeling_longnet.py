@@ -5,6 +5,7 @@ Reads from top to bottom like any model of Transformers: rotary positions, atten
 
 import copy
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -583,6 +584,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the source has anything that LongNet does not compute; it is named.
         """
+        if not isinstance(model_or_path, (PreTrainedModel, str, os.PathLike)):
+            raise ValueError(
+                "`model_or_path` must be a Transformers model, a path or a name on the Hub, got "
+                f"{type(model_or_path).__name__}. (Of a PEFT model, give `merge_and_unload()`.)"
+            )
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in LongNetConfig.__annotations__}
         fields |= {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
         if isinstance(model_or_path, PreTrainedModel):

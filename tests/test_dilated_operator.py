@@ -170,6 +170,23 @@ def test_queries_that_no_branch_joins_and_masked_rows_give_zeros_not_nan(operato
     assert (operator(*inputs, PATTERN, attention_mask=torch.zeros(2, 12)) == 0).all()
 
 
+@pytest.mark.parametrize("operator", [dilated_attention, dilated_attention_reference])
+def test_padding_may_hold_anything(operator):
+    inputs, _ = random_tensors(1, 2, 1, 20, 20, 4)
+    mask = torch.arange(20)[None] >= 5
+    spoiled = [x.detach().masked_fill(~mask[:, None, :, None], torch.nan) for x in inputs]
+    expected = operator(*inputs, PATTERN, attention_mask=mask)
+    assert torch.equal(operator(*spoiled, PATTERN, attention_mask=mask), expected)
+
+
+def test_second_derivatives_are_refused_in_words():
+    inputs, grad = random_tensors(1, 2, 1, 20, 20, 4)
+    output = dilated_attention(*inputs, PATTERN)
+    first = torch.autograd.grad(output, inputs, grad, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(first[0].sum(), inputs)
+
+
 def test_full_attention_is_what_pytorch_computes():
     inputs, _ = random_tensors(2, 4, 1, 33, 33, 8)
     expected = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
@@ -314,6 +331,8 @@ def test_documents_are_found_in_any_notation():
         (dict(attention_mask=torch.ones(1, 7)), "`attention_mask`"),
         (dict(position_ids=torch.arange(7)[None]), "`position_ids`"),
         (dict(cu_seq_lens=torch.tensor([[0, 8]])), "`cu_seq_lens`"),
+        (dict(cu_seq_lens=torch.tensor([0, 7])), "`cu_seq_lens` must grow from 0 to 8"),
+        (dict(cu_seq_lens=torch.tensor([0, 5, 3, 8])), "`cu_seq_lens` must grow from 0 to 8"),
         (dict(document_ids=torch.zeros(1, 7)), "`document_ids`"),
         (dict(document_ids=torch.zeros(1, 8), attention_mask=torch.ones(1, 8)), "`document_ids` replaces"),
     ],

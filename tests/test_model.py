@@ -96,6 +96,11 @@ def test_config_round_trip(kind, tmp_path):
         (dict(head_dim=7), "`head_dim`.*7"),
         (dict(hidden_act="nonsense"), "`hidden_act` must be one of .*'gelu'.*'nonsense'"),
         (dict(norm_type="batch_norm"), "`norm_type`.*'batch_norm'"),
+        (dict(num_attention_heads=0), "`num_attention_heads` must be at least 1, got 0"),
+        (dict(hidden_size=0, num_attention_heads=4), "`hidden_size` must be at least 1, got 0"),
+        (dict(pad_token_id=10**6), "`pad_token_id` must lie below `vocab_size`.*1000000"),
+        (dict(chunk_size_feed_forward=-1), "`chunk_size_feed_forward` must be at least 0, got -1"),
+        (dict(use_sliding_window=True), "does not read `use_sliding_window`"),
         (dict(attention_dropout=1.5), "`attention_dropout`.*1.5"),
         (dict(sliding_window=128), "`sliding_window`.*128"),
         (dict(layer_types=["full_attention"] * 3), "`layer_types`"),
@@ -691,7 +696,13 @@ def test_from_llama_refuses_what_does_not_fit(tmp_path):
     windowed = transformers.Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=2)
     with pytest.raises(ValueError, match="sliding_window=64.*sliding_attention"):
         LongNetConfig.from_llama(windowed, **pattern)
+    with pytest.raises(ValueError, match="`quantization_config`"):
+        LongNetConfig.from_llama(transformers.LlamaConfig(quantization_config={"bits": 4}), **pattern)
+    for source in (None, transformers.LlamaConfig()):
+        with pytest.raises(ValueError, match="`model_or_path` must be a Transformers model.*" + type(source).__name__):
+            LongNetForCausalLM.from_llama(source, **pattern)
     source = llama_family("llama")
+    assert LongNetConfig.from_llama(source.config, **pattern).rope_parameters is not source.config.rope_parameters
     source.model.layers[0].mlp.extra = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="extra"):
         LongNetForCausalLM.from_llama(source, **pattern)
