@@ -17,12 +17,13 @@ is all that the inner loops know of a pattern; blocks of keys that all rows join
 """
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from .dilated_pattern import DilatedPattern
+from .dilated_pattern import Branch, DilatedPattern
 
 
 try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
@@ -648,14 +649,15 @@ class _Plan(NamedTuple):
     branch, the dense branches first, length w, rate and shift of the grid (a window's is one segment); reach (a
     window's w, 0 for a segment); where partial results begin, and how many there may be in a segment. `merges`: for
     every dense program and dilated branch, what `_partial_row` asks for of the segment where its block begins and of
-    the next. `phases`: for every key/value head and branch.
+    the next.
+
+    The phases of the heads, in which layers may differ, stand apart.
     """
 
     dense: torch.Tensor
     dilated: torch.Tensor
     entries: torch.Tensor
     merges: torch.Tensor
-    phases: torch.Tensor
     num_dense: int
     num_branches: int
     partial_rows: int
@@ -663,22 +665,41 @@ class _Plan(NamedTuple):
     is_short: bool  # some segments are shorter than a block
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
+def _without_phases(pattern: DilatedPattern) -> DilatedPattern:
+    return replace(pattern, head_offset="paper", layer_idx=0)
+
+
+def _ordered_branches(pattern: DilatedPattern, of_queries: bool) -> tuple[list[Branch], int]:
+    """The branches, dense ones first, and how many these are."""
+
+    def is_dilated(branch: Branch) -> bool:
+        return branch.rate > 1 and not (of_queries and branch.type == "window")
+
+    return sorted(pattern.branches, key=is_dilated), sum(not is_dilated(branch) for branch in pattern.branches)
+
+
+@functools.lru_cache(maxsize=1024)
+def _phases(pattern: DilatedPattern, num_kv_heads: int, of_queries: bool, device: torch.device) -> torch.Tensor:
+    """For every key/value head and branch, in the order of the plan."""
+    branches, _ = _ordered_branches(pattern, of_queries)
+    phases = [[pattern.phase(branch, head, num_kv_heads) for branch in branches] for head in range(num_kv_heads)]
+    return torch.tensor(phases, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=32)
 def _plan(
     pattern: DilatedPattern,
     places: tuple[tuple[int, ...], ...],
-    num_kv_heads: int,
     block: int,
     of_queries: bool,
     is_causal: bool,
     device: torch.device,
 ) -> _Plan:
-    """The plan for blocks of queries or of keys of the documents at `places`."""
+    """The plan for blocks of queries or of keys of the documents at `places`, for a pattern `_without_phases`."""
     documents = np.array(places, dtype=np.int64).reshape(-1, 5)
     length, first = documents[:, 3], documents[:, 4] * of_queries
-    is_dense = [branch.rate == 1 or (of_queries and branch.type == "window") for branch in pattern.branches]
-    order = sorted(range(len(is_dense)), key=lambda index: not is_dense[index])
-    branches, num_dense = [pattern.branches[index] for index in order], sum(is_dense)
+    branches, num_dense = _ordered_branches(pattern, of_queries)
     reverse = of_queries and is_causal  # the blocks with most to do come first
 
     def programs(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -739,10 +760,9 @@ def _plan(
         for field, begin in ((4, start), (8, start + w[document])):
             merge[:, field], merge[:, field + 1] = np.divmod(first_position - begin, r)
             merge[:, field + 2], merge[:, field + 3] = np.divmod(first[document] - begin, r)
-    phases = [[pattern.phase(branch, head, num_kv_heads) for branch in branches] for head in range(num_kv_heads)]
 
     # One copy to the device; every table begins at a multiple of 16 bytes, whatever the others hold
-    tables = (dense, np.concatenate(dilated or [[]]), entries, merges, phases)
+    tables = (dense, np.concatenate(dilated or [[]]), entries, merges)
     tables = [np.asarray(table, dtype=np.int32).ravel() for table in tables]
     starts = np.cumsum([0] + [-(-len(table) // 4) * 4 for table in tables])
     joined = np.zeros(starts[-1], dtype=np.int32)
@@ -819,7 +839,8 @@ def _run_queries(result, query, key, value, lse, grad_output, stats, pattern, pl
     if not is_gradient:
         grad_output, stats = query, lse  # not looked at
     blocks = _blocks(query, "queries" if is_gradient else "forward")
-    plan = _plan(pattern, places, key.shape[1], blocks.own, True, is_causal, query.device)
+    plan = _plan(_without_phases(pattern), places, blocks.own, True, is_causal, query.device)
+    phases = _phases(pattern, key.shape[1], True, query.device)
     heads = query.shape[1]
     partial = query.new_empty((heads, plan.partial_rows, query.shape[3]))
     partial_lse = stats if is_gradient else lse.new_empty((heads, plan.partial_rows))
@@ -829,7 +850,7 @@ def _run_queries(result, query, key, value, lse, grad_output, stats, pattern, pl
         _launch(
             _query_kernel,
             (len(programs) // _PROGRAM.value, heads, 1),
-            (*tensors, programs, plan.entries, plan.merges, plan.phases),
+            (*tensors, programs, plan.entries, plan.merges, phases),
             (plan.partial_rows, query.shape[2], scale),
             strides,
             dict(DILATED=is_dilated, GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
@@ -841,7 +862,8 @@ def _run_queries(result, query, key, value, lse, grad_output, stats, pattern, pl
 def _run_keys(dk, dv, query, key, value, grad_output, stats, pattern, places, is_causal, scale) -> None:
     """Write the gradients of all keys and values."""
     blocks = _blocks(query, "keys")
-    plan = _plan(pattern, places, key.shape[1], blocks.own, False, is_causal, query.device)
+    plan = _plan(_without_phases(pattern), places, blocks.own, False, is_causal, query.device)
+    phases = _phases(pattern, key.shape[1], False, query.device)
     heads = key.shape[1]
     partial_dk, partial_dv = (key.new_empty((heads, plan.partial_rows, key.shape[3])) for _ in range(2))
     tensors = (query, key, value, grad_output, stats, dk, dv, partial_dk, partial_dv)
@@ -850,7 +872,7 @@ def _run_keys(dk, dv, query, key, value, grad_output, stats, pattern, places, is
         _launch(
             _key_kernel,
             (len(programs) // _PROGRAM.value, heads, 1),
-            (*tensors, programs, plan.entries, plan.merges, plan.phases),
+            (*tensors, programs, plan.entries, plan.merges, phases),
             (plan.partial_rows, query.shape[2], scale),
             strides,
             dict(DILATED=is_dilated, BLOCK_M=blocks.met, BLOCK_N=blocks.own)

@@ -93,11 +93,21 @@ def test_documents_without_padding_inside_stay_in_place_and_are_looked_for_once(
 def test_plan_asks_for_no_more_programs_than_the_pattern_has_work():
     """Blocks of queries times keys that they meet: at most what the triangle of a block adds to the joined pairs."""
     length, block = 65536, 64
-    plan = kernels._plan(PAPER, ((0, 0, 0, length, 0),), 12, block, True, True, torch.device("cpu"))
+    plan = kernels._plan(PAPER, ((0, 0, 0, length, 0),), block, True, True, torch.device("cpu"))
     assert len(plan.dense) // kernels._PROGRAM.value == length // block
     kept = sum(-(-(w // r + 1) // block) * (length // w) for w, r in ((4096, 2), (8192, 4), (16384, 6), (32768, 12)))
     assert len(plan.dilated) // kernels._PROGRAM.value <= kept
     assert plan.partial_rows <= sum(length // r + length // w for _, w, r in PAPER.branches[1:])
+
+
+def test_layers_share_their_plans(interpreted):
+    inputs, grad = random_tensors(1, 2, 1, 40, 40, 4, torch.float32)
+    before = kernels._plan.cache_info().misses
+    for offset in ("paper", "rotating"):
+        for layer_idx in range(3):
+            pattern = DilatedPattern([16, 41], [1, 3], None, offset, layer_idx=layer_idx)
+            gradients(dilated_attention(*inputs, pattern), inputs, grad)
+    assert kernels._plan.cache_info().misses == before + 2  # blocks of queries, blocks of keys
 
 
 @pytest.mark.gpu
