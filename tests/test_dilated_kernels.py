@@ -164,6 +164,8 @@ def test_repeated_runs_on_a_gpu_are_equal_and_both_paths_agree(size, monkeypatch
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_numbers_on_a_gpu():
     """The last segments of a very long sequence, whose segments are apart, equal those of a short one."""
+    if torch.cuda.mem_get_info()[0] < 70e9:
+        pytest.skip("needs 70 GB of free GPU memory")
     length, tail = 98 * 32768, 2 * 32768
     make = lambda: torch.randn(1, length, 12, 64, dtype=torch.bfloat16, device="cuda").transpose(1, 2)  # noqa: E731
     *inputs, grad = (make() for _ in range(4))

@@ -159,3 +159,21 @@ def test_compiled_decoding(paper):
     expected = paper.generate(ids, **GREEDY)
     paper.forward = torch.compile(paper.forward, backend="eager", dynamic=True)
     assert torch.equal(paper.generate(ids, **GREEDY), expected)
+
+
+def test_turns_of_a_conversation_continue_from_the_cache(model):
+    """Rows end at different times in every turn, so that padding comes to lie on the left and inside."""
+    rows, cache, new = [random_ids(3), random_ids(19), random_ids(11)], None, 9
+    options = GREEDY | {"max_new_tokens": new}
+    ids, mask = left_padded(rows)
+    for kept in ([2, 9, 5], [9, 1, 9], [4, 9, 9]):
+        outputs = model.generate(
+            ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **options
+        )
+        cache, replies, turns = outputs.past_key_values, outputs.sequences[:, -new:], random_ids(3, 6)
+        for i, row in enumerate(rows):
+            assert torch.equal(replies[i], model.generate(row[None], **options)[0, -new:])
+            rows[i] = torch.cat((row, replies[i, : kept[i]], turns[i]))
+        reply_mask = (torch.arange(new) < torch.tensor(kept)[:, None]).long()
+        ids = torch.cat((outputs.sequences, turns), 1)
+        mask = torch.cat((mask, reply_mask, torch.ones_like(turns)), 1)

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from models import KINDS, SMALL, build, random_ids, small_config
+from patterns import joined
 from torch import nn
 from transformers import AutoConfig, DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
 from longnet_hf import (
+    DilatedPattern,
     LongNetAttention,
     LongNetConfig,
     LongNetForCausalLM,
@@ -629,11 +631,11 @@ SOURCES = {
 }
 
 
-def llama_family(name):
+def llama_family(name, num_key_value_heads=2):
     model_class, config = SOURCES[name]
     sizes = {name: value for name, value in SMALL.items() if name not in ("segment_lengths", "dilation_rates")}
     torch.manual_seed(0)
-    changed = config.to_diff_dict() | sizes | {"num_key_value_heads": 2}
+    changed = config.to_diff_dict() | sizes | {"num_key_value_heads": num_key_value_heads}
     changed.pop("layer_types", None)  # one per layer of the default size
     model = model_class(type(config)(**changed)).eval()
     for weight in model.parameters():
@@ -665,6 +667,34 @@ def test_one_branch_that_covers_the_sequence_reproduces_the_source(name, from_pa
     model.save_pretrained(tmp_path / "longnet")
     again = LongNetForCausalLM.from_pretrained(tmp_path / "longnet")
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("offset", "types", "shared"),
+    [("paper", None, 2), ("grouped", None, 4), ("paper", ["window", "segment", "window"], 2), ("grouped", None, 1)],
+)
+def test_longnet_is_llama_with_the_pattern_as_a_bias(offset, types, shared):
+    """Transformers' own Llama, given log C as a 4-D mask, computes the same: values and gradients."""
+    source = llama_family("llama", num_key_value_heads=shared).double()
+    pattern = DilatedPattern([8, 16, 40], [1, 2, 3], types, offset)
+    model = LongNetForCausalLM.from_llama(
+        source, segment_lengths=[8, 16, 40], dilation_rates=[1, 2, 3], branch_types=types, head_offset=offset
+    )
+    source.model.rotary_emb = model.model.rotary_emb  # whose angles are those of float64
+    ids, heads = random_ids(2, 59), model.config.num_attention_heads
+    count = torch.tensor(
+        [
+            [[joined(pattern, n, m, head * shared // heads, shared) for m in range(59)] for n in range(59)]
+            for head in range(heads)
+        ]
+    )
+    bias = count.double().log().expand(2, -1, -1, -1)
+    ours, theirs = model(ids).logits, source(ids, attention_mask=bias, use_cache=False).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    weights = torch.randn_like(ours)
+    assert_same_gradients(
+        all_gradients(model, (ours * weights).sum()), all_gradients(source, (theirs * weights).sum()), atol=1e-8
+    )
 
 
 def test_from_llama_takes_fields_and_loading_options(tmp_path):
