@@ -611,7 +611,7 @@ class Blocks(NamedTuple):
 # By head size (padded to a power of 2) and kernel; measured on an H100
 _HOPPER_BLOCKS = {
     64: dict(forward=Blocks(64, 64, 4, 3, 168), queries=Blocks(64, 64, 4, 3, 168), keys=Blocks(64, 64, 4, 3)),
-    128: dict(forward=Blocks(128, 64, 8, 3), queries=Blocks(64, 64, 4, 2), keys=Blocks(64, 32, 4, 3)),
+    128: dict(forward=Blocks(64, 64, 4, 3), queries=Blocks(64, 64, 4, 2), keys=Blocks(64, 32, 4, 3)),
     256: dict(forward=Blocks(128, 64, 8, 2), queries=Blocks(64, 64, 8, 1), keys=Blocks(64, 64, 8, 1)),
 }
 # What 99 KiB of shared memory hold, as any GPU since Ampere has
