@@ -846,17 +846,9 @@ def _run_queries(result, query, key, value, lse, grad_output, stats, pattern, pl
     partial_lse = stats if is_gradient else lse.new_empty((heads, plan.partial_rows))
     tensors = (query, key, value, result, stats if is_gradient else lse, grad_output, stats, partial, partial_lse)
     strides = _strides(query, key, value, result, grad_output)
-    for programs, is_dilated in ((plan.dilated, True), (plan.dense, False)):
-        _launch(
-            _query_kernel,
-            (len(programs) // _PROGRAM.value, heads, 1),
-            (*tensors, programs, plan.entries, plan.merges, phases),
-            (plan.partial_rows, query.shape[2], scale),
-            strides,
-            dict(DILATED=is_dilated, GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
-            | _constants(query, key, pattern, plan, blocks, is_causal, strides),
-            blocks,
-        )
+    constants = dict(GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
+    constants |= _constants(query, key, pattern, plan, blocks, is_causal, strides)
+    _launch_both(_query_kernel, heads, tensors, plan, phases, (query.shape[2], scale), strides, constants, blocks)
 
 
 def _run_keys(dk, dv, query, key, value, grad_output, stats, pattern, places, is_causal, scale) -> None:
@@ -868,15 +860,23 @@ def _run_keys(dk, dv, query, key, value, grad_output, stats, pattern, places, is
     partial_dk, partial_dv = (key.new_empty((heads, plan.partial_rows, key.shape[3])) for _ in range(2))
     tensors = (query, key, value, grad_output, stats, dk, dv, partial_dk, partial_dv)
     strides = _strides(query, key, value, grad_output, dk, dv)
+    constants = dict(BLOCK_M=blocks.met, BLOCK_N=blocks.own)
+    constants |= _constants(query, key, pattern, plan, blocks, is_causal, strides)
+    _launch_both(_key_kernel, heads, tensors, plan, phases, (query.shape[2], scale), strides, constants, blocks)
+
+
+def _launch_both(
+    kernel, heads, tensors, plan: _Plan, phases, numbers, strides, constants: dict, blocks: Blocks
+) -> None:
+    """The dilated programs of a plan, then the dense ones, which take up what those left."""
     for programs, is_dilated in ((plan.dilated, True), (plan.dense, False)):
         _launch(
-            _key_kernel,
+            kernel,
             (len(programs) // _PROGRAM.value, heads, 1),
             (*tensors, programs, plan.entries, plan.merges, phases),
-            (plan.partial_rows, query.shape[2], scale),
+            (plan.partial_rows, *numbers),
             strides,
-            dict(DILATED=is_dilated, BLOCK_M=blocks.met, BLOCK_N=blocks.own)
-            | _constants(query, key, pattern, plan, blocks, is_causal, strides),
+            dict(DILATED=is_dilated) | constants,
             blocks,
         )
 
