@@ -151,7 +151,8 @@ def find_documents(
         )
     else:
         real = attention_mask != 0
-    starts = torch.zeros_like(real)
+    # Not the running sum of a mask without starts: Inductor makes int64 of the running sum of a constant
+    ids = torch.zeros_like(real, dtype=torch.int32)
     if position_ids is not None:
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
             raise ValueError(
@@ -162,8 +163,8 @@ def find_documents(
         columns = torch.arange(length, device=device).expand(batch_size, length)
         last_real = columns.masked_fill(~real, -1).cummax(dim=1).values[:, :-1]
         before = position_ids.gather(1, last_real.clamp(min=0)).masked_fill(last_real < 0, -1)
-        starts[:, 1:] |= (position_ids[:, 1:] <= before) & (last_real >= 0) & real[:, 1:]
-    ids = starts.cumsum(1, dtype=torch.int32)
+        starts = (position_ids[:, 1:] <= before) & (last_real >= 0) & real[:, 1:]
+        ids[:, 1:] = starts.cumsum(1, dtype=torch.int32)
     if cu_seq_lens is not None:
         if cu_seq_lens.dim() != 1:
             raise ValueError(f"`cu_seq_lens` must have one dimension, got shape {tuple(cu_seq_lens.shape)}.")

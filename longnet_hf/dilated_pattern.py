@@ -130,6 +130,11 @@ class DilatedPattern:
         """Ordinary full attention, as a layer of a hybrid stack uses it."""
         return cls((None,), (1,), ("window",), layer_idx=layer_idx)
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 (patterns are small)
+    def canonical(self) -> "DilatedPattern":
+        """One pattern for all layers that share it, so that they share what is made from it."""
+        return self if self.head_offset == "rotating" else replace(self, layer_idx=0)
+
     @property
     def branches(self) -> tuple[Branch, ...]:
         return tuple(map(Branch, self.branch_types, self.segment_lengths, self.dilation_rates))
@@ -252,7 +257,7 @@ class DilatedPattern:
         the pattern asks for. Their number does not grow with `length`.
         """
         num_queries = length if num_queries is None else num_queries
-        return _tiles(_canonical(self), length, num_heads, num_queries, is_causal)
+        return _tiles(self.canonical(), length, num_heads, num_queries, is_causal)
 
     def draw(self, length: int, head: int = 0, num_heads: int = 1, is_causal: bool = True) -> str:
         """A picture in characters: a row per query, a column per key, and in how many branches they join."""
@@ -330,12 +335,6 @@ def _clip(rows: range, start: int, stop: int) -> range:
     first = max(0, -(-(start - rows.start) // rows.step))
     last = max(first, min(len(rows), -(-(stop - rows.start) // rows.step)))
     return rows[first:last]
-
-
-@functools.lru_cache(maxsize=1024)
-def _canonical(pattern: DilatedPattern) -> DilatedPattern:
-    """The same pattern for all layers that share it, so that they share its tiles."""
-    return pattern if pattern.head_offset == "rotating" else replace(pattern, layer_idx=0)
 
 
 @functools.lru_cache(maxsize=1024)

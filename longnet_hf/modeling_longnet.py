@@ -128,7 +128,7 @@ class LongNetAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.pattern = config.layer_patterns[layer_idx]
+        self.pattern = config.layer_patterns[layer_idx].canonical()
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5

@@ -342,3 +342,10 @@ def test_wrong_inputs_are_named(operator, change, named):
     arguments = {name: torch.randn(1, 2, 8, 4) for name in ("query", "key", "value")}
     with pytest.raises(ValueError, match=named):
         operator(**{"pattern": PATTERN, **arguments, **change})
+
+
+def test_compiled_documents_are_numbered_in_the_same_dtype():
+    """Inductor takes a running sum of a constant for int64, whatever its dtype, and then misreads it."""
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    found = torch.compile(find_documents)(2, 3, attention_mask=mask)
+    assert found.dtype == torch.int32 and found.tolist() == [[-1, 0, 0], [0, 0, 0]]

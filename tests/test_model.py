@@ -13,6 +13,7 @@ import transformers
 from models import KINDS, SMALL, build, random_ids, small_config
 from patterns import joined
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
 from longnet_hf import (
@@ -457,6 +458,14 @@ def test_compiles_into_one_graph(kind):
         ours, theirs = (m(ids, labels=ids, use_cache=False, **inputs).loss for m in (compiled, model))
         torch.testing.assert_close(ours, theirs)
         assert_same_gradients(all_gradients(model, ours), all_gradients(model, theirs), atol=1e-5)
+
+
+def test_layers_of_one_pattern_share_what_is_compiled():
+    model, counter = build(LongNetModel), CompileCounter()
+    for layer in model.layers:
+        layer.compile(backend=counter, dynamic=False)
+    model(random_ids(1, 20), use_cache=False)
+    assert counter.frame_count == 1
 
 
 def plain_loss(model, ids, labels):
