@@ -4,6 +4,7 @@ import transformers
 from transformers import AutoConfig
 
 from .configuration_longnet import LongNetConfig
+from .dilated_cache import DilatedCache
 from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
 from .dilated_pattern import Branch, DilatedPattern, reach
 from .modeling_longnet import (
@@ -25,6 +26,7 @@ for _auto_class, _model_class in AUTO_CLASSES.items():
 __version__ = "0.1.0"
 __all__ = [
     "Branch",
+    "DilatedCache",
     "DilatedPattern",
     "LongNetAttention",
     "LongNetConfig",

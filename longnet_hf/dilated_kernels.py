@@ -681,9 +681,14 @@ def _ordered_branches(pattern: DilatedPattern, of_queries: bool) -> tuple[list[B
 
 @functools.lru_cache(maxsize=1024)
 def _phases(pattern: DilatedPattern, num_kv_heads: int, of_queries: bool, device: torch.device) -> torch.Tensor:
-    """For every key/value head and branch, in the order of the plan."""
+    """For every key/value head and branch, in the order of the plan. A window's grid is moved by its phase alone."""
     branches, _ = _ordered_branches(pattern, of_queries)
-    phases = [[pattern.phase(branch, head, num_kv_heads) for branch in branches] for head in range(num_kv_heads)]
+
+    def phase(branch: Branch, head: int) -> int:
+        phase = pattern.phase(branch, head, num_kv_heads)
+        return (phase - pattern.grid_shift(branch)) % branch.rate if branch.type == "window" else phase
+
+    phases = [[phase(branch, head) for branch in branches] for head in range(num_kv_heads)]
     return torch.tensor(phases, dtype=torch.int32, device=device)
 
 

@@ -10,7 +10,7 @@ which the tile's ordinary flash backward yields exactly its share of the gradien
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,8 @@ def dilated_attention(
     position_ids: torch.Tensor | None = None,
     cu_seq_lens: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Dilated attention (LongNet, arXiv 2307.02486, section 2), in memory linear in N and time as `pattern.pairs`
     counts.
 
@@ -63,9 +64,11 @@ def dilated_attention(
             next.
         cu_seq_lens: `[documents + 1]`, boundaries of the documents in the flattened batch, from 0 to B * N.
         document_ids: `[B, N]` from [`find_documents`], in place of the three arguments before, to find them only once.
+        return_lse: also return the log-sum-exp of the scores, with which the softmax can be continued over other keys.
 
     Returns:
         `[B, H, Nq, D]` in the dtype of `query`. Queries that no branch joins to any key, and padding, give zeros.
+        With `return_lse` also `[B, H, Nq]` in float32 (of float64, float64), -inf for those; it carries no gradient.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit together.
@@ -75,7 +78,9 @@ def dilated_attention(
     document_ids = _resolve_documents(key, attention_mask, position_ids, cu_seq_lens, document_ids)
     seed = torch.randint(2**62, (1,), dtype=torch.int64) if dropout > 0 else None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _forward_op(query, key, value, document_ids, pattern.to_json(), is_causal, scale, float(dropout), seed)[0]
+    options = pattern.to_json(), is_causal, scale, float(dropout), seed
+    output, lse = _forward_op(query, key, value, document_ids, *options)
+    return (output, lse.detach()) if return_lse else output
 
 
 def dilated_attention_reference(
@@ -262,6 +267,32 @@ def _uses_triton(query: torch.Tensor, dropout: float) -> bool:
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
+def merge_tiles(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    tiles: Iterable["PlacedTile"],
+    keys_of: Callable[["PlacedTile"], tuple[torch.Tensor, torch.Tensor]],
+    kernel: "TileKernel",
+) -> None:
+    """Continue the softmax of all queries over the keys of further tiles, in place.
+
+    Args:
+        output: `[B, H, Nq, D]`, of what was attended to so far, and `lse` `[B, H, Nq]`; in the accumulators' dtype.
+        query: `[B, H, Nq, D]`.
+        keys_of: gives the keys and values of a tile, `[B, heads, 1, repeats, K, D]`.
+    """
+    for tile in tiles:
+        k, v = map(tile.fold_keys, keys_of(tile))
+        with torch.autocast(query.device.type, enabled=False):
+            tile_output, tile_lse = kernel.forward(tile.queries(query), k, v, tile.mask)
+        merged_output, merged_lse = tile.rows(output), tile.rows(lse[..., None])
+        tile_lse = tile.unfold(tile_lse[..., None])
+        new_lse = torch.logaddexp(merged_lse, tile_lse)
+        merged_output.mul_((merged_lse - new_lse).exp_()).add_(tile.unfold(tile_output) * (tile_lse - new_lse).exp_())
+        merged_lse.copy_(new_lse)
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
 def _forward_op(
     query: torch.Tensor,
@@ -286,15 +317,9 @@ def _forward_op(
     q, k, v = documents.pack_queries(query), documents.pack_keys(key), documents.pack_keys(value)
     output = torch.zeros(q.shape, dtype=_accumulator(q.dtype), device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=output.dtype, device=q.device)
-    kernel = _Kernel(query, scale, dropout, seed)
-    for tile in documents.tiles(pattern, is_causal, k.shape[1]):
-        with torch.autocast(q.device.type, enabled=False):
-            tile_output, tile_lse = kernel.forward(tile.queries(q), tile.keys(k), tile.keys(v), tile.mask)
-        merged_output, merged_lse = tile.rows(output), tile.rows(lse[..., None])
-        tile_lse = tile.unfold(tile_lse[..., None])
-        new_lse = torch.logaddexp(merged_lse, tile_lse)
-        merged_output.mul_((merged_lse - new_lse).exp_()).add_(tile.unfold(tile_output) * (tile_lse - new_lse).exp_())
-        merged_lse.copy_(new_lse)
+    tiles = documents.tiles(pattern, is_causal, k.shape[1])
+    kernel = TileKernel(query, scale, dropout, seed)
+    merge_tiles(output, lse, q, tiles, lambda tile: (tile.columns(k), tile.columns(v)), kernel)
     return documents.unpack_queries(output, query), documents.unpack_lse(lse)
 
 
@@ -325,7 +350,7 @@ def _backward_op(
         )
         return documents.unpack_queries(dq, query), documents.unpack_keys(dk, key), documents.unpack_keys(dv, value)
     dq, dk, dv = (torch.zeros(x.shape, dtype=_accumulator(x.dtype), device=x.device) for x in (q, k, v))
-    kernel = _Kernel(query, scale, dropout, seed)
+    kernel = TileKernel(query, scale, dropout, seed)
     for tile in documents.tiles(pattern, is_causal, k.shape[1]):
         queries = (tile.queries(x) for x in (do, q, o, l))
         keys = (tile.keys(x) for x in (k, v))
@@ -444,14 +469,14 @@ class _Documents:
         flat[rows] = x[0].transpose(0, 1)
         return _like(like).copy_(flat.unflatten(0, (batch, length)).transpose(1, 2))
 
-    def tiles(self, pattern: str, is_causal: bool, num_heads: int) -> Iterator["_PlacedTile"]:
+    def tiles(self, pattern: str, is_causal: bool, num_heads: int) -> Iterator["PlacedTile"]:
         pattern = DilatedPattern.from_json(pattern)
         group = self.shapes[0][1] // num_heads
         # Rows that are one document each have the same tiles, which are then done for all rows at a time
         bounds = self.bounds if self.query_rows is not None else self.bounds[:1]
         for _, first_query, first_key, queries, keys in bounds:
             for tile in pattern.tiles(keys, num_heads, num_queries=queries, is_causal=is_causal):
-                yield _PlacedTile(tile, num_heads, group, first_query - (keys - queries), first_key)
+                yield PlacedTile(tile, num_heads, group, first_query - (keys - queries), first_key)
 
 
 # Every layer asks for the documents of one batch
@@ -480,7 +505,7 @@ def _document_runs(document_ids: torch.Tensor) -> list[tuple[int, int, int]] | N
     return runs
 
 
-class _PlacedTile(NamedTuple):
+class PlacedTile(NamedTuple):
     """A tile of one document, and where that document's positions begin among the packed queries and keys."""
 
     tile: Tile
@@ -507,7 +532,10 @@ class _PlacedTile(NamedTuple):
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
         """The tile's keys for a kernel, repeated for every query head of a group."""
-        x = self.columns(x)
+        return self.fold_keys(self.columns(x))
+
+    def fold_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys in the form of `columns`, for a kernel."""
         return self._fold(x.expand(-1, -1, self.group, -1, -1, -1))
 
     def unfold(self, x: torch.Tensor) -> torch.Tensor:
@@ -527,7 +555,7 @@ class _PlacedTile(NamedTuple):
         return x.permute(0, 3, 1, 2, 4, 5).flatten(2, 3).flatten(0, 1)
 
 
-class _Kernel:
+class TileKernel:
     """Softmax attention of one tile, with its log-sum-exp: PyTorch's flash kernels, or plain products where they do
     not apply (dropout, float32 and float64 on a GPU, other devices). Inputs are `[batch, heads, K, D]`."""
 

@@ -31,6 +31,7 @@ class Branch(NamedTuple):
 
 class Tile(NamedTuple):
     """A dense piece of attention: `queries` attend to `keys` (both positions), for every key/value head in `heads`.
+    It belongs to the pattern's branch number `branch`.
 
     `mask` is `"full"` (every pair), `"lower"` (the i-th query attends to the keys up to the i-th) or `"upper"` (the
     i-th query attends to the keys from the i-th on); the latter two are square and include the diagonal. The tile
@@ -43,6 +44,7 @@ class Tile(NamedTuple):
     keys: range
     repeats: int = 1
     period: int = 0
+    branch: int = 0
 
     @property
     def pairs(self) -> int:
@@ -82,6 +84,7 @@ class DilatedPattern:
             cover all phases in depth. H and j count key/value heads.
         shift: move the segment grid by w // 2.
         layer_idx: index of the layer, for `"rotating"`.
+        offset: where on the grids position 0 lies: above 0 where a sequence continues another.
 
     Raises:
         ValueError: if an argument is not one of the above.
@@ -93,6 +96,7 @@ class DilatedPattern:
     head_offset: str = "paper"
     shift: bool = False
     layer_idx: int = 0
+    offset: int = 0
 
     def __post_init__(self):
         for name in ("segment_lengths", "dilation_rates", "branch_types"):
@@ -120,8 +124,10 @@ class DilatedPattern:
                 )
         if self.head_offset not in HEAD_OFFSETS:
             raise ValueError(f"`head_offset` must be one of {HEAD_OFFSETS}, got {self.head_offset!r}.")
-        if isinstance(self.layer_idx, bool) or not isinstance(self.layer_idx, int) or self.layer_idx < 0:
-            raise ValueError(f"`layer_idx` must be an integer of at least 0, got {self.layer_idx!r}.")
+        for name in ("layer_idx", "offset"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"`{name}` must be an integer of at least 0, got {value!r}.")
         # Written once, here: torch.compile cannot trace the json module
         object.__setattr__(self, "_json", json.dumps(asdict(self)))
 
@@ -134,6 +140,11 @@ class DilatedPattern:
     def canonical(self) -> "DilatedPattern":
         """One pattern for all layers that share it, so that they share what is made from it."""
         return self if self.head_offset == "rotating" else replace(self, layer_idx=0)
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def at(self, offset: int) -> "DilatedPattern":
+        """The pattern of a sequence that begins `offset` positions behind this one's."""
+        return replace(self, offset=self.offset + offset) if offset else self
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -156,6 +167,11 @@ class DilatedPattern:
         first = self.layer_idx * num_heads if self.head_offset == "rotating" else 0
         return (head + first) % branch.rate
 
+    def phases(self, branch: Branch, num_heads: int) -> list[int]:
+        """The phases of all heads, each once, but for those that keep no row."""
+        phases = {self.phase(branch, head, num_heads) for head in range(num_heads)}
+        return sorted(s for s in phases if branch.type == "window" or s < branch.length)
+
     def heads_of_phase(self, branch: Branch, phase: int, num_heads: int) -> range:
         """The heads j with s_j = `phase`; always evenly spaced."""
         if self.head_offset == "grouped":
@@ -165,17 +181,18 @@ class DilatedPattern:
         return range((phase - first) % branch.rate, num_heads, branch.rate)
 
     def grid_shift(self, branch: Branch) -> int:
-        """g: how far the grid of a segment branch is moved, in positions."""
-        return branch.length // 2 if self.shift else 0
+        """g: how far the grid of a branch is moved, in positions. A window's grid has one segment without end."""
+        if branch.type == "window":
+            return self.offset
+        return ((branch.length // 2 if self.shift else 0) + self.offset) % branch.length
 
     def joins(self, branch: Branch, n, m, phase):
         """Whether `branch` joins query `n` to key `m` for a head with `phase`, causality aside."""
-        w, r = branch.length, branch.rate
+        w, r, g = branch.length, branch.rate, self.grid_shift(branch)
+        n, m = n + g, m + g
         if branch.type == "window":
             kept = m % r == phase
             return kept if w is None else kept & (n - m < w) & (m - n < w)
-        g = self.grid_shift(branch)
-        n, m = n + g, m + g
         return (n // w == m // w) & (n % w % r == phase) & (m % w % r == phase)
 
     def multiplicity(self, n, m, head, num_heads: int, is_causal: bool = True):
@@ -190,9 +207,9 @@ class DilatedPattern:
     def kept_rows(self, branch: Branch, head: int, num_heads: int, length: int) -> list[range]:
         """The positions below `length` whose keys `head` keeps: a range per segment, or one for a window."""
         phase, r = self.phase(branch, head, num_heads), branch.rate
-        if branch.type == "window":
-            return [range(phase, length, r)]
         g, w = self.grid_shift(branch), branch.length
+        if branch.type == "window":
+            return [range((phase - g) % r, length, r)]
         starts = range(-g, length, w)
         rows = [_clip(range(start + phase, start + w, r), 0, length) for start in starts]
         return [kept for kept in rows if kept]
@@ -228,11 +245,11 @@ class DilatedPattern:
         live: set[int] = set()
         for branch in self.branches:
             phase, w, r = self.phase(branch, head, num_heads), branch.length, branch.rate
+            g = self.grid_shift(branch)
             if branch.type == "window":
                 oldest = 0 if w is None else max(0, position + 2 - w)
-                live.update(range(oldest + (phase - oldest) % r, position + 1, r))
+                live.update(range(oldest + (phase - g - oldest) % r, position + 1, r))
             else:
-                g = self.grid_shift(branch)
                 start = (position + g) // w * w - g
                 kept = range(start + phase, start + w, r)
                 if kept and kept[-1] > position:
@@ -249,15 +266,23 @@ class DilatedPattern:
     # Attention as dense pieces
 
     def tiles(
-        self, length: int, num_heads: int, *, num_queries: int | None = None, is_causal: bool = True
+        self,
+        length: int,
+        num_heads: int,
+        *,
+        num_queries: int | None = None,
+        num_keys: int | None = None,
+        is_causal: bool = True,
     ) -> tuple[Tile, ...]:
-        """Cut the attention of `num_queries` last positions (all by default) over `length` keys into dense tiles.
+        """Cut the attention of `num_queries` last of `length` positions over the `num_keys` first (all by default)
+        into dense tiles.
 
         The tiles hold every joined pair once per branch that joins it, and no other: their `pairs` are the work that
         the pattern asks for. Their number does not grow with `length`.
         """
         num_queries = length if num_queries is None else num_queries
-        return _tiles(self.canonical(), length, num_heads, num_queries, is_causal)
+        num_keys = length if num_keys is None else num_keys
+        return _tiles(self.canonical(), length, num_heads, num_queries, num_keys, is_causal)
 
     def draw(self, length: int, head: int = 0, num_heads: int = 1, is_causal: bool = True) -> str:
         """A picture in characters: a row per query, a column per key, and in how many branches they join."""
@@ -325,11 +350,6 @@ def _is_positive_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _num_phases(branch: Branch, length: int) -> int:
-    """How many phases can keep a key: no more than there are rows, in a segment or in the sequence."""
-    return min(branch.rate, length if branch.type == "window" else branch.length)
-
-
 def _clip(rows: range, start: int, stop: int) -> range:
     """The members of `rows` in [start, stop)."""
     first = max(0, -(-(start - rows.start) // rows.step))
@@ -339,59 +359,64 @@ def _clip(rows: range, start: int, stop: int) -> range:
 
 @functools.lru_cache(maxsize=1024)
 def _tiles(
-    pattern: DilatedPattern, length: int, num_heads: int, num_queries: int, is_causal: bool
+    pattern: DilatedPattern, length: int, num_heads: int, num_queries: int, num_keys: int, is_causal: bool
 ) -> tuple[Tile, ...]:
-    if not 0 <= num_queries <= length:
-        raise ValueError(f"`num_queries` must lie between 0 and the number of keys {length}, got {num_queries}.")
+    for name, value in (("num_queries", num_queries), ("num_keys", num_keys)):
+        if not 0 <= value <= length:
+            raise ValueError(f"`{name}` must lie between 0 and the length {length}, got {value}.")
     tiles: list[Tile] = []
-    for branch in pattern.branches:
+    for index, branch in enumerate(pattern.branches):
         cut = _segment_tiles if branch.type == "segment" else _window_tiles
-        for phase in range(_num_phases(branch, length)):
+        for phase in pattern.phases(branch, num_heads):
             heads = pattern.heads_of_phase(branch, phase, num_heads)
-            if heads:
-                shift = pattern.grid_shift(branch) if branch.type == "segment" else 0
-                pieces = cut(branch, shift, phase, length, num_queries, is_causal)
-                tiles.extend(Tile(heads, *piece) for piece in pieces)
+            pieces = cut(branch, pattern.grid_shift(branch), phase, length, num_queries, num_keys, is_causal)
+            tiles.extend(Tile(heads, *piece, branch=index) for piece in pieces)
     return tuple(tile for tile in tiles if tile.pairs)
 
 
-def _segment_tiles(branch: Branch, g: int, phase: int, length: int, num_queries: int, is_causal: bool) -> Iterator:
+def _segment_tiles(
+    branch: Branch, g: int, phase: int, length: int, num_queries: int, num_keys: int, is_causal: bool
+) -> Iterator[tuple]:
     w, r = branch.length, branch.rate
     first_query = length - num_queries
 
     def segment(index: int, repeats: int = 1) -> Iterator[tuple]:
         start = index * w - g
-        keys = _clip(range(start + phase, start + w, r), 0, length)
-        queries = _clip(keys, first_query, length)
-        i = len(keys) - len(queries)
-        for mask, rows, columns, _, _ in _band(i, len(keys), 0, len(keys), None, 0 if is_causal else None):
-            yield mask, keys[rows.start : rows.stop], keys[columns.start : columns.stop], repeats, w
+        kept = _clip(range(start + phase, start + w, r), 0, length)
+        i, keys = len(kept) - len(_clip(kept, first_query, length)), len(_clip(kept, 0, num_keys))
+        for mask, rows, columns, _, _ in _band(i, len(kept), 0, keys, None, 0 if is_causal else None):
+            yield mask, kept[rows.start : rows.stop], kept[columns.start : columns.stop], repeats, w
 
     if not num_queries:
         return
     first, last = (first_query + g) // w, (length - 1 + g) // w
-    # Segments that the sequence and the query block hold whole are alike, and become one repeated tile.
-    first_whole, last_whole = -(-(first_query + g) // w), (length + g) // w - 1
+    # Segments that the sequence, the queries and the keys hold whole are alike, and become one repeated tile.
+    first_whole = -(-(first_query + g) // w)
+    last_whole = max(first_whole, (min(length, num_keys) + g) // w) - 1
     if first < first_whole:
         yield from segment(first)
     if last_whole >= first_whole:
         yield from segment(first_whole, last_whole - first_whole + 1)
-    if last > max(last_whole, first if first < first_whole else first - 1):
-        yield from segment(last)
+    # What the sequence or the keys cut, but for those that hold no keys
+    for index in range(last_whole + 1, min(last, (num_keys - 1 + g) // w) + 1):
+        yield from segment(index)
 
 
-def _window_tiles(branch: Branch, g: int, phase: int, length: int, num_queries: int, is_causal: bool) -> Iterator:
+def _window_tiles(
+    branch: Branch, g: int, phase: int, length: int, num_queries: int, num_keys: int, is_causal: bool
+) -> Iterator[tuple]:
     w, r = branch.length, branch.rate
-    num_keys = -(-(length - phase) // r)
-    # The queries n = phase + lag + r * i of one lag are to the keys m = phase + r * j what an undilated window is.
+    start = (phase - g) % r
+    keys_kept = -(-(num_keys - start) // r)
+    # The queries n = start + lag + r * i of one lag are to the keys m = start + r * j what an undilated window is.
     for lag in range(r):
-        first = -(-(length - num_queries - phase - lag) // r)
-        stop = -(-(length - phase - lag) // r)
+        first = -(-(length - num_queries - start - lag) // r)
+        stop = -(-(length - start - lag) // r)
         back = None if w is None else (w - 1 - lag) // r
         ahead = 0 if is_causal else None if w is None else (w - 1 + lag) // r
-        for mask, rows, columns, repeats, period in _band(first, stop, 0, num_keys, back, ahead):
-            queries = range(phase + lag + r * rows.start, phase + lag + r * rows.stop, r)
-            keys = range(phase + r * columns.start, phase + r * columns.stop, r)
+        for mask, rows, columns, repeats, period in _band(first, stop, 0, keys_kept, back, ahead):
+            queries = range(start + lag + r * rows.start, start + lag + r * rows.stop, r)
+            keys = range(start + r * columns.start, start + r * columns.stop, r)
             yield mask, queries, keys, repeats, r * period
 
 
@@ -454,9 +479,8 @@ def _joined_keys(pattern: DilatedPattern, queries: int, num_heads: int, length: 
     joined, everything = 0, (1 << length) - 1
     for branch in pattern.branches:
         w, r = branch.length, branch.rate
-        for phase in range(_num_phases(branch, length)):
-            if not pattern.heads_of_phase(branch, phase, num_heads):
-                continue
+        g = pattern.grid_shift(branch)
+        for phase in pattern.phases(branch, num_heads):
             if branch.type == "window":
                 seen = queries
                 if w is None or w >= length:
@@ -467,9 +491,8 @@ def _joined_keys(pattern: DilatedPattern, queries: int, num_heads: int, length: 
                         step = min(reached, w - reached)
                         seen |= (seen >> step) | (0 if is_causal else seen << step)
                         reached += step
-                joined |= seen & everything & _bits(range(phase, length, r))
+                joined |= seen & everything & _bits(range((phase - g) % r, length, r))
             else:
-                g = pattern.grid_shift(branch)
                 for start in range(-g, length, w):
                     kept = _bits(_clip(range(start + phase, start + w, r), 0, length))
                     if kept & queries:
@@ -504,7 +527,8 @@ def _first_query_without_keys(pattern: DilatedPattern, num_heads: int) -> tuple[
         for head in range(num_heads):
             for branch in pattern.branches:
                 phase = pattern.phase(branch, head, num_heads)
-                nearest = position - (position - phase) % branch.rate if branch.type == "window" else position
+                rest = (position + pattern.grid_shift(branch) - phase) % branch.rate
+                nearest = position - rest if branch.type == "window" else position
                 if nearest >= 0 and pattern.joins(branch, position, nearest, phase):
                     break
             else:

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AutoConfig, GenerationMixin, PreTra
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -32,6 +33,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_longnet import LongNetConfig
+from .dilated_cache import DilatedCache, Step, is_dilated
 from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
 from .model_card_longnet import prepare_model_card, write_model_card
 
@@ -40,6 +42,8 @@ logger = logging.get_logger(__name__)
 
 # Most logits that the loss holds at a time (512 MiB in float32). Fewer make the products with a large vocabulary slow.
 _MAX_LOGITS = 1 << 27
+# How many tokens assisted decoding can take back
+ASSISTED_RESERVE = 1023
 
 
 class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
@@ -151,6 +155,7 @@ class LongNetAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         document_ids: torch.Tensor | None = None,
+        cache_step: Step | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -161,6 +166,7 @@ class LongNetAttention(nn.Module):
             attention_mask: padding mask `[B, past + N]`, nonzero at real tokens.
             past_key_values: cache that holds the earlier keys and values, and takes the new ones.
             document_ids: `[B, past + N]` from [`find_documents`], in place of `attention_mask`.
+            cache_step: what `past_key_values.begin` gave for these tokens, if it is a [`DilatedCache`].
 
         Returns:
             The output `[B, N, hidden_size]`, and the weights `[B, H, N, past + N]` with `attn_implementation="eager"`.
@@ -183,7 +189,19 @@ class LongNetAttention(nn.Module):
 
         if position_embeddings is not None:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
-        if past_key_values is not None:
+        dropout = self.attention_dropout if self.training else 0.0
+        if is_dilated(past_key_values, self.layer_idx):
+            if cache_step is None:
+                real = None if attention_mask is None else attention_mask[:, -input_shape[1] :]
+                cache_step = past_key_values.begin(*input_shape, hidden_states.device, real)
+            if not cache_step.is_first:
+                qkv = query_states, key_states, value_states
+                attn_output = past_key_values.attend(
+                    *qkv, self.layer_idx, cache_step, scale=self.scaling, dropout=dropout
+                )
+                return self.project(attn_output.transpose(1, 2)), None
+            past_key_values.update(key_states, value_states, self.layer_idx, cache_step)
+        elif past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -194,12 +212,15 @@ class LongNetAttention(nn.Module):
             value_states,
             attention_mask,
             scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             document_ids=document_ids,
             **kwargs,
         )
-        attn_output = attn_output.reshape(*input_shape, -1)
-        return self.o_proj(self.attn_sub_norm(attn_output)), attn_weights
+        return self.project(attn_output), attn_weights
+
+    def project(self, attn_output: torch.Tensor) -> torch.Tensor:
+        """`[B, N, H, D]` -> `[B, N, hidden_size]`"""
+        return self.o_proj(self.attn_sub_norm(attn_output.flatten(2)))
 
 
 class LongNetMLP(nn.Module):
@@ -327,29 +348,40 @@ class LongNetModel(LongNetPreTrainedModel):
             attention_mask: padding mask `[B, past + N]`. Positions count real tokens only.
             position_ids: `[B, N]`. Where they do not grow from one real token to the next, a new document starts that
                 sees nothing of the ones before. `cu_seq_lens_q`/`cu_seq_lens_k` and `seq_idx` say the same.
-            past_key_values: an ordinary [`DynamicCache`].
+            past_key_values: a [`DilatedCache`], which is made where `use_cache` asks for one, or an ordinary
+                `DynamicCache`. To a `DilatedCache`, which knows its tokens, `attention_mask` may also be given for the
+                new ones alone, `[B, N]`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
+        batch_size, length, device = *inputs_embeds.shape[:2], inputs_embeds.device
         is_causal = self.config.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         if past_key_values is not None:
-            check_cache(past_key_values, is_causal)
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            check_cache(past_key_values, is_causal, self.config)
+            if attention_mask is not None and hasattr(past_key_values, "check_mask"):
+                past_key_values.check_mask(attention_mask, length)
 
         packing = {name: kwargs.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")}
-        document_ids = self.get_document_ids(inputs_embeds, past_length, attention_mask, position_ids, **packing)
+        document_ids = self.get_document_ids(inputs_embeds, past_key_values, attention_mask, position_ids, **packing)
         if is_packed(document_ids):  # what follows could continue only one of the documents
             if past_key_values is not None:
                 raise ValueError("`past_key_values` cannot take a row of several packed documents: give one per row.")
         elif use_cache and is_causal and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = self.make_cache()
+
+        cache_step = None
+        if hasattr(past_key_values, "begin"):
+            real = None if attention_mask is None else attention_mask[:, -length:]
+            cache_step = past_key_values.begin(batch_size, length, device, real)
         if position_ids is None:
-            length = inputs_embeds.shape[1]
-            if attention_mask is None:
-                position_ids = torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None]
+            past_length = 0 if past_key_values is None or cache_step is not None else past_key_values.get_seq_length()
+            if cache_step is not None:
+                position_ids = cache_step.position
+            elif attention_mask is None:
+                position_ids = torch.arange(past_length, past_length + length, device=device)[None]
             else:
                 position_ids = (attention_mask != 0).long().cumsum(-1)[:, past_length:].sub(1).clamp(min=0)
 
@@ -361,25 +393,36 @@ class LongNetModel(LongNetPreTrainedModel):
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 document_ids=document_ids,
+                cache_step=cache_step,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
+    def make_cache(self) -> Cache:
+        """The cache that the model makes by itself: one through which gradients flow in training."""
+        if self.training or self.config._attn_implementation == "eager":
+            return DynamicCache(config=self.config)
+        return DilatedCache(self.config)
+
     def get_document_ids(
-        self, inputs_embeds, past_length, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx
+        self, inputs_embeds, past_key_values, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx
     ) -> torch.Tensor | None:
-        """Document of every token, cached ones included; `None` if each row is one document without padding."""
+        """Document of every token, cached ones included; `None` if each row is one document without padding, or if
+        nothing asks for it: dilated layers count for themselves what follows their first tokens."""
         batch_size, length = inputs_embeds.shape[:2]
-        if past_length:
+        if not is_empty(past_key_values):
             if any(x is not None for x in (cu_seq_lens_q, cu_seq_lens_k, seq_idx)):
                 raise ValueError(
                     "`cu_seq_lens_q`, `cu_seq_lens_k` and `seq_idx` cannot be used with `past_key_values`."
                 )
             if length > 1 and position_ids is not None and not torch.compiler.is_compiling():
-                new_mask = None if attention_mask is None else attention_mask[:, past_length:]
+                new_mask = None if attention_mask is None else attention_mask[:, -length:]
                 documents = find_documents(batch_size, length, attention_mask=new_mask, position_ids=position_ids)
                 if is_packed(documents):
                     raise ValueError("`position_ids` restart: several documents cannot continue `past_key_values`.")
+            if all(is_dilated(past_key_values, layer_idx) for layer_idx in range(len(self.layers))):
+                return None
+            past_length = past_key_values.get_seq_length()
             return find_documents(batch_size, past_length + length, attention_mask=attention_mask)
 
         documents = find_documents(
@@ -402,18 +445,33 @@ def is_packed(document_ids: torch.Tensor | None) -> bool:
     return bool((document_ids.amax(1) > first).any())
 
 
-def check_cache(past_key_values: Cache, is_causal: bool) -> None:
-    """Refuse caches whose keys are not simply all earlier positions."""
+def is_empty(past_key_values: Cache | None) -> bool:
+    if hasattr(past_key_values, "begin"):  # without asking the GPU
+        return past_key_values.positions is None
+    return past_key_values is None or past_key_values.get_seq_length() == 0
+
+
+def check_cache(past_key_values: Cache, is_causal: bool, config: LongNetConfig) -> None:
+    """Refuse caches that do not hold what the pattern asks for."""
     layers = getattr(past_key_values, "layers", None)
-    if layers is None or any(type(layer) is not DynamicLayer for layer in layers):
+    is_dynamic = layers is not None and all(type(layer) is DynamicLayer for layer in layers)
+    if not is_dynamic and not hasattr(past_key_values, "begin"):
         kinds = sorted({type(layer).__name__ for layer in layers or ()}) or [type(past_key_values).__name__]
         raise ValueError(
-            f"`past_key_values` must be a DynamicCache that keeps all keys, got {', '.join(kinds)}. Static, quantized "
-            "and sliding-window caches are not supported."
+            "`past_key_values` must be a DilatedCache, or a DynamicCache that keeps all keys, got "
+            f"{', '.join(kinds)}. Static, quantized and sliding-window caches are not supported."
         )
     if not is_causal:
         raise ValueError(
             "`past_key_values` needs causal attention, and this model attends both ways (`is_causal=False`)."
+        )
+    if is_dynamic:
+        return
+    if not past_key_values.fits(config):
+        raise ValueError("`past_key_values` is a DilatedCache for other patterns or another number of layers.")
+    if config._attn_implementation == "eager":
+        raise ValueError(
+            '`past_key_values` must be a DynamicCache where `attn_implementation` is "eager", got a DilatedCache.'
         )
 
 
@@ -557,11 +615,32 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss / num_items_in_batch
 
-    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
             raise ValueError(f'`cache_implementation` of LongNet must be "dynamic" or "offloaded", got {kind!r}.')
-        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        is_given = model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False
+        is_eager = self.config._attn_implementation == "eager"
+        if is_given or is_eager or kind in ("dynamic", "dynamic_full"):
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, *args, **kwargs
+            )
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+        reserve = {"reserve": ASSISTED_RESERVE} if is_assisted else {}
+        model_kwargs["past_key_values"] = DilatedCache(self.config, offloading=kind == "offloaded", **reserve)
+
+    def create_masks_for_generate(
+        self, attention_mask, past_key_values, inputs_embeds, is_first_iteration=False, **kwargs
+    ) -> torch.Tensor | None:
+        """Called by `generate` where the shapes of a cache do not change: a mask of unchanging shape, too."""
+        if attention_mask is None or is_first_iteration or is_empty(past_key_values):
+            return attention_mask
+        return attention_mask[:, -inputs_embeds.shape[1] :]
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # Transformers compiles for every cache that allows it. Compiling takes a minute: only if it is asked for.
+        asked = generation_config.compile_config is not None
+        return asked and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(

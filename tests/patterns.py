@@ -13,13 +13,20 @@ def random_pattern(rng: random.Random) -> DilatedPattern:
         rates.append(rng.choice([1, 1, 2, 3, 4, 5, 7]))
         unbounded = types[-1] == "window" and rates[-1] == 1 and rng.random() < 0.2
         lengths.append(None if unbounded else rng.randint(1, 24))
-    offset = rng.choice(["paper", "grouped", "rotating"])
-    return DilatedPattern(lengths, rates, types, offset, shift=rng.random() < 0.5, layer_idx=rng.randint(0, 3))
+    return DilatedPattern(
+        lengths,
+        rates,
+        types,
+        rng.choice(["paper", "grouped", "rotating"]),
+        shift=rng.random() < 0.5,
+        layer_idx=rng.randint(0, 3),
+        offset=rng.choice([0, rng.randint(1, 60)]),
+    )
 
 
 def joined(pattern: DilatedPattern, n: int, m: int, head: int, heads: int, causal: bool = True) -> int:
     """In how many branches `head` joins query n to key m: the definition, independent of the package's arithmetic."""
-    count = 0
+    n, m, count = n + pattern.offset, m + pattern.offset, 0
     for w, r, kind in zip(pattern.segment_lengths, pattern.dilation_rates, pattern.branch_types, strict=True):
         if pattern.head_offset == "paper":
             s = head % r

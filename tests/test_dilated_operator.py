@@ -93,8 +93,8 @@ def test_fast_operator_agrees_with_the_oracle(seed):
 def test_kernel_without_flash_attention_agrees_too(seed, monkeypatch):
     rng = random.Random(seed)
     monkeypatch.setattr(operator_module, "_MAX_SCORES", rng.choice([1, 50, 1 << 20]))
-    monkeypatch.setattr(operator_module._Kernel, "forward", without_flash(operator_module._Kernel.forward))
-    monkeypatch.setattr(operator_module._Kernel, "backward", without_flash(operator_module._Kernel.backward))
+    monkeypatch.setattr(operator_module.TileKernel, "forward", without_flash(operator_module.TileKernel.forward))
+    monkeypatch.setattr(operator_module.TileKernel, "backward", without_flash(operator_module.TileKernel.backward))
     test_fast_operator_agrees_with_the_oracle(1000 + seed)
 
 

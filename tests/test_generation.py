@@ -6,7 +6,7 @@ import transformers
 from models import KINDS, build, random_ids
 from transformers import DynamicCache, StaticCache
 
-from longnet_hf import LongNetForCausalLM
+from longnet_hf import DilatedCache, LongNetForCausalLM
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -31,22 +31,20 @@ def left_padded(rows):
     return ids, mask
 
 
+@pytest.mark.parametrize("reserve", [0, 6, 255])
 @pytest.mark.parametrize("chunks", [[1] * 70, [70], [7, 1, 1, 30, 2, 29], [39, 2, 29]])
-def test_cached_logits_equal_uncached_logits(model, chunks):
+def test_cached_logits_equal_uncached_logits(model, chunks, reserve):
     ids = random_ids(2, 70)
     mask = torch.ones_like(ids)
     mask[0, :5] = mask[1, 20:30] = 0
     expected = model(ids, attention_mask=mask).logits
-    cache, logits, done = None, [], 0
+    cache, logits, done = DilatedCache(model.config, reserve=reserve), [], 0
     for size in chunks:
         done += size
         chunk = ids[:, done - size : done]
-        outputs = model(chunk, attention_mask=mask[:, :done], past_key_values=cache, use_cache=True)
-        cache = outputs.past_key_values
-        logits.append(outputs.logits)
+        logits.append(model(chunk, attention_mask=mask[:, :done], past_key_values=cache).logits)
     real = mask == 1
     torch.testing.assert_close(torch.cat(logits, dim=1)[real], expected[real], rtol=0, atol=1e-9)
-    assert cache.layers[0].keys.shape == (2, model.config.num_key_value_heads, 70, 8)
 
 
 @pytest.mark.parametrize("length", [1, 5, 47])
@@ -138,7 +136,7 @@ def test_other_cache_implementations_are_refused(paper, kind):
 def test_other_caches_are_refused(paper):
     sliding = transformers.MistralConfig(sliding_window=4, num_hidden_layers=3)
     for cache in (StaticCache(paper.config, max_cache_len=20), DynamicCache(config=sliding), ((), ())):
-        with pytest.raises(ValueError, match="`past_key_values` must be a DynamicCache"):
+        with pytest.raises(ValueError, match="`past_key_values` must be a DilatedCache"):
             paper(random_ids(1, 5), past_key_values=cache)
 
 
@@ -177,3 +175,101 @@ def test_turns_of_a_conversation_continue_from_the_cache(model):
         reply_mask = (torch.arange(new) < torch.tensor(kept)[:, None]).long()
         ids = torch.cat((outputs.sequences, turns), 1)
         mask = torch.cat((mask, reply_mask, torch.ones_like(turns)), 1)
+
+
+def test_what_is_kept_does_not_grow(paper):
+    """The patterns keep 8 + 8 + 14 keys, whatever the length; one more slot takes what is not kept."""
+    outputs = paper(random_ids(1, 50))
+    assert isinstance(outputs.past_key_values, DilatedCache)
+    cache = DilatedCache(paper.config, reserve=0)
+    for _ in range(4):
+        paper(random_ids(1, 50), past_key_values=cache)
+        assert all(layer.keys.shape == layer.values.shape == (1, 4, 31, 8) for layer in cache.layers)
+    hybrid = build(LongNetForCausalLM, "hybrid")
+    cache = hybrid.generate(random_ids(1, 9), return_dict_in_generate=True, **GREEDY).past_key_values
+    assert [type(layer).__name__ for layer in cache.layers] == ["DilatedLayer", "DynamicLayer", "DilatedLayer"]
+
+
+def test_a_dynamic_cache_serves_too(model):
+    ids = random_ids(2, 9)
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, cache_implementation="dynamic", **GREEDY), expected)
+    assert torch.equal(model.generate(ids, past_key_values=DynamicCache(config=model.config), **GREEDY), expected)
+
+
+def test_a_cache_is_used_again_after_reset(model):
+    cache = DilatedCache(model.config)
+    for batch in (2, 3):
+        ids = random_ids(batch, 9)
+        assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), model.generate(ids, **GREEDY))
+        cache.reset()
+        assert cache.get_seq_length() == 0
+
+
+def test_rows_of_a_cache_are_chosen_and_repeated(model):
+    ids, mask = left_padded([random_ids(12), random_ids(20), random_ids(5)])
+    new = random_ids(4, 7)
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([1, 0, 3, 2]))
+    rows = torch.tensor([2, 2, 0, 0])
+    together, mask = torch.cat((ids[rows], new), 1), torch.cat((mask[rows], torch.ones_like(new)), 1)
+    expected = model(together, attention_mask=mask).logits[:, -7:]
+    torch.testing.assert_close(
+        model(new, attention_mask=mask, past_key_values=cache).logits, expected, rtol=0, atol=1e-9
+    )
+
+
+def test_new_tokens_alone_may_be_masked_and_need_no_mask(paper):
+    ids, mask = left_padded([random_ids(12), random_ids(20)])
+    expected = paper(ids, attention_mask=mask).logits[:, -4:]
+    for new_mask in (None, mask[:, -4:], mask):
+        cache = DilatedCache(paper.config)
+        paper(ids[:, :-4], attention_mask=mask[:, :-4], past_key_values=cache)
+        logits = paper(ids[:, -4:], attention_mask=new_mask, past_key_values=cache).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+def test_what_a_dilated_cache_cannot_do_is_refused(paper):
+    ids = random_ids(2, 40)
+    mask = torch.ones_like(ids)
+
+    def filled(reserve=4):
+        cache = DilatedCache(paper.config, reserve=reserve)
+        paper(ids[:, :20], past_key_values=cache)
+        return cache
+
+    mask[1, 12:20] = 0  # more than are in reserve
+    with pytest.raises(ValueError, match="`attention_mask` makes 12 of the tokens in row 1"):
+        paper(ids[:, 20:], attention_mask=mask, past_key_values=filled())
+    paper(ids[:, 20:], attention_mask=mask, past_key_values=filled(8))
+    mask[1, 12:20], mask[1, :3] = 1, 0  # not the last ones
+    with pytest.raises(ValueError, match="`attention_mask` makes 17 of the tokens in row 1"):
+        paper(ids[:, 20:], attention_mask=mask, past_key_values=filled(30))
+    with pytest.raises(ValueError, match="shape \\(2, 40\\)"):
+        paper(ids[:, 20:], attention_mask=mask[:, :30], past_key_values=filled())
+    with pytest.raises(ValueError, match="batch of 2 rows, got 1"):
+        paper(ids[:1, 20:], past_key_values=filled())
+    with pytest.raises(ValueError, match="Cannot go back 5 tokens"):
+        filled().crop(-5)
+    with pytest.raises(ValueError, match="`tokens_to_remove` is -30"):
+        filled().crop(-30)
+    with pytest.raises(ValueError, match="several documents"):
+        paper(ids[:, 20:], position_ids=torch.arange(20)[None] % 7, past_key_values=filled())
+    with pytest.raises(RuntimeError, match="No gradients flow through a DilatedCache"):
+        paper(ids[:, 20:], past_key_values=filled()).logits.sum().backward()
+    with pytest.raises(ValueError, match="for other patterns"):
+        build(LongNetForCausalLM, "paper", segment_lengths=[8, 16, 41])(ids, past_key_values=filled())
+    with pytest.raises(ValueError, match='"eager"'):
+        build(LongNetForCausalLM, "paper", attn_implementation="eager")(ids, past_key_values=filled())
+    for reserve in (-1, True, 1.5):
+        with pytest.raises(ValueError, match="`reserve`"):
+            DilatedCache(paper.config, reserve=reserve)
+    with pytest.raises(ValueError, match="`config` must be that of a LongNet"):
+        DilatedCache(transformers.LlamaConfig())
+    refused = filled()
+    with pytest.raises(ValueError):
+        paper(ids[:, 20:], attention_mask=mask[:, :30], past_key_values=refused)
+    expected = paper(ids).logits[:, 20:]
+    torch.testing.assert_close(paper(ids[:, 20:], past_key_values=refused).logits, expected, rtol=0, atol=1e-9)
