@@ -280,11 +280,10 @@ class DilatedCache(Cache):
         # [B, 2 * reserve], which of the last tokens are real: `reserve` of them are known after `crop`, too
         self._last_real: torch.Tensor | None = None
 
-    def fits(self, config: PreTrainedConfig) -> bool:
-        """Whether a model of this configuration has the patterns of the cache."""
+    def fits(self, patterns: list[DilatedPattern]) -> bool:
+        """Whether the layers of a model have the patterns (`canonical()`) of the cache."""
         # Not the patterns themselves: code from the Hub has its own copy of their class
-        patterns = [pattern.canonical().to_json() for pattern in config.layer_patterns]
-        return patterns == [pattern.to_json() for pattern in self.patterns]
+        return [pattern.to_json() for pattern in patterns] == [pattern.to_json() for pattern in self.patterns]
 
     def reset(self) -> None:
         self.layers[:] = self._make_layers()

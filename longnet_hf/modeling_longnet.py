@@ -360,7 +360,7 @@ class LongNetModel(LongNetPreTrainedModel):
         batch_size, length, device = *inputs_embeds.shape[:2], inputs_embeds.device
         is_causal = self.config.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         if past_key_values is not None:
-            check_cache(past_key_values, is_causal, self.config)
+            self.check_cache(past_key_values, is_causal)
             if attention_mask is not None and hasattr(past_key_values, "check_mask"):
                 past_key_values.check_mask(attention_mask, length)
 
@@ -403,6 +403,29 @@ class LongNetModel(LongNetPreTrainedModel):
         if self.training or self.config._attn_implementation == "eager":
             return DynamicCache(config=self.config)
         return DilatedCache(self.config)
+
+    def check_cache(self, past_key_values: Cache, is_causal: bool) -> None:
+        """Refuse caches that do not hold what the pattern asks for."""
+        layers = getattr(past_key_values, "layers", None)
+        is_dynamic = layers is not None and all(type(layer) is DynamicLayer for layer in layers)
+        if not is_dynamic and not hasattr(past_key_values, "begin"):
+            kinds = sorted({type(layer).__name__ for layer in layers or ()}) or [type(past_key_values).__name__]
+            raise ValueError(
+                "`past_key_values` must be a DilatedCache, or a DynamicCache that keeps all keys, got "
+                f"{', '.join(kinds)}. Static, quantized and sliding-window caches are not supported."
+            )
+        if not is_causal:
+            raise ValueError(
+                "`past_key_values` needs causal attention, and this model attends both ways (`is_causal=False`)."
+            )
+        if is_dynamic:
+            return
+        if not past_key_values.fits([layer.self_attn.pattern for layer in self.layers]):
+            raise ValueError("`past_key_values` is a DilatedCache for other patterns or another number of layers.")
+        if self.config._attn_implementation == "eager":
+            raise ValueError(
+                '`past_key_values` must be a DynamicCache where `attn_implementation` is "eager", got a DilatedCache.'
+            )
 
     def get_document_ids(
         self, inputs_embeds, past_key_values, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx
@@ -449,30 +472,6 @@ def is_empty(past_key_values: Cache | None) -> bool:
     if hasattr(past_key_values, "begin"):  # without asking the GPU
         return past_key_values.positions is None
     return past_key_values is None or past_key_values.get_seq_length() == 0
-
-
-def check_cache(past_key_values: Cache, is_causal: bool, config: LongNetConfig) -> None:
-    """Refuse caches that do not hold what the pattern asks for."""
-    layers = getattr(past_key_values, "layers", None)
-    is_dynamic = layers is not None and all(type(layer) is DynamicLayer for layer in layers)
-    if not is_dynamic and not hasattr(past_key_values, "begin"):
-        kinds = sorted({type(layer).__name__ for layer in layers or ()}) or [type(past_key_values).__name__]
-        raise ValueError(
-            "`past_key_values` must be a DilatedCache, or a DynamicCache that keeps all keys, got "
-            f"{', '.join(kinds)}. Static, quantized and sliding-window caches are not supported."
-        )
-    if not is_causal:
-        raise ValueError(
-            "`past_key_values` needs causal attention, and this model attends both ways (`is_causal=False`)."
-        )
-    if is_dynamic:
-        return
-    if not past_key_values.fits(config):
-        raise ValueError("`past_key_values` is a DilatedCache for other patterns or another number of layers.")
-    if config._attn_implementation == "eager":
-        raise ValueError(
-            '`past_key_values` must be a DynamicCache where `attn_implementation` is "eager", got a DilatedCache.'
-        )
 
 
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

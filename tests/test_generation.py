@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from models import KINDS, build, random_ids
+from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
 from longnet_hf import DilatedCache, LongNetForCausalLM
@@ -273,3 +274,16 @@ def test_what_a_dilated_cache_cannot_do_is_refused(paper):
         paper(ids[:, 20:], attention_mask=mask[:, :30], past_key_values=refused)
     expected = paper(ids).logits[:, 20:]
     torch.testing.assert_close(paper(ids[:, 20:], past_key_values=refused).logits, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["paper", "windows"])
+def test_generate_compiles_the_step_once(kind):
+    """As Transformers does it on a GPU, if asked to; the step is one graph, whatever the position."""
+    model = build(LongNetForCausalLM, kind, torch.float64)
+    ids, mask = left_padded([random_ids(12), random_ids(20)])
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    config = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    counters.clear()
+    assert torch.equal(model.generate(ids, attention_mask=mask, compile_config=config, **GREEDY), expected)
+    assert counters["stats"]["unique_graphs"] == 1
