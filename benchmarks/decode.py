@@ -4,16 +4,17 @@
     python benchmarks/decode.py --batch_size 8 --lengths 1024 32768
 
 One step of greedy decoding, batch 1, bfloat16. LongNet reads the context in chunks and keeps what its pattern asks for
-(DilatedCache). Llama attends through PyTorch's scaled_dot_product_attention; its DynamicCache is filled with random
-numbers, since reading a long context would take it minutes. "compiled" steps are those of
-`generate(compile_config=CompileConfig())`: torch.compile and CUDA graphs, which a cache of growing size rules out.
-Needs a CUDA GPU.
+(DilatedCache). Llama attends through PyTorch's flash attention (cuDNN would plan anew for every length); its
+DynamicCache is filled with random numbers, since reading a long context would take it minutes. "compiled" steps are
+those of `generate(compile_config=CompileConfig())`: torch.compile and CUDA graphs, which a cache of growing size rules
+out. Needs a CUDA GPU.
 """
 
 import argparse
 
 import torch
 from attention import environment, milliseconds
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_step import SIZES, make_model
 from transformers import CompileConfig, DynamicCache
 
@@ -61,9 +62,11 @@ def main():
         with torch.device("cuda"):
             model = make_model(name, options.size, chunk_size=2**15).eval()
         torch.set_default_dtype(torch.float32)
-        forwards = [model.__call__]
-        if name == "longnet" and not options.eager:
-            forwards.append(model.get_compiled_call(CompileConfig()))
+        forwards, backends = [model.__call__], [SDPBackend.FLASH_ATTENTION]
+        if name == "longnet":
+            backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+            if not options.eager:
+                forwards.append(model.get_compiled_call(CompileConfig()))
         for length in options.lengths:
             try:
                 cache = read(model, length, options.batch_size, options.chunk_size)
@@ -71,8 +74,9 @@ def main():
                 for forward in forwards:
                     token = torch.zeros(options.batch_size, 1, dtype=torch.long, device="cuda")
 
-                    def step(forward=forward, token=token, cache=cache):
-                        logits = forward(input_ids=token, past_key_values=cache, use_cache=True).logits
+                    def step(forward=forward, token=token, cache=cache, backends=backends):
+                        with sdpa_kernel(backends):
+                            logits = forward(input_ids=token, past_key_values=cache, use_cache=True).logits
                         token.copy_(logits.argmax(-1))
 
                     for _ in range(3):

@@ -10,11 +10,17 @@ Shapes: B batch, H query heads, Hkv key/value heads, L new tokens, D head size, 
 """
 
 import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .dilated_operator import PlacedTile, TileKernel, dilated_attention, merge_tiles
@@ -22,6 +28,10 @@ from .dilated_pattern import Branch, DilatedPattern
 
 
 _UNBOUNDED = 1 << 60
+
+# Of a file with a cache
+_FORMAT = "longnet_hf.DilatedCache 1"
+_STATE = ("columns", "positions", "furthest", "last_real")
 
 
 def _capacity(branch: Branch, reserve: int) -> int:
@@ -112,14 +122,15 @@ def _rings(pattern: DilatedPattern, num_heads: int, reserve: int, device: torch.
 class Step:
     """New tokens `[B, L]` of a batch: which of them are real, and where they lie in their documents."""
 
-    def __init__(self, is_first: bool, real: torch.Tensor, before: torch.Tensor):
+    def __init__(self, is_first: bool, has_padding: bool, real: torch.Tensor, before: torch.Tensor):
         count = real.cumsum(1)
         self.is_first = is_first  # there were no tokens before
+        self.has_padding = has_padding  # or may have
         self.real = real
         self.before = before  # [B], real tokens before these
         self.position = (before[:, None] + count - 1).clamp(min=0)
         self.after = before + count[:, -1]
-        self.masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of the layers of one pattern
+        self._of_pattern: dict[tuple, object] = {}
         self._copies: dict[torch.device, Step] = {}
 
     def on(self, device: torch.device) -> "Step":
@@ -127,8 +138,16 @@ class Step:
         if device == self.real.device:
             return self
         if device not in self._copies:
-            self._copies[device] = Step(self.is_first, self.real.to(device), self.before.to(device))
+            state = self.real.to(device), self.before.to(device)
+            self._copies[device] = Step(self.is_first, self.has_padding, *state)
         return self._copies[device]
+
+    def once(self, function: Callable, layer: "DilatedLayer"):
+        """`function(layer, self)`, which is the same for all layers of a pattern."""
+        key = function.__name__, layer.group
+        if key not in self._of_pattern:
+            self._of_pattern[key] = function(layer, self)
+        return self._of_pattern[key]
 
     @functools.cached_property
     def parts(self) -> list[tuple[slice, torch.Tensor | None, int]]:
@@ -180,15 +199,10 @@ class DilatedLayer(CacheLayerMixin):
         rings = self.rings
         with torch.no_grad():
             if key_states.shape[2] <= self.reserve + 1:
-                position = step.position[..., None, None]
-                slot = rings.start + rings.count(position) % rings.capacity  # [B, L, Hkv, branches]
-                is_kept = rings.keeps(position) & step.real[..., None, None]
-                slot = torch.where(is_kept, slot, len(rings.branch_of_slot)).transpose(1, 2).flatten(2)
-                is_kept = is_kept.transpose(1, 2)[..., None]
-                index = slot[..., None].expand(-1, -1, -1, key_states.shape[-1])
+                index = step.once(_slots_of_new_keys, self)
                 for store, x in ((self.keys, key_states), (self.values, value_states)):
-                    rows = torch.where(is_kept, x[:, :, :, None], 0.0).flatten(2, 3)
-                    store.scatter_(2, index, rows.to(store.dtype))
+                    # torch.compile does this in place, unlike scatter_
+                    store.index_put_(index, x[:, :, :, None].to(store.dtype))
             else:
                 number = rings.position(rings.held(step.after)) - step.before[:, None, None]  # among the real tokens
                 columns = torch.argsort(~step.real, dim=1, stable=True)
@@ -276,14 +290,67 @@ class DilatedCache(Cache):
     def _forget(self) -> None:
         self.columns: torch.Tensor | None = None  # [], tokens taken so far, padding included
         self.positions: torch.Tensor | None = None  # [B], real tokens among them
-        self._furthest: torch.Tensor | None = None  # [B], most there have been
+        self.furthest: torch.Tensor | None = None  # [B], most there have been
         # [B, 2 * reserve], which of the last tokens are real: `reserve` of them are known after `crop`, too
-        self._last_real: torch.Tensor | None = None
+        self.last_real: torch.Tensor | None = None
 
     def fits(self, patterns: list[DilatedPattern]) -> bool:
         """Whether the layers of a model have the patterns (`canonical()`) of the cache."""
         # Not the patterns themselves: code from the Hub has its own copy of their class
         return [pattern.to_json() for pattern in patterns] == [pattern.to_json() for pattern in self.patterns]
+
+    def save(self, file: str | os.PathLike, model: PreTrainedModel) -> None:
+        """Write the cache to a safetensors file; what was there before is replaced once the new file is whole.
+
+        Args:
+            model: whose keys these are. Patterns and weights are checked on loading.
+        """
+        if self.positions is None:
+            raise ValueError("The cache is empty: there is nothing to save.")
+        tensors = {name: getattr(self, name) for name in _STATE}
+        for layer_idx, layer in enumerate(self.layers):
+            tensors |= {f"layers.{layer_idx}.keys": layer.keys, f"layers.{layer_idx}.values": layer.values}
+        metadata = {
+            "format": _FORMAT,
+            "patterns": json.dumps([pattern.to_json() for pattern in self.patterns]),
+            "reserve": str(self.reserve),
+            "model": _fingerprint(model),
+        }
+        unfinished = f"{os.fspath(file)}.unfinished"
+        save_file({name: x.contiguous() for name, x in tensors.items()}, unfinished, metadata)
+        os.replace(unfinished, file)
+
+    @classmethod
+    def load(cls, file: str | os.PathLike, model: PreTrainedModel) -> "DilatedCache":
+        """The cache in a file that [`save`] wrote, on the devices of `model`.
+
+        Raises:
+            ValueError: if it is no such file, or if the cache was filled by another model or with other patterns.
+        """
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"`file` holds no DilatedCache: {os.fspath(file)!r}.")
+            cache = cls(model.config, reserve=int(metadata["reserve"]))
+            if json.loads(metadata["patterns"]) != [pattern.to_json() for pattern in cache.patterns]:
+                raise ValueError(f"The cache in {os.fspath(file)!r} has other patterns than `model`.")
+            if metadata["model"] != _fingerprint(model):
+                raise ValueError(
+                    f"The cache in {os.fspath(file)!r} was filled by another model: `model` has other weights, or the "
+                    "same in another dtype."
+                )
+            for name in _STATE:
+                setattr(cache, name, stored.get_tensor(name).to(model.device))
+            for layer_idx, (layer, module) in enumerate(zip(cache.layers, model.base_model.layers, strict=True)):
+                device = next(module.parameters()).device
+                keys, values = (stored.get_tensor(f"layers.{layer_idx}.{name}") for name in ("keys", "values"))
+                layer.lazy_initialization(keys[:, :, :0].to(device), values[:, :, :0].to(device))
+                if is_dilated(cache, layer_idx):
+                    layer.keys.copy_(keys)
+                    layer.values.copy_(values)
+                else:
+                    layer.keys, layer.values = keys.to(device), values.to(device)
+        return cache
 
     def reset(self) -> None:
         self.layers[:] = self._make_layers()
@@ -306,21 +373,22 @@ class DilatedCache(Cache):
         is_first = self.positions is None
         if is_first:
             self.columns = torch.zeros((), dtype=torch.int64, device=device)
-            self.positions, self._furthest = (torch.zeros(batch_size, dtype=torch.int64, device=device) for _ in "ab")
-            self._last_real = torch.zeros(batch_size, 2 * self.reserve, dtype=torch.bool, device=device)
+            self.positions, self.furthest = (torch.zeros(batch_size, dtype=torch.int64, device=device) for _ in "ab")
+            self.last_real = torch.zeros(batch_size, 2 * self.reserve, dtype=torch.bool, device=device)
             if not torch.compiler.is_compiling():  # CUDA graphs may write to these in place
-                for state in (self.columns, self.positions, self._furthest, self._last_real):
+                for state in (getattr(self, name) for name in _STATE):
                     torch._dynamo.mark_static_address(state)
         elif len(self.positions) != batch_size:
             raise ValueError(f"`past_key_values` holds a batch of {len(self.positions)} rows, got {batch_size} rows.")
+        has_padding = real is not None
         if real is None:
             real = torch.ones(batch_size, length, dtype=torch.bool, device=device)
         real = (real != 0).to(self.positions.device)
-        step = Step(is_first, real, self.positions.clone())
+        step = Step(is_first, has_padding, real, self.positions.clone())
         self.columns += length
         self.positions.copy_(step.after)
-        self._furthest.copy_(torch.maximum(self._furthest, step.after))
-        self._last_real.copy_(torch.cat((self._last_real, real), dim=1)[:, length:])
+        self.furthest.copy_(torch.maximum(self.furthest, step.after))
+        self.last_real.copy_(torch.cat((self.last_real, real), dim=1)[:, length:])
         return step
 
     def update(
@@ -377,9 +445,7 @@ class DilatedCache(Cache):
     def _attend_to_slots(self, query, keys, values, layer_idx, step, scale, dropout) -> torch.Tensor:
         """One masked attention over all slots, which hold the new keys already."""
         layer = self.layers[layer_idx]
-        if layer.group not in step.masks:
-            step.masks[layer.group] = self._slot_mask(layer, step)
-        mask, is_joined = step.masks[layer.group]
+        mask, is_joined = step.once(_slots_seen, layer)
         heads, group, length = keys.shape[1], query.shape[1] // keys.shape[1], query.shape[2]
         output = F.scaled_dot_product_attention(
             query.unflatten(1, (heads, group)).flatten(2, 3),
@@ -389,19 +455,10 @@ class DilatedCache(Cache):
             dropout,
             scale=scale,
         )
-        output = torch.where(is_joined[:, :, None], output.unflatten(2, (group, length)), 0.0)
+        output = output.unflatten(2, (group, length))
+        if is_joined is not None:
+            output = torch.where(is_joined[:, :, None], output, 0.0)
         return output.flatten(1, 2)
-
-    @staticmethod
-    def _slot_mask(layer: DilatedLayer, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which slots the new queries see, `[B, Hkv, L, S]`, and which of them see any, `[B, Hkv, L, 1]`."""
-        rings = layer.rings
-        seen = rings.seen(step.position[..., None, None])
-        first, stop = (x.transpose(1, 2)[..., rings.branch_of_slot] for x in seen)
-        held = rings.held(step.after)[:, :, None]
-        mask = (held >= first) & (held < stop) & step.real[:, None, :, None]
-        is_joined = mask.any(-1, keepdim=True)
-        return mask | ~is_joined, is_joined
 
     def _attend_to_parts(self, query, key, value, layer_idx, step, scale, dropout) -> torch.Tensor:
         """The new tokens among themselves, and then with what they see of the slots, branch by branch."""
@@ -451,7 +508,7 @@ class DilatedCache(Cache):
         device = self.positions.device
         real = attention_mask[:, :columns].to(device) != 0
         known = min(columns, self.reserve)
-        last, was = real[:, columns - known :], self._last_real[:, 2 * self.reserve - known :]
+        last, was = real[:, columns - known :], self.last_real[:, 2 * self.reserve - known :]
         masked = was & ~last
         is_wrong = (real.sum(1) + masked.sum(1) != self.positions) | (last & ~was).any(1)
         is_wrong |= ((masked.cumsum(1) > 0) & last).any(1)
@@ -465,10 +522,10 @@ class DilatedCache(Cache):
             )
         if bool(masked.any()):
             self._go_back(self.positions - masked.sum(1))
-            self._last_real[:, 2 * self.reserve - known :] = last
+            self.last_real[:, 2 * self.reserve - known :] = last
 
     def _go_back(self, positions: torch.Tensor) -> None:
-        distance = int((self._furthest - positions).max())
+        distance = int((self.furthest - positions).max())
         if distance > self.reserve:
             raise ValueError(
                 f"Cannot go back {distance} tokens: keys that are then needed are dropped. A "
@@ -490,11 +547,11 @@ class DilatedCache(Cache):
             return
         if count > columns:
             raise ValueError(f"`tokens_to_remove` is {tokens_to_remove}, and the cache holds {columns} tokens.")
-        self._go_back(self.positions - (self._last_real[:, -count:].sum(1) if count <= self.reserve else count))
+        self._go_back(self.positions - (self.last_real[:, -count:].sum(1) if count <= self.reserve else count))
         for layer in self.layers:
             layer.crop(tokens_to_remove)
         self.columns -= count
-        self._last_real.copy_(self._last_real.roll(count, dims=1))
+        self.last_real.copy_(self.last_real.roll(count, dims=1))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -510,13 +567,46 @@ class DilatedCache(Cache):
 
     def _map_rows(self, function) -> None:
         if self.positions is not None:
-            self.positions, self._furthest = function(self.positions), function(self._furthest)
-            self._last_real = function(self._last_real)
+            self.positions, self.furthest = function(self.positions), function(self.furthest)
+            self.last_real = function(self.last_real)
 
 
 def is_dilated(past_key_values: Cache | None, layer_idx: int) -> bool:
     """Whether a layer of a cache keeps the keys of its pattern only."""
     return past_key_values is not None and getattr(past_key_values.layers[layer_idx], "is_dilated", False)
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """A checksum of the names, shapes and dtypes of all weights, and of 64 numbers of each."""
+    checksum = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+        checksum.update(f"{name} {tuple(weight.shape)} {weight.dtype} {sample.double().tolist()}".encode())
+    return checksum.hexdigest()
+
+
+def _slots_of_new_keys(layer: DilatedLayer, step: Step) -> tuple[torch.Tensor, ...]:
+    """Row, head and slot of the new keys `[B, Hkv, L, branches]`; the last slot where a branch does not keep one."""
+    rings, position = layer.rings, step.position[..., None, None]
+    slot = rings.start + rings.count(position) % rings.capacity
+    is_kept = rings.keeps(position) & step.real[..., None, None]
+    slot = torch.where(is_kept, slot, len(rings.branch_of_slot)).transpose(1, 2)
+    row, head = (torch.arange(size, device=slot.device) for size in slot.shape[:2])
+    return row[:, None, None, None], head[:, None, None], slot
+
+
+def _slots_seen(layer: DilatedLayer, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Which slots the new queries see, `[B, Hkv, L, S]`, and which of them see any, `[B, Hkv, L, 1]` (`None`: all)."""
+    rings = layer.rings
+    seen = rings.seen(step.position[..., None, None])
+    first, stop = (x.transpose(1, 2)[..., rings.branch_of_slot] for x in seen)
+    held = rings.held(step.after)[:, :, None]
+    mask = (held >= first) & (held < stop)
+    if not step.has_padding and 1 in layer.pattern.dilation_rates:
+        return mask, None
+    mask &= step.real[:, None, :, None]
+    is_joined = mask.any(-1, keepdim=True)
+    return mask | ~is_joined, is_joined
 
 
 class _NoGradient(torch.autograd.Function):

@@ -6,7 +6,8 @@ Reads from top to bottom like any model of Transformers: rotary positions, atten
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -273,6 +274,21 @@ class LongNetDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+@dataclass
+class LongNetChunkOutput(ModelOutput):
+    """What [`~LongNetPreTrainedModel.forward_chunks`] yields.
+
+    Args:
+        last_hidden_state: `[B, L, hidden_size]`, of this chunk.
+        loss: mean over the labels of all chunks so far, if there are any.
+        past_key_values: the cache, which holds what comes next needs of all chunks so far.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+
+
 class LongNetPreTrainedModel(PreTrainedModel):
     config: LongNetConfig
     base_model_prefix = "model"
@@ -299,6 +315,71 @@ class LongNetPreTrainedModel(PreTrainedModel):
                 module.weight, "_is_hf_initialized", False
             ):
                 init.zeros_(module.weight[module.padding_idx])
+
+    @torch.no_grad()
+    def forward_chunks(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        chunk_size: int = 1 << 16,
+        progress: bool = True,
+    ) -> Iterator[LongNetChunkOutput]:
+        """The forward pass over a sequence of any length, in memory that does not grow with it: a generator.
+
+        A chunk attends to what a [`DilatedCache`] keeps of all chunks before it, so that the outputs are those of the
+        whole sequence. To go on after an interruption, give the cache, and the tokens that it does not hold yet.
+
+        Args:
+            input_ids: integers `[B, N]` on any device; memory-mapped ones are read chunk by chunk.
+            labels: `[B, N]`, -100 where there is nothing to predict; shifted inside. For causal language models.
+            attention_mask: `[B, N]`, nonzero at real tokens.
+            past_key_values: what was read before; by default a new [`DilatedCache`].
+            chunk_size: tokens of a row to take at a time. Multiples of the segment lengths are fastest.
+            progress: show a progress bar.
+
+        Yields:
+            [`LongNetChunkOutput`]: the hidden states of a chunk, and the loss and the cache up to its end.
+
+        ```python
+        >>> book = torch.randint(model.config.vocab_size, (1, 1_000_000))
+        >>> for chunk in model.forward_chunks(book, labels=book):
+        ...     pass
+        >>> chunk.loss, chunk.past_key_values  # of the whole book
+        ```"""
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"`input_ids` must be of shape [B, N] with N > 0, got {tuple(input_ids.shape)}.")
+        for name, x in (("labels", labels), ("attention_mask", attention_mask)):
+            if x is not None and x.shape != input_ids.shape:
+                raise ValueError(f"`{name}` must be of shape {tuple(input_ids.shape)}, got {tuple(x.shape)}.")
+        if labels is not None and not hasattr(self, "chunked_loss"):
+            raise ValueError(f"`labels` are for causal language models, and this is a {type(self).__name__}.")
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be an integer of at least 1, got {chunk_size!r}.")
+        if past_key_values is None:
+            past_key_values = DilatedCache(self.config)
+        length, total, count = input_ids.shape[1], 0.0, 0
+        knows_padding = getattr(past_key_values, "is_compileable", False)  # all layers are dilated
+        with logging.tqdm(total=length, unit=" tokens", unit_scale=True, disable=not progress) as bar:
+            for start in range(0, length, chunk_size):
+                stop = min(start + chunk_size, length)
+                mask = None if attention_mask is None else attention_mask[:, start * knows_padding : stop]
+                output = LongNetChunkOutput(past_key_values=past_key_values)
+                output.last_hidden_state = self.base_model(
+                    input_ids[:, start:stop].to(self.device, torch.long),
+                    attention_mask=None if mask is None else mask.to(self.device),
+                    past_key_values=past_key_values,
+                ).last_hidden_state
+                if labels is not None:
+                    shift_labels = labels[:, start + 1 : stop + 1].to(self.device, torch.long)
+                    shift_labels = F.pad(shift_labels, (0, stop - start - shift_labels.shape[1]), value=-100)
+                    total += self.chunked_loss(output.last_hidden_state, shift_labels, num_items_in_batch=1).double()
+                    count += (shift_labels != -100).sum()
+                    output.loss = (total / count.clamp(min=1)).float()
+                bar.update(stop - start)
+                yield output
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in Transformers. The code travels with the weights, for every Auto class, and so does a model card."""

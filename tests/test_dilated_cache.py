@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import KINDS, build, random_ids
 from patterns import random_pattern
+from safetensors.torch import save_file
 
-from longnet_hf import DilatedCache, dilated_attention_reference
+from longnet_hf import DilatedCache, LongNetForCausalLM, LongNetModel, dilated_attention_reference
 
 
 def random_case(seed, length=90):
@@ -94,3 +96,73 @@ def test_tokens_are_taken_back_and_replaced(seed):
     cache.check_mask(after, mask.shape[1] - done)
     columns = slice(done, mask.shape[1])
     assert_attended(take(cache, qkv, columns, after), qkv, pattern, after, columns)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_is_read_in_chunks(kind):
+    """Hidden states and loss are those of one forward pass, padding on the left and inside included."""
+    model, ids = build(LongNetForCausalLM, kind, torch.float64), random_ids(2, 150)
+    mask = torch.ones_like(ids)
+    mask[0, :70] = mask[1, 20:30] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 100] = -100
+    expected = model.model(ids, attention_mask=mask).last_hidden_state
+    loss = model(ids, attention_mask=mask, labels=labels).loss
+    for chunk_size, reserve in ((64, 3), (150, 255), (37, 255), (1000, 0)):
+        cache = DilatedCache(model.config, reserve=reserve)
+        options = dict(attention_mask=mask, past_key_values=cache, chunk_size=chunk_size, progress=False)
+        chunks = list(model.forward_chunks(ids.int(), labels=labels, **options))
+        hidden_states = torch.cat([chunk.last_hidden_state for chunk in chunks], dim=1)
+        real = mask == 1
+        torch.testing.assert_close(hidden_states[real], expected[real], rtol=0, atol=1e-9)
+        torch.testing.assert_close(chunks[-1].loss.double(), loss.double(), rtol=0, atol=1e-6)
+        assert chunks[-1].past_key_values is cache and cache.get_seq_length() == 150
+
+
+def test_reading_in_chunks_refuses_what_does_not_fit():
+    model, ids = build(LongNetModel), random_ids(1, 8)
+    with pytest.raises(ValueError, match="`labels` are for causal language models"):
+        next(model.forward_chunks(ids, labels=ids))
+    for chunk_size in (0, 1.5, True):
+        with pytest.raises(ValueError, match="`chunk_size`"):
+            next(model.forward_chunks(ids, chunk_size=chunk_size))
+    with pytest.raises(ValueError, match="`attention_mask` must be of shape"):
+        next(model.forward_chunks(ids, attention_mask=torch.ones(1, 9)))
+    with pytest.raises(ValueError, match="`input_ids` must be of shape"):
+        next(model.forward_chunks(ids[0]))
+
+
+@pytest.mark.parametrize("kind", ["paper", "hybrid"])
+def test_a_saved_cache_goes_on_as_if_it_had_not_been(kind, tmp_path):
+    model, ids = build(LongNetForCausalLM, kind, torch.float64), random_ids(2, 80)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    options = dict(max_new_tokens=30, do_sample=False, eos_token_id=None)
+    expected = model.generate(ids, attention_mask=mask, **options)
+    cache = DilatedCache(model.config, reserve=20)
+    model(ids[:, :60], attention_mask=mask[:, :60], past_key_values=cache)
+    cache.save(tmp_path / "book.safetensors", model)
+    model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    for _ in range(2):  # what was saved is not what is used
+        loaded = DilatedCache.load(tmp_path / "book.safetensors", model)
+        assert loaded.get_seq_length() == 60 and loaded.reserve == 20
+        assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=loaded, **options), expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["book.safetensors"]
+
+
+def test_a_saved_cache_is_refused_by_other_models(tmp_path):
+    model, file = build(LongNetForCausalLM), tmp_path / "book.safetensors"
+    with pytest.raises(ValueError, match="empty"):
+        DilatedCache(model.config).save(file, model)
+    model(random_ids(1, 9), use_cache=True).past_key_values.save(file, model)
+    with pytest.raises(ValueError, match="other patterns"):
+        DilatedCache.load(file, build(LongNetForCausalLM, segment_lengths=[8, 16, 41]))
+    with pytest.raises(ValueError, match="dtype"):
+        DilatedCache.load(file, build(LongNetForCausalLM, dtype=torch.float64))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight += 1e-3
+    with pytest.raises(ValueError, match="other weights"):
+        DilatedCache.load(file, model)
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="holds no DilatedCache"):
+        DilatedCache.load(file, model)
