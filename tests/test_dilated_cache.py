@@ -9,8 +9,9 @@ import torch
 from models import KINDS, build, random_ids
 from patterns import random_pattern
 from safetensors.torch import save_file
+from transformers import CompileConfig
 
-from longnet_hf import DilatedCache, LongNetForCausalLM, LongNetModel, dilated_attention_reference
+from longnet_hf import DilatedCache, LongNetConfig, LongNetForCausalLM, LongNetModel, dilated_attention_reference
 
 
 def random_case(seed, length=90):
@@ -166,3 +167,39 @@ def test_a_saved_cache_is_refused_by_other_models(tmp_path):
     save_file({"x": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="holds no DilatedCache"):
         DilatedCache.load(file, model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_on_a_gpu(dtype):
+    """Aligned chunks and others, of a length that both paths take up."""
+    config = LongNetConfig(
+        vocab_size=97, hidden_size=192, num_hidden_layers=2, num_attention_heads=12, intermediate_size=256,
+        initializer_range=0.2, num_key_value_heads=6, head_offset="rotating",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = LongNetForCausalLM(config).to("cuda", dtype).eval(), random_ids(2, 70000).cuda()
+    expected = next(model.forward_chunks(ids, chunk_size=70000, progress=False)).last_hidden_state.float()
+    for chunk_size in (32768, 9999, 30001):
+        chunks = model.forward_chunks(ids, chunk_size=chunk_size, progress=False)
+        output = torch.cat([chunk.last_hidden_state for chunk in chunks], dim=1).float()
+        assert (output - expected).norm() <= (1e-4 if dtype == torch.float32 else 3e-2) * expected.norm()
+    cache = DilatedCache(config)
+    with torch.no_grad():
+        model(ids[:, :40000], past_key_values=cache)
+        for start in range(40000, 40300, 3):
+            model(ids[:, start : start + 3], past_key_values=cache)
+        output = model.model(ids[:, 40300:40301], past_key_values=cache).last_hidden_state.float()
+    close = expected[:, 40300:40301]
+    assert (output - close).norm() <= (1e-4 if dtype == torch.float32 else 3e-2) * close.norm()
+
+
+@pytest.mark.gpu
+def test_offloaded_and_compiled_generation_on_a_gpu():
+    model = build(LongNetForCausalLM, dtype=torch.float64).cuda()
+    ids = random_ids(2, 30).cuda()
+    options = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
+    expected = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert torch.equal(model.generate(ids, cache_implementation="offloaded", **options), expected)
+    assert torch.equal(model.generate(ids, compile_config=CompileConfig(), **options), expected)

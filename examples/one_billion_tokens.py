@@ -1,0 +1,154 @@
+"""Stream a billion tokens through a LongNet in memory that does not grow.
+
+    python examples/one_billion_tokens.py                                   # the paper's base model, on a GPU
+    python examples/one_billion_tokens.py --tokens 1_000_000 --size small   # a million, on a CPU
+
+The largest segment is the whole stream, so that the last token is joined to the first ones. Tokens are random, a
+function of their positions. What was read is saved every `save_every` chunks, so that the same command goes on where it
+was interrupted. Ends with a record of hardware, time, memory and keys kept, in JSON.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from longnet_hf import DilatedCache, LongNetConfig, LongNetForCausalLM, __version__
+
+
+SIZES = {
+    "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, vocab_size=64000),
+    "small": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000),
+}
+
+
+@dataclass
+class Arguments:
+    tokens: str = field(default="1_000_000_000", metadata={"help": "Length of the stream."})
+    size: str = field(default="base", metadata={"help": "Of the model: base (125 M, the paper's), or small."})
+    chunk_size: int = field(default=1 << 20, metadata={"help": "Tokens per forward pass."})
+    segment_length: int = field(default=2048, metadata={"help": "Of the first branch; each next is 4 times as long."})
+    output_dir: str = field(default="runs/one_billion_tokens", metadata={"help": "For the record and what was read."})
+    save_every: int = field(default=100, metadata={"help": "Save after so many chunks."})
+    stop_after: float | None = field(default=None, metadata={"help": "Seconds after which to save and stop."})
+    mlp_chunk_size: int = field(default=1 << 17, metadata={"help": "Tokens per pass through an MLP."})
+
+
+def make_config(args: Arguments, tokens: int) -> LongNetConfig:
+    """w = 2048 * 4^k, r = 4^k, up to a last segment that holds the stream: a multiple of the chunks."""
+    length, rate, lengths, rates = args.segment_length, 1, [], []
+    while length < tokens:
+        lengths.append(length)
+        rates.append(rate)
+        length, rate = 4 * length, 4 * rate
+    whole = -(-tokens // args.chunk_size) * args.chunk_size
+    lengths.append(whole)
+    rates.append(-(-whole // args.segment_length))
+    return LongNetConfig(
+        **SIZES[args.size],
+        intermediate_size=4 * SIZES[args.size]["hidden_size"],
+        segment_lengths=lengths,
+        dilation_rates=rates,
+        max_position_embeddings=whole,
+        chunk_size_feed_forward=args.mlp_chunk_size,
+    )
+
+
+def environment(device: str) -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "longnet_hf": f"{__version__}, commit {os.environ.get('COMMIT') or commit.stdout.strip() or 'unknown'}",
+    }
+
+
+def peak_gibibytes(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def write(file: Path, content: dict) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(file)
+
+
+def main():
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    tokens, device = int(args.tokens), "cuda" if torch.cuda.is_available() else "cpu"
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    transformers.set_seed(0)
+    with torch.device(device):
+        model = LongNetForCausalLM(make_config(args, tokens)).eval()
+    model.to(torch.bfloat16 if device == "cuda" else torch.float32)
+
+    state_file, cache = folder / "state.json", DilatedCache(model.config, reserve=0)
+    state = {"tokens": 0, "seconds": 0.0, "peak_gibibytes": 0.0, "cache": ""}
+    if state_file.exists():
+        state = json.loads(state_file.read_text())
+        cache = DilatedCache.load(folder / state["cache"], model)
+        print(f"Going on at token {state['tokens']:,}")
+
+    began, earlier = time.perf_counter(), state["seconds"]
+
+    def save(done: int) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        file, before = folder / f"cache_{done}.safetensors", state["cache"]
+        state.update(tokens=done, seconds=earlier + time.perf_counter() - began, cache=file.name)
+        state["peak_gibibytes"] = max(state["peak_gibibytes"], peak_gibibytes(device))
+        cache.save(file, model)
+        write(state_file, state)
+        if before:
+            (folder / before).unlink()
+
+    generator = torch.Generator(device)
+    with torch.no_grad(), tqdm(total=tokens, initial=state["tokens"], unit=" tokens", unit_scale=True) as bar:
+        for number, start in enumerate(range(state["tokens"], tokens, args.chunk_size), start=1):
+            stop = min(start + args.chunk_size, tokens)
+            shape = 1, stop - start
+            ids = torch.randint(model.config.vocab_size, shape, generator=generator.manual_seed(start), device=device)
+            last = model(ids, past_key_values=cache, logits_to_keep=1).logits
+            bar.update(stop - start)
+            is_late = args.stop_after is not None and time.perf_counter() - began > args.stop_after
+            if number % args.save_every == 0 or stop == tokens or is_late:
+                save(stop)
+            if is_late and stop < tokens:
+                print(f"Stopped at token {stop:,}. The same command goes on from there.")
+                return
+
+    if not bool(last.isfinite().all()):
+        raise RuntimeError("The logits of the last token are not finite.")
+    branches = zip(model.config.segment_lengths, model.config.dilation_rates, strict=True)
+    record = {
+        "tokens": tokens,
+        "seconds": round(state["seconds"], 1),
+        "tokens_per_second": round(tokens / state["seconds"]),
+        "peak_gibibytes": round(state["peak_gibibytes"], 2),
+        "keys_kept_per_head_and_layer": model.config.layer_patterns[0].max_live_keys(),
+        "branches": list(branches),
+        "parameters": model.num_parameters(),
+        "arguments": asdict(args),
+        "date": time.strftime("%Y-%m-%d"),
+    } | environment(device)
+    write(folder / "record.json", record)
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()
