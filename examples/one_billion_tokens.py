@@ -4,8 +4,8 @@
     python examples/one_billion_tokens.py --tokens 1_000_000 --size small   # a million, on a CPU
 
 The largest segment is the whole stream, so that the last token is joined to the first ones. Tokens are random, a
-function of their positions. What was read is saved every `save_every` chunks, so that the same command goes on where it
-was interrupted. Ends with a record of hardware, time, memory and keys kept, in JSON.
+function of their positions. What was read is saved every `save_every` chunks, so that the same command goes on where
+it was interrupted. Ends with a record of hardware, time, memory and keys kept, in JSON.
 """
 
 import json

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from .dilated_operator import PlacedTile, TileKernel, dilated_attention, merge_tiles
+from .dilated_operator import TileKernel, dilated_attention, merge
 from .dilated_pattern import Branch, DilatedPattern
 
 
@@ -59,6 +59,7 @@ class _Rings(NamedTuple):
     start: torch.Tensor  # first slot of the ring
     branch_of_slot: torch.Tensor  # [S]
     number_of_slot: torch.Tensor  # [S], in its ring
+    of_branch: list[list[tuple[int, ...]]]  # [branches][Hkv], the fields above but for the last two
 
     @classmethod
     def of(cls, pattern: DilatedPattern, num_heads: int, reserve: int, device: torch.device) -> "_Rings":
@@ -80,7 +81,7 @@ class _Rings(NamedTuple):
         fields = torch.tensor(rows, device=device).permute(2, 1, 0).contiguous()
         branch = torch.arange(len(capacities)).repeat_interleave(torch.tensor(capacities))
         number = torch.cat([torch.arange(capacity) for capacity in capacities])
-        return cls(fields[0].bool(), *fields[1:], branch.to(device), number.to(device))
+        return cls(fields[0].bool(), *fields[1:], branch.to(device), number.to(device), rows)
 
     def count(self, position: torch.Tensor) -> torch.Tensor:
         """How many keys below `position` `[..., 1, 1]` are kept, or the number of the next, `[..., Hkv, branches]`."""
@@ -119,6 +120,16 @@ def _rings(pattern: DilatedPattern, num_heads: int, reserve: int, device: torch.
     return _Rings.of(pattern, num_heads, reserve, device)
 
 
+class _Past(NamedTuple):
+    """A tile of new queries over stored keys, of n key/value heads at a time (see `Tile`)."""
+
+    mask: str
+    repeats: int
+    heads: torch.Tensor  # [n, 1]
+    columns: torch.Tensor  # [n, repeats * Kq], of the queries among the new tokens
+    slots: torch.Tensor  # [n, repeats * Kk], of the keys
+
+
 class Step:
     """New tokens `[B, L]` of a batch: which of them are real, and where they lie in their documents."""
 
@@ -142,11 +153,11 @@ class Step:
             self._copies[device] = Step(self.is_first, self.has_padding, *state)
         return self._copies[device]
 
-    def once(self, function: Callable, layer: "DilatedLayer"):
-        """`function(layer, self)`, which is the same for all layers of a pattern."""
-        key = function.__name__, layer.group
+    def once(self, function: Callable, layer: "DilatedLayer", *args):
+        """`function(layer, self, *args)`, which is the same for all layers of a pattern."""
+        key = function.__name__, layer.group, *args
         if key not in self._of_pattern:
-            self._of_pattern[key] = function(layer, self)
+            self._of_pattern[key] = function(layer, self, *args)
         return self._of_pattern[key]
 
     @functools.cached_property
@@ -211,18 +222,6 @@ class DilatedLayer(CacheLayerMixin):
                 for store, x in ((self.keys, key_states), (self.values, value_states)):
                     store[:, :, :-1] = torch.where((number >= 0)[..., None], x.gather(2, index), store[:, :, :-1])
         return self.keys, self.values
-
-    def stored(self, tile: PlacedTile, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a tile `[B, heads, 1, repeats, K, D]`, in some rows of the batch."""
-        heads, _, _, keys, repeats, period, branch = tile.tile
-        rings, head = self.rings, heads.start
-        position = torch.arange(repeats, device=self.device)[:, None] * period
-        position = position + torch.arange(keys.start, keys.stop, keys.step, device=self.device) + tile.key_offset
-        number = rings.count(position.flatten()[:, None, None])[:, head, branch]
-        slot = rings.start[head, branch] + number % rings.capacity[head, branch]
-        heads = slice(heads.start, heads.stop, heads.step)
-        stored = (x[rows, heads].index_select(2, slot) for x in (self.keys, self.values))
-        return tuple(x.unflatten(2, position.shape)[:, :, None] for x in stored)
 
     def get_seq_length(self) -> int:
         raise NotImplementedError("Ask the DilatedCache, which counts for all layers.")
@@ -462,29 +461,20 @@ class DilatedCache(Cache):
 
     def _attend_to_parts(self, query, key, value, layer_idx, step, scale, dropout) -> torch.Tensor:
         """The new tokens among themselves, and then with what they see of the slots, branch by branch."""
-        layer, heads = self.layers[layer_idx], key.shape[1]
+        layer = self.layers[layer_idx]
         if self.offloading:
             torch.cuda.default_stream(key.device).wait_stream(self.prefetch_stream)
         layer.prefetch()
-        longest = max(layer.pattern.segment_lengths)
         result = torch.zeros_like(query)
         for rows, columns, position in step.parts:
             q, k, v = (x[rows] if columns is None else x[rows, :, columns] for x in (query, key, value))
-            length, back = q.shape[2], min(position, longest)
             new = layer.pattern.at(position)
             output, lse = dilated_attention(q, k, v, new, scale=scale, dropout=dropout, return_lse=True)
             output = output.to(lse.dtype)
-            kernel = TileKernel(q, scale, dropout, torch.randint(2**62, (1,)) if dropout > 0 else None)
-            tiles = layer.pattern.at(position - back).tiles(
-                back + length, heads, num_queries=length, num_keys=back, is_causal=True
-            )
-            group = q.shape[1] // heads
-            placed = (PlacedTile(tile, heads, group, -back, position - back) for tile in tiles)
-            merge_tiles(output, lse, q, placed, functools.partial(layer.stored, rows=rows), kernel)
-            if columns is None:
-                result[rows] = output.to(result.dtype)
-            else:
-                result[rows, :, columns] = output.to(result.dtype)
+            seed = torch.randint(2**62, (1,)) if dropout > 0 else None
+            past = step.once(_past, layer, position, q.shape[2])
+            _attend_to_past(output, lse, q, layer.keys[rows], layer.values[rows], past, scale, dropout, seed)
+            result[(rows,) if columns is None else (rows, slice(None), columns)] = output.to(result.dtype)
         return result
 
     def check_mask(self, attention_mask: torch.Tensor, length: int) -> None:
@@ -607,6 +597,60 @@ def _slots_seen(layer: DilatedLayer, step: Step) -> tuple[torch.Tensor, torch.Te
     mask &= step.real[:, None, :, None]
     is_joined = mask.any(-1, keepdim=True)
     return mask | ~is_joined, is_joined
+
+
+def _past(layer: DilatedLayer, step: Step, position: int, length: int) -> list[_Past]:
+    """What `length` new tokens from `position` on see of the slots."""
+    back = min(position, max(layer.pattern.segment_lengths))
+    near = layer.pattern.at(position - back)
+    alike: dict[tuple, list[tuple[int, int, int]]] = {}  # tiles that differ in heads and in where they begin
+    number_of_tile: dict[tuple[int, range], int] = {}
+    for tile in near.tiles(back + length, layer.num_heads, num_queries=length, num_keys=back):
+        queries, keys, which = tile.queries, tile.keys, (tile.branch, tile.heads)
+        number_of_tile[which] = number_of_tile.get(which, -1) + 1  # so that a head comes once in each of `alike`
+        shape = len(queries), queries.step, len(keys), keys.step, tile.repeats, tile.period
+        begins = alike.setdefault((tile.branch, number_of_tile[which], tile.mask, *shape), [])
+        begins.extend((head, queries.start - back, keys.start + position - back) for head in tile.heads)
+
+    def indices(begin, count: int, step: int, repeats: int, period: int) -> torch.Tensor:
+        repeat, i = (torch.arange(n, device=layer.device) for n in (repeats, count))
+        begin = torch.tensor(begin, device=layer.device)
+        return begin[:, None] + (repeat[:, None] * period + i * step).flatten()
+
+    past = []
+    for (branch, _, mask, num_queries, query_step, num_keys, _, repeats, period), begins in alike.items():
+        heads, columns, keys = zip(*begins, strict=True)
+        numbers = []
+        for head, key in zip(heads, keys, strict=True):
+            _, _, grid, r, shift, phase, kept, capacity, start = layer.rings.of_branch[branch][head]
+            segment, inside = divmod(key + shift, grid)
+            numbers.append(segment * kept + (inside - phase) // r)
+        slots = start + indices(numbers, num_keys, 1, repeats, period // r) % capacity
+        columns = indices(columns, num_queries, query_step, repeats, period)
+        past.append(_Past(mask, repeats, torch.tensor(heads, device=layer.device)[:, None], columns, slots))
+    return past
+
+
+def _attend_to_past(output, lse, query, keys, values, past: list[_Past], scale, dropout, seed) -> None:
+    """Continue the softmax of the new tokens, `output` `[B, H, L, D]` and `lse` `[B, H, L]`, over stored keys."""
+    kernel, heads = TileKernel(query, scale, dropout, seed), keys.shape[1]
+    # [B, Hkv, L, H / Hkv, ...]: heads and columns side by side
+    query, output, lse = (x.unflatten(1, (heads, -1)).transpose(2, 3) for x in (query, output, lse[..., None]))
+    for mask, repeats, head, columns, slots in past:
+
+        def fold(x, repeats=repeats):  # [B, n, repeats * K, G, D] -> [B * repeats, n * G, K, D]
+            return x.unflatten(2, (repeats, -1)).permute(0, 2, 1, 4, 3, 5).flatten(2, 3).flatten(0, 1)
+
+        def unfold(x, repeats=repeats, group=query.shape[3]):
+            return x.unflatten(0, (-1, repeats)).unflatten(2, (-1, group)).permute(0, 2, 1, 4, 3, 5).flatten(2, 3)
+
+        q = fold(query[:, head, columns])
+        k, v = (fold(x[:, head, slots][:, :, :, None].expand(-1, -1, -1, query.shape[3], -1)) for x in (keys, values))
+        with torch.autocast(query.device.type, enabled=False):
+            new_output, new_lse = kernel.forward(q, k.to(q.dtype), v.to(q.dtype), mask)
+        merged_output, merged_lse = output[:, head, columns], lse[:, head, columns]
+        merge(merged_output, merged_lse, unfold(new_output), unfold(new_lse[..., None]))
+        output[:, head, columns], lse[:, head, columns] = merged_output, merged_lse
 
 
 class _NoGradient(torch.autograd.Function):

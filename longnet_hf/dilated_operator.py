@@ -10,7 +10,7 @@ which the tile's ordinary flash backward yields exactly its share of the gradien
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -262,35 +262,16 @@ def _uses_triton(query: torch.Tensor, dropout: float) -> bool:
     )
 
 
+def merge(output: torch.Tensor, lse: torch.Tensor, new_output: torch.Tensor, new_lse: torch.Tensor) -> None:
+    """Continue the softmax `output` `[..., D]`, `lse` `[..., 1]` over further keys, in place."""
+    merged_lse = torch.logaddexp(lse, new_lse)
+    output.mul_((lse - merged_lse).exp_()).add_(new_output * (new_lse - merged_lse).exp_())
+    lse.copy_(merged_lse)
+
+
 # The fast path is a custom operator: torch.compile, checkpointing and FSDP see one opaque node. The namespace is the
 # module's name, so that a second copy of this file (code that came with a model from the Hub) registers its own.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
-
-
-def merge_tiles(
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    query: torch.Tensor,
-    tiles: Iterable["PlacedTile"],
-    keys_of: Callable[["PlacedTile"], tuple[torch.Tensor, torch.Tensor]],
-    kernel: "TileKernel",
-) -> None:
-    """Continue the softmax of all queries over the keys of further tiles, in place.
-
-    Args:
-        output: `[B, H, Nq, D]`, of what was attended to so far, and `lse` `[B, H, Nq]`; in the accumulators' dtype.
-        query: `[B, H, Nq, D]`.
-        keys_of: gives the keys and values of a tile, `[B, heads, 1, repeats, K, D]`.
-    """
-    for tile in tiles:
-        k, v = map(tile.fold_keys, keys_of(tile))
-        with torch.autocast(query.device.type, enabled=False):
-            tile_output, tile_lse = kernel.forward(tile.queries(query), k, v, tile.mask)
-        merged_output, merged_lse = tile.rows(output), tile.rows(lse[..., None])
-        tile_lse = tile.unfold(tile_lse[..., None])
-        new_lse = torch.logaddexp(merged_lse, tile_lse)
-        merged_output.mul_((merged_lse - new_lse).exp_()).add_(tile.unfold(tile_output) * (tile_lse - new_lse).exp_())
-        merged_lse.copy_(new_lse)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
@@ -317,9 +298,12 @@ def _forward_op(
     q, k, v = documents.pack_queries(query), documents.pack_keys(key), documents.pack_keys(value)
     output = torch.zeros(q.shape, dtype=_accumulator(q.dtype), device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=output.dtype, device=q.device)
-    tiles = documents.tiles(pattern, is_causal, k.shape[1])
     kernel = TileKernel(query, scale, dropout, seed)
-    merge_tiles(output, lse, q, tiles, lambda tile: (tile.columns(k), tile.columns(v)), kernel)
+    for tile in documents.tiles(pattern, is_causal, k.shape[1]):
+        with torch.autocast(q.device.type, enabled=False):
+            tile_output, tile_lse = kernel.forward(tile.queries(q), tile.keys(k), tile.keys(v), tile.mask)
+        merged_output, merged_lse = tile.rows(output), tile.rows(lse[..., None])
+        merge(merged_output, merged_lse, tile.unfold(tile_output), tile.unfold(tile_lse[..., None]))
     return documents.unpack_queries(output, query), documents.unpack_lse(lse)
 
 
@@ -469,14 +453,14 @@ class _Documents:
         flat[rows] = x[0].transpose(0, 1)
         return _like(like).copy_(flat.unflatten(0, (batch, length)).transpose(1, 2))
 
-    def tiles(self, pattern: str, is_causal: bool, num_heads: int) -> Iterator["PlacedTile"]:
+    def tiles(self, pattern: str, is_causal: bool, num_heads: int) -> Iterator["_PlacedTile"]:
         pattern = DilatedPattern.from_json(pattern)
         group = self.shapes[0][1] // num_heads
         # Rows that are one document each have the same tiles, which are then done for all rows at a time
         bounds = self.bounds if self.query_rows is not None else self.bounds[:1]
         for _, first_query, first_key, queries, keys in bounds:
             for tile in pattern.tiles(keys, num_heads, num_queries=queries, is_causal=is_causal):
-                yield PlacedTile(tile, num_heads, group, first_query - (keys - queries), first_key)
+                yield _PlacedTile(tile, num_heads, group, first_query - (keys - queries), first_key)
 
 
 # Every layer asks for the documents of one batch
@@ -505,7 +489,7 @@ def _document_runs(document_ids: torch.Tensor) -> list[tuple[int, int, int]] | N
     return runs
 
 
-class PlacedTile(NamedTuple):
+class _PlacedTile(NamedTuple):
     """A tile of one document, and where that document's positions begin among the packed queries and keys."""
 
     tile: Tile
@@ -532,10 +516,7 @@ class PlacedTile(NamedTuple):
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
         """The tile's keys for a kernel, repeated for every query head of a group."""
-        return self.fold_keys(self.columns(x))
-
-    def fold_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Keys in the form of `columns`, for a kernel."""
+        x = self.columns(x)
         return self._fold(x.expand(-1, -1, self.group, -1, -1, -1))
 
     def unfold(self, x: torch.Tensor) -> torch.Tensor:

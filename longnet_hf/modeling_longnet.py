@@ -172,6 +172,41 @@ class LongNetAttention(nn.Module):
         Returns:
             The output `[B, N, hidden_size]`, and the weights `[B, H, N, past + N]` with `attn_implementation="eager"`.
         """
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        if position_embeddings is not None:
+            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+
+        # What is seen of a cache depends on the position: for more than a token, torch.compile leaves that alone
+        is_compilable = cache_step is None or input_shape[1] == 1
+        attend = self.attend if is_compilable else self.attend_uncompiled
+        attn_output, attn_weights = attend(
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            past_key_values=past_key_values,
+            document_ids=document_ids,
+            cache_step=cache_step,
+            **kwargs,
+        )
+        return self.o_proj(self.attn_sub_norm(attn_output.flatten(2))), attn_weights
+
+    def attend(
+        self,
+        query_states,
+        key_states,
+        value_states,
+        attention_mask,
+        past_key_values,
+        document_ids,
+        cache_step,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output `[B, N, H, D]` of the attention to these and cached keys, and the weights if there are any."""
         implementation = self.config._attn_implementation or "sdpa"  # no model has chosen one if used alone
         if implementation not in ("sdpa", "eager"):
             raise ValueError(
@@ -182,31 +217,24 @@ class LongNetAttention(nn.Module):
             raise ValueError(
                 "LongNet does not support continuous batching: its paged cache knows nothing of the pattern."
             )
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-
-        if position_embeddings is not None:
-            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
         dropout = self.attention_dropout if self.training else 0.0
         if is_dilated(past_key_values, self.layer_idx):
             if cache_step is None:
-                real = None if attention_mask is None else attention_mask[:, -input_shape[1] :]
-                cache_step = past_key_values.begin(*input_shape, hidden_states.device, real)
+                batch, length = query_states.shape[0], query_states.shape[2]
+                real = None if attention_mask is None else attention_mask[:, -length:]
+                cache_step = past_key_values.begin(batch, length, query_states.device, real)
             if not cache_step.is_first:
                 qkv = query_states, key_states, value_states
                 attn_output = past_key_values.attend(
                     *qkv, self.layer_idx, cache_step, scale=self.scaling, dropout=dropout
                 )
-                return self.project(attn_output.transpose(1, 2)), None
+                return attn_output.transpose(1, 2), None
             past_key_values.update(key_states, value_states, self.layer_idx, cache_step)
         elif past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        attn_output, attn_weights = attention_interface(
+        return attention_interface(
             self,
             query_states,
             key_states,
@@ -217,11 +245,8 @@ class LongNetAttention(nn.Module):
             document_ids=document_ids,
             **kwargs,
         )
-        return self.project(attn_output), attn_weights
 
-    def project(self, attn_output: torch.Tensor) -> torch.Tensor:
-        """`[B, N, H, D]` -> `[B, N, hidden_size]`"""
-        return self.o_proj(self.attn_sub_norm(attn_output.flatten(2)))
+    attend_uncompiled = torch.compiler.disable(attend)
 
 
 class LongNetMLP(nn.Module):

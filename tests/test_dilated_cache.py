@@ -9,6 +9,7 @@ import torch
 from models import KINDS, build, random_ids
 from patterns import random_pattern
 from safetensors.torch import save_file
+from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
 from longnet_hf import DilatedCache, LongNetConfig, LongNetForCausalLM, LongNetModel, dilated_attention_reference
@@ -118,6 +119,20 @@ def test_a_sequence_is_read_in_chunks(kind):
         torch.testing.assert_close(hidden_states[real], expected[real], rtol=0, atol=1e-9)
         torch.testing.assert_close(chunks[-1].loss.double(), loss.double(), rtol=0, atol=1e-6)
         assert chunks[-1].past_key_values is cache and cache.get_seq_length() == 150
+
+
+def test_compiled_layers_read_in_chunks():
+    """Layers of one pattern share what is compiled, whatever their number and the position."""
+    model, ids, counter = build(LongNetModel, num_hidden_layers=10), random_ids(1, 320), CompileCounter()
+    expected = model(ids).last_hidden_state
+    for layer in model.layers:
+        layer.compile(backend=counter, dynamic=False)
+    cache, frames = DilatedCache(model.config, reserve=0), []
+    for chunk in model.forward_chunks(ids, past_key_values=cache, chunk_size=32, progress=False):
+        start = 32 * len(frames)
+        torch.testing.assert_close(chunk.last_hidden_state, expected[:, start : start + 32], rtol=0, atol=1e-4)
+        frames.append(counter.frame_count)
+    assert 0 < frames[0] == frames[-1] <= 4
 
 
 def test_reading_in_chunks_refuses_what_does_not_fit():
