@@ -39,7 +39,7 @@ class Arguments:
     output_dir: str = field(default="runs/one_billion_tokens", metadata={"help": "For the record and what was read."})
     save_every: int = field(default=100, metadata={"help": "Save after so many chunks."})
     stop_after: float | None = field(default=None, metadata={"help": "Seconds after which to save and stop."})
-    mlp_chunk_size: int = field(default=1 << 17, metadata={"help": "Tokens per pass through an MLP."})
+    mlp_chunk_size: int = field(default=1 << 18, metadata={"help": "Tokens per pass through an MLP."})
 
 
 def make_config(args: Arguments, tokens: int) -> LongNetConfig:
@@ -97,6 +97,10 @@ def main():
         model = LongNetForCausalLM(make_config(args, tokens)).eval()
     model.to(torch.bfloat16 if device == "cuda" else torch.float32)
 
+    if device == "cuda":
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+
     state_file, cache = folder / "state.json", DilatedCache(model.config, reserve=0)
     state = {"tokens": 0, "seconds": 0.0, "peak_gibibytes": 0.0, "cache": ""}
     if state_file.exists():
@@ -123,7 +127,9 @@ def main():
             stop = min(start + args.chunk_size, tokens)
             shape = 1, stop - start
             ids = torch.randint(model.config.vocab_size, shape, generator=generator.manual_seed(start), device=device)
-            last = model(ids, past_key_values=cache, logits_to_keep=1).logits
+            # A last chunk of another length is not worth compiling for
+            with torch.compiler.set_stance("default" if shape[1] == args.chunk_size else "force_eager"):
+                last = model(ids, past_key_values=cache, logits_to_keep=1).logits
             bar.update(stop - start)
             is_late = args.stop_after is not None and time.perf_counter() - began > args.stop_after
             if number % args.save_every == 0 or stop == tokens or is_late:

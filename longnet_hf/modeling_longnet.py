@@ -197,14 +197,14 @@ class LongNetAttention(nn.Module):
 
     def attend(
         self,
-        query_states,
-        key_states,
-        value_states,
-        attention_mask,
-        past_key_values,
-        document_ids,
-        cache_step,
-        **kwargs,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        document_ids: torch.Tensor | None,
+        cache_step: Step | None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output `[B, N, H, D]` of the attention to these and cached keys, and the weights if there are any."""
         implementation = self.config._attn_implementation or "sdpa"  # no model has chosen one if used alone
