@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 
 pytest.importorskip("datasets"), pytest.importorskip("matplotlib")
@@ -64,3 +66,18 @@ def test_the_picture_of_the_readme(tmp_path):
     done = run("draw_pattern.py", "--output", "pattern.png", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "pattern.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_stream_goes_on_where_it_was_stopped(tmp_path):
+    common = ("--tokens", "40_000", "--size", "small", "--chunk_size", 4096, "--segment_length", 256)
+    caches = []
+    for folder, stops in (("whole", ()), ("stopped", (("--stop_after", 0),))):
+        for stop in (*stops, ()):
+            done = run("one_billion_tokens.py", *common, "--output_dir", folder, *stop, folder=tmp_path)
+            assert done.returncode == 0, done.stderr[-2000:]
+        record = json.loads((tmp_path / folder / "record.json").read_text())
+        assert record["tokens"] == 40_000 and record["branches"][-1][0] == 40_960
+        (file,) = (tmp_path / folder).glob("cache_*.safetensors")
+        caches.append(load_file(file))
+    assert "Going on at token 4,096" in done.stdout
+    assert all(torch.equal(x, caches[1][name]) for name, x in caches[0].items())
