@@ -369,6 +369,10 @@ class DilatedCache(Cache):
         Args:
             real: `[B, L]`, nonzero where there is no padding; default: everywhere.
         """
+        if real is not None and real.shape != (batch_size, length):
+            raise ValueError(
+                f"The mask of the new tokens must have shape {(batch_size, length)}, got {tuple(real.shape)}."
+            )
         is_first = self.positions is None
         if is_first:
             self.columns = torch.zeros((), dtype=torch.int64, device=device)

@@ -250,6 +250,8 @@ def test_what_a_dilated_cache_cannot_do_is_refused(paper):
         paper(ids[:, 20:], attention_mask=mask, past_key_values=filled(30))
     with pytest.raises(ValueError, match="shape \\(2, 40\\)"):
         paper(ids[:, 20:], attention_mask=mask[:, :30], past_key_values=filled())
+    with pytest.raises(ValueError, match="mask of the new tokens must have shape \\(2, 20\\)"):
+        paper(ids[:, 20:], attention_mask=mask[:1, 20:], past_key_values=filled())
     with pytest.raises(ValueError, match="batch of 2 rows, got 1"):
         paper(ids[:1, 20:], past_key_values=filled())
     with pytest.raises(ValueError, match="Cannot go back 5 tokens"):
