@@ -29,7 +29,7 @@ from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -45,6 +45,18 @@ logger = logging.get_logger(__name__)
 _MAX_LOGITS = 1 << 27
 # How many tokens assisted decoding can take back
 ASSISTED_RESERVE = 1023
+# What this version of Transformers calls a cache: it was renamed in 5.24
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def one_cache(past_key_values: Cache | None, kwargs: dict) -> Cache | None:
+    """`past_key_values`, or what `kwargs` hold under the other name, which is taken out."""
+    cache = kwargs.pop("cache", None)
+    if cache is None:
+        return past_key_values
+    if past_key_values is not None:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument: give one of them.")
+    return cache
 
 
 class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
@@ -172,6 +184,7 @@ class LongNetAttention(nn.Module):
         Returns:
             The output `[B, N, hidden_size]`, and the weights `[B, H, N, past + N]` with `attn_implementation="eager"`.
         """
+        past_key_values = one_cache(past_key_values, kwargs)
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
@@ -212,10 +225,6 @@ class LongNetAttention(nn.Module):
             raise ValueError(
                 '`attn_implementation` of LongNet must be "sdpa" (the dilated operator) or "eager" (its dense '
                 f"reference), got {implementation!r}."
-            )
-        if kwargs.get("cache") is not None:
-            raise ValueError(
-                "LongNet does not support continuous batching: its paged cache knows nothing of the pattern."
             )
         dropout = self.attention_dropout if self.training else 0.0
         if is_dilated(past_key_values, self.layer_idx):
@@ -300,7 +309,7 @@ class LongNetDecoderLayer(GradientCheckpointingLayer):
 
 
 @dataclass
-class LongNetChunkOutput(ModelOutput):
+class LongNetChunkOutput:
     """What [`~LongNetPreTrainedModel.forward_chunks`] yields.
 
     Args:
@@ -458,6 +467,7 @@ class LongNetModel(LongNetPreTrainedModel):
                 `DynamicCache`. To a `DilatedCache`, which knows its tokens, `attention_mask` may also be given for the
                 new ones alone, `[B, N]`.
         """
+        past_key_values = one_cache(past_key_values, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -497,12 +507,12 @@ class LongNetModel(LongNetPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
                 document_ids=document_ids,
                 cache_step=cache_step,
+                **{CACHE: past_key_values},  # the name by which gradient checkpointing knows it
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
     def make_cache(self) -> Cache:
         """The cache that the model makes by itself: one through which gradients flow in training."""
@@ -518,7 +528,8 @@ class LongNetModel(LongNetPreTrainedModel):
             kinds = sorted({type(layer).__name__ for layer in layers or ()}) or [type(past_key_values).__name__]
             raise ValueError(
                 "`past_key_values` must be a DilatedCache, or a DynamicCache that keeps all keys, got "
-                f"{', '.join(kinds)}. Static, quantized and sliding-window caches are not supported."
+                f"{', '.join(kinds)}. Static, quantized, sliding-window and paged caches (continuous "
+                "batching) are not supported."
             )
         if not is_causal:
             raise ValueError(
@@ -636,6 +647,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         >>> input_ids = torch.randint(model.config.vocab_size, (1, 5000))
         >>> loss = model(input_ids, labels=input_ids).loss
         ```"""
+        past_key_values = one_cache(past_key_values, kwargs)
         # Not in the signature, where Trainer would take it for labels that every batch must have
         shift_labels = kwargs.pop("shift_labels", None)
         loss_kwargs = {"ignore_index": kwargs.pop("ignore_index")} if "ignore_index" in kwargs else {}
@@ -682,7 +694,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -724,7 +736,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
             raise ValueError(f'`cache_implementation` of LongNet must be "dynamic" or "offloaded", got {kind!r}.')
-        is_given = model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False
+        is_given = model_kwargs.get(CACHE) is not None or generation_config.use_cache is False
         is_eager = self.config._attn_implementation == "eager"
         if is_given or is_eager or kind in ("dynamic", "dynamic_full"):
             return super()._prepare_cache_for_generation(
@@ -732,13 +744,13 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             )
         is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
         reserve = {"reserve": ASSISTED_RESERVE} if is_assisted else {}
-        model_kwargs["past_key_values"] = DilatedCache(self.config, offloading=kind == "offloaded", **reserve)
+        model_kwargs[CACHE] = DilatedCache(self.config, offloading=kind == "offloaded", **reserve)
 
     def create_masks_for_generate(
-        self, attention_mask, past_key_values, inputs_embeds, is_first_iteration=False, **kwargs
+        self, attention_mask, inputs_embeds, past_key_values=None, is_first_iteration=False, **kwargs
     ) -> torch.Tensor | None:
         """Called by `generate` where the shapes of a cache do not change: a mask of unchanging shape, too."""
-        if attention_mask is None or is_first_iteration or is_empty(past_key_values):
+        if attention_mask is None or is_first_iteration or is_empty(one_cache(past_key_values, kwargs)):
             return attention_mask
         return attention_mask[:, -inputs_embeds.shape[1] :]
 

@@ -198,6 +198,17 @@ def test_a_dynamic_cache_serves_too(model):
     assert torch.equal(model.generate(ids, past_key_values=DynamicCache(config=model.config), **GREEDY), expected)
 
 
+def test_a_cache_has_two_names(paper):
+    """Transformers 5.24 calls `cache` what was `past_key_values`."""
+    ids, cache = random_ids(1, 20), DilatedCache(paper.config)
+    paper.model(ids[:, :9], cache=cache)
+    paper(ids[:, 9:15], past_key_values=cache)
+    logits = paper(ids[:, 15:], cache=cache, past_key_values=None).logits
+    torch.testing.assert_close(logits, paper(ids).logits[:, 15:], rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        paper(ids[:, 15:], cache=cache, past_key_values=cache)
+
+
 def test_a_cache_is_used_again_after_reset(model):
     cache = DilatedCache(model.config)
     for batch in (2, 3):
@@ -286,6 +297,7 @@ def test_generate_compiles_the_step_once(kind):
     expected = model.generate(ids, attention_mask=mask, **GREEDY)
     config = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
+    torch._dynamo.reset()
     counters.clear()
     assert torch.equal(model.generate(ids, attention_mask=mask, compile_config=config, **GREEDY), expected)
     assert counters["stats"]["unique_graphs"] == 1
