@@ -752,7 +752,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         """Called by `generate` where the shapes of a cache do not change: a mask of unchanging shape, too."""
         if attention_mask is None or is_first_iteration or is_empty(one_cache(past_key_values, kwargs)):
             return attention_mask
-        return attention_mask[:, -inputs_embeds.shape[1] :]
+        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         # Transformers compiles for every cache that allows it. Compiling takes a minute: only if it is asked for.

@@ -290,10 +290,11 @@ def test_what_a_dilated_cache_cannot_do_is_refused(paper):
 
 
 @pytest.mark.parametrize("kind", ["paper", "windows"])
-def test_generate_compiles_the_step_once(kind):
+@pytest.mark.parametrize("lengths", [(20,), (12, 20)])
+def test_generate_compiles_the_step_once(kind, lengths):
     """As Transformers does it on a GPU, if asked to; the step is one graph, whatever the position."""
     model = build(LongNetForCausalLM, kind, torch.float64)
-    ids, mask = left_padded([random_ids(12), random_ids(20)])
+    ids, mask = left_padded([random_ids(length) for length in lengths])
     expected = model.generate(ids, attention_mask=mask, **GREEDY)
     config = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
