@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -23,7 +24,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from .dilated_operator import TileKernel, dilated_attention, merge
+from .dilated_operator import TileKernel, dilated_attention
+from .dilated_past import PastTile, attend_to_past, past_tiles
 from .dilated_pattern import Branch, DilatedPattern
 
 
@@ -118,16 +120,6 @@ class _Rings(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _rings(pattern: DilatedPattern, num_heads: int, reserve: int, device: torch.device) -> _Rings:
     return _Rings.of(pattern, num_heads, reserve, device)
-
-
-class _Past(NamedTuple):
-    """A tile of new queries over stored keys, of n key/value heads at a time (see `Tile`)."""
-
-    mask: str
-    repeats: int
-    heads: torch.Tensor  # [n, 1]
-    columns: torch.Tensor  # [n, repeats * Kq], of the queries among the new tokens
-    slots: torch.Tensor  # [n, repeats * Kk], of the keys
 
 
 class Step:
@@ -477,7 +469,8 @@ class DilatedCache(Cache):
             output = output.to(lse.dtype)
             seed = torch.randint(2**62, (1,)) if dropout > 0 else None
             past = step.once(_past, layer, position, q.shape[2])
-            _attend_to_past(output, lse, q, layer.keys[rows], layer.values[rows], past, scale, dropout, seed)
+            kernel = TileKernel(q, scale, dropout, seed)
+            attend_to_past(output, lse, q, layer.keys[rows], layer.values[rows], past, layer.num_heads, kernel)
             result[(rows,) if columns is None else (rows, slice(None), columns)] = output.to(result.dtype)
         return result
 
@@ -603,58 +596,16 @@ def _slots_seen(layer: DilatedLayer, step: Step) -> tuple[torch.Tensor, torch.Te
     return mask | ~is_joined, is_joined
 
 
-def _past(layer: DilatedLayer, step: Step, position: int, length: int) -> list[_Past]:
+def _past(layer: DilatedLayer, step: Step, position: int, length: int) -> list[PastTile]:
     """What `length` new tokens from `position` on see of the slots."""
-    back = min(position, max(layer.pattern.segment_lengths))
-    near = layer.pattern.at(position - back)
-    alike: dict[tuple, list[tuple[int, int, int]]] = {}  # tiles that differ in heads and in where they begin
-    number_of_tile: dict[tuple[int, range], int] = {}
-    for tile in near.tiles(back + length, layer.num_heads, num_queries=length, num_keys=back):
-        queries, keys, which = tile.queries, tile.keys, (tile.branch, tile.heads)
-        number_of_tile[which] = number_of_tile.get(which, -1) + 1  # so that a head comes once in each of `alike`
-        shape = len(queries), queries.step, len(keys), keys.step, tile.repeats, tile.period
-        begins = alike.setdefault((tile.branch, number_of_tile[which], tile.mask, *shape), [])
-        begins.extend((head, queries.start - back, keys.start + position - back) for head in tile.heads)
 
-    def indices(begin, count: int, step: int, repeats: int, period: int) -> torch.Tensor:
-        repeat, i = (torch.arange(n, device=layer.device) for n in (repeats, count))
-        begin = torch.tensor(begin, device=layer.device)
-        return begin[:, None] + (repeat[:, None] * period + i * step).flatten()
+    def find(branch: int, heads: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        fields = np.array(layer.rings.of_branch[branch], dtype=np.int64)[heads]  # [n, 1, fields]
+        _, _, grid, rate, shift, phase, kept, capacity, start = np.moveaxis(fields, -1, 0)
+        segment, inside = np.divmod(positions + shift, grid)
+        return heads, start + (segment * kept + (inside - phase) // rate) % capacity
 
-    past = []
-    for (branch, _, mask, num_queries, query_step, num_keys, _, repeats, period), begins in alike.items():
-        heads, columns, keys = zip(*begins, strict=True)
-        numbers = []
-        for head, key in zip(heads, keys, strict=True):
-            _, _, grid, r, shift, phase, kept, capacity, start = layer.rings.of_branch[branch][head]
-            segment, inside = divmod(key + shift, grid)
-            numbers.append(segment * kept + (inside - phase) // r)
-        slots = start + indices(numbers, num_keys, 1, repeats, period // r) % capacity
-        columns = indices(columns, num_queries, query_step, repeats, period)
-        past.append(_Past(mask, repeats, torch.tensor(heads, device=layer.device)[:, None], columns, slots))
-    return past
-
-
-def _attend_to_past(output, lse, query, keys, values, past: list[_Past], scale, dropout, seed) -> None:
-    """Continue the softmax of the new tokens, `output` `[B, H, L, D]` and `lse` `[B, H, L]`, over stored keys."""
-    kernel, heads = TileKernel(query, scale, dropout, seed), keys.shape[1]
-    # [B, Hkv, L, H / Hkv, ...]: heads and columns side by side
-    query, output, lse = (x.unflatten(1, (heads, -1)).transpose(2, 3) for x in (query, output, lse[..., None]))
-    for mask, repeats, head, columns, slots in past:
-
-        def fold(x, repeats=repeats):  # [B, n, repeats * K, G, D] -> [B * repeats, n * G, K, D]
-            return x.unflatten(2, (repeats, -1)).permute(0, 2, 1, 4, 3, 5).flatten(2, 3).flatten(0, 1)
-
-        def unfold(x, repeats=repeats, group=query.shape[3]):
-            return x.unflatten(0, (-1, repeats)).unflatten(2, (-1, group)).permute(0, 2, 1, 4, 3, 5).flatten(2, 3)
-
-        q = fold(query[:, head, columns])
-        k, v = (fold(x[:, head, slots][:, :, :, None].expand(-1, -1, -1, query.shape[3], -1)) for x in (keys, values))
-        with torch.autocast(query.device.type, enabled=False):
-            new_output, new_lse = kernel.forward(q, k.to(q.dtype), v.to(q.dtype), mask)
-        merged_output, merged_lse = output[:, head, columns], lse[:, head, columns]
-        merge(merged_output, merged_lse, unfold(new_output), unfold(new_lse[..., None]))
-        output[:, head, columns], lse[:, head, columns] = merged_output, merged_lse
+    return past_tiles(layer.pattern, layer.num_heads, position, length, find, layer.device)
 
 
 class _NoGradient(torch.autograd.Function):

@@ -375,6 +375,28 @@ _forward_op.register_autograd(_backward, setup_context=_save_for_backward)
 _backward_op.register_autograd(_no_second_derivatives)
 
 
+def attend_to_pattern(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: DilatedPattern, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention inside a sequence, and its log-sum-exp: a part of a softmax, which autograd does not see."""
+    return _forward_op(query, key, value, None, pattern.to_json(), True, scale, 0.0, None)
+
+
+def attend_to_pattern_gradients(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    pattern: DilatedPattern,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients by way of [`attend_to_pattern`]; `output` and `lse` are those of the whole softmax."""
+    options = None, pattern.to_json(), True, scale, 0.0, None
+    return _backward_op(grad_output, query, key, value, output, lse, *options)
+
+
 class _Documents:
     """Where the documents of a batch lie, and how to lay them end to end without padding."""
 

@@ -240,21 +240,20 @@ class DilatedPattern:
         pairs = self.pairs(length, num_key_value_heads, is_causal=is_causal) * (num_heads // num_key_value_heads)
         return pairs * head_dim * (10 if backward else 4)
 
+    def past_keys(self, branch: Branch, head: int, num_heads: int, position: int) -> range:
+        """The keys before `position` that a query from there on asks for in a branch, in causal attention."""
+        g, phase, w, r = self.grid_shift(branch), self.phase(branch, head, num_heads), branch.length, branch.rate
+        if branch.type == "window":
+            oldest = 0 if w is None else max(0, position + 1 - w)
+            return range(oldest + (phase - g - oldest) % r, position, r)
+        start = (position + g) // w * w - g
+        kept = range(start + phase, start + w, r)
+        return _clip(kept, 0, position) if kept and kept[-1] >= position else range(0)
+
     def live_keys(self, position: int, head: int, num_heads: int) -> list[int]:
         """The keys up to `position` that some later query may still ask for, in causal attention."""
-        live: set[int] = set()
-        for branch in self.branches:
-            phase, w, r = self.phase(branch, head, num_heads), branch.length, branch.rate
-            g = self.grid_shift(branch)
-            if branch.type == "window":
-                oldest = 0 if w is None else max(0, position + 2 - w)
-                live.update(range(oldest + (phase - g - oldest) % r, position + 1, r))
-            else:
-                start = (position + g) // w * w - g
-                kept = range(start + phase, start + w, r)
-                if kept and kept[-1] > position:
-                    live.update(_clip(kept, 0, position + 1))
-        return sorted(live)
+        live = (self.past_keys(branch, head, num_heads, position + 1) for branch in self.branches)
+        return sorted(set().union(*live))
 
     def max_live_keys(self) -> int | None:
         """An upper bound of `len(live_keys(...))` for any position: the sum of w_i / r_i; `None` where there is

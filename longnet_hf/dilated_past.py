@@ -1,0 +1,145 @@
+"""Attention of new tokens to stored keys of earlier ones, which lie apart: in a cache, or on other processes.
+
+New tokens attend to one another as a sequence of their own, whose pattern is `pattern.at(position)`, by
+`dilated_attention` with its log-sum-exp. This module continues that softmax over the keys before `position`, or gives
+the gradients: a few dense tiles per branch, each done for all heads at a time.
+
+Shapes: B batch, H query heads, Hkv key/value heads, L new tokens, D head size.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .dilated_operator import TileKernel, merge
+from .dilated_pattern import DilatedPattern
+
+
+class PastTile(NamedTuple):
+    """A tile of new queries over stored keys, of n key/value heads at a time (see `Tile`)."""
+
+    mask: str
+    repeats: int
+    heads: torch.Tensor  # [n, 1]
+    columns: torch.Tensor  # [n, repeats * Kq], of the queries among the new tokens
+    stored: tuple[torch.Tensor, torch.Tensor]  # indices of the keys, which broadcast to [n, repeats * Kk]
+
+
+def past_tiles(
+    pattern: DilatedPattern,
+    num_heads: int,
+    position: int,
+    length: int,
+    find: Callable[[int, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    device: torch.device,
+) -> list[PastTile]:
+    """What `length` tokens from `position` on see of the keys before them.
+
+    Args:
+        num_heads: number of key/value heads.
+        find: of a branch (its number), heads `[n, 1]` and positions `[n, K]` of keys, their indices in the first two
+            dimensions of what is stored, after the batch.
+    """
+    back = min(position, max(position if w is None else w for w in pattern.segment_lengths))
+    alike: dict[tuple, list[tuple[int, int, int]]] = {}  # tiles that differ in heads and in where they begin
+    number_of_tile: dict[tuple[int, range], int] = {}
+    near = pattern.at(position - back)
+    for tile in near.tiles(back + length, num_heads, num_queries=length, num_keys=back):
+        queries, keys, which = tile.queries, tile.keys, (tile.branch, tile.heads)
+        number_of_tile[which] = number_of_tile.get(which, -1) + 1  # so that a head comes once in each of `alike`
+        shape = len(queries), queries.step, len(keys), keys.step, tile.repeats, tile.period
+        begins = alike.setdefault((tile.branch, number_of_tile[which], tile.mask, *shape), [])
+        begins.extend((head, queries.start - back, keys.start + position - back) for head in tile.heads)
+
+    past = []
+    for (branch, _, mask, num_queries, query_step, num_keys, key_step, repeats, period), begins in alike.items():
+        heads, queries, keys = np.array(begins, dtype=np.int64).T[..., None]
+        repeat = np.arange(repeats)[:, None] * period
+        queries = queries + (repeat + np.arange(num_queries) * query_step).ravel()
+        keys = keys + (repeat + np.arange(num_keys) * key_step).ravel()
+        indices = (heads, queries, *find(branch, heads, keys))
+        heads, queries, *stored = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in indices)
+        past.append(PastTile(mask, repeats, heads, queries, tuple(stored)))
+    return past
+
+
+def attend_to_past(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    past: list[PastTile],
+    num_heads: int,
+    kernel: TileKernel,
+) -> None:
+    """Continue the softmax of the new tokens over stored keys, in place.
+
+    Args:
+        output: `[B, H, L, D]`, and `lse` `[B, H, L]`, of what was attended to so far; in the accumulators' dtype.
+        query: `[B, H, L, D]`.
+        keys, values: what is stored, `[B, ..., D]` with two dimensions between.
+    """
+    group = query.shape[1] // num_heads
+    query, output, lse = (_side_by_side(x, num_heads) for x in (query, output, lse[..., None]))
+    for tile in past:
+        rows = slice(None), tile.heads, tile.columns
+        q = _fold(query[rows], tile.repeats)
+        k, v = (_stored(x, tile, group).to(q.dtype) for x in (keys, values))
+        with torch.autocast(query.device.type, enabled=False):
+            new_output, new_lse = kernel.forward(q, k, v, tile.mask)
+        merged_output, merged_lse = output[rows], lse[rows]
+        merge(merged_output, merged_lse, _unfold(new_output, tile, group), _unfold(new_lse[..., None], tile, group))
+        output[rows], lse[rows] = merged_output, merged_lse
+
+
+def past_gradients(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    past: list[PastTile],
+    num_heads: int,
+    kernel: TileKernel,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `query`, `keys` and `values` by way of [`attend_to_past`], in the accumulators' dtype.
+
+    `output` and `lse` are those of the whole softmax."""
+    group = query.shape[1] // num_heads
+    grads = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, keys, values)]
+    grad_query = _side_by_side(grads[0], num_heads)
+    grad_output, query, output, lse = (
+        _side_by_side(x, num_heads) for x in (grad_output, query, output, lse[..., None])
+    )
+    for tile in past:
+        rows = slice(None), tile.heads, tile.columns
+        do, q, o, lse_of_rows = (_fold(x[rows], tile.repeats) for x in (grad_output, query, output, lse))
+        k, v = (_stored(x, tile, group) for x in (keys, values))
+        with torch.autocast(query.device.type, enabled=False):
+            dq, dk, dv = kernel.backward(do, q, o.to(q.dtype), lse_of_rows, k, v, tile.mask)
+        grad_query[rows] += _unfold(dq, tile, group)
+        for grad, x in ((grads[1], dk), (grads[2], dv)):
+            grad[(slice(None), *tile.stored)] += _unfold(x, tile, group).sum(3)
+    return tuple(grads)
+
+
+def _side_by_side(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """`[B, H, L, D]` -> `[B, Hkv, L, H / Hkv, D]`: heads and columns are indexed together."""
+    return x.unflatten(1, (num_heads, -1)).transpose(2, 3)
+
+
+def _stored(x: torch.Tensor, tile: PastTile, group: int) -> torch.Tensor:
+    return _fold(x[(slice(None), *tile.stored)][:, :, :, None].expand(-1, -1, -1, group, -1), tile.repeats)
+
+
+def _fold(x: torch.Tensor, repeats: int) -> torch.Tensor:
+    """`[B, n, repeats * K, H / Hkv, D]` -> `[B * repeats, n * H / Hkv, K, D]`, as kernels ask for it."""
+    return x.unflatten(2, (repeats, -1)).permute(0, 2, 1, 4, 3, 5).flatten(2, 3).flatten(0, 1)
+
+
+def _unfold(x: torch.Tensor, tile: PastTile, group: int) -> torch.Tensor:
+    return x.unflatten(0, (-1, tile.repeats)).unflatten(2, (-1, group)).permute(0, 2, 1, 4, 3, 5).flatten(2, 3)
