@@ -17,6 +17,7 @@ from .modeling_longnet import (
     LongNetModel,
     LongNetPreTrainedModel,
 )
+from .split_sequence import split_sequence
 
 
 AutoConfig.register(LongNetConfig.model_type, LongNetConfig)
@@ -40,4 +41,5 @@ __all__ = [
     "dilated_attention_reference",
     "find_documents",
     "reach",
+    "split_sequence",
 ]

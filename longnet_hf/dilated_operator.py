@@ -73,7 +73,7 @@ def dilated_attention(
     Raises:
         ValueError: if shapes, dtypes or devices do not fit together.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast_inputs(query, key, value)
     _check_inputs(query, key, value, pattern, scale, dropout)
     document_ids = _resolve_documents(key, attention_mask, position_ids, cu_seq_lens, document_ids)
     seed = torch.randint(2**62, (1,), dtype=torch.int64) if dropout > 0 else None
@@ -103,7 +103,7 @@ def dilated_attention_reference(
     Arguments and output are those of [`dilated_attention`]; memory is O(B * H * Nq * N). Here dropout acts on a pair
     as a whole, also where several branches join it. With `return_weights`, also returns the weights `[B, H, Nq, N]`.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast_inputs(query, key, value)
     _check_inputs(query, key, value, pattern, scale, dropout)
     document_ids = _resolve_documents(key, attention_mask, position_ids, cu_seq_lens, document_ids)
     heads, queries, keys = key.shape[1], query.shape[2], key.shape[2]
@@ -203,7 +203,7 @@ def _resolve_documents(key, attention_mask, position_ids, cu_seq_lens, document_
     return document_ids.to(key.device)
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def autocast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What autocast does to PyTorch's own attention: bring the inputs to its dtype (rotary leaves them mixed)."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:

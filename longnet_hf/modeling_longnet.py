@@ -37,6 +37,7 @@ from .configuration_longnet import LongNetConfig
 from .dilated_cache import DilatedCache, Step, is_dilated
 from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
 from .model_card_longnet import prepare_model_card, write_model_card
+from .split_sequence import SequenceSplit, active_split, split_attention
 
 
 logger = logging.get_logger(__name__)
@@ -169,6 +170,7 @@ class LongNetAttention(nn.Module):
         past_key_values: Cache | None = None,
         document_ids: torch.Tensor | None = None,
         cache_step: Step | None = None,
+        sequence_split: SequenceSplit | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -180,6 +182,7 @@ class LongNetAttention(nn.Module):
             past_key_values: cache that holds the earlier keys and values, and takes the new ones.
             document_ids: `[B, past + N]` from [`find_documents`], in place of `attention_mask`.
             cache_step: what `past_key_values.begin` gave for these tokens, if it is a [`DilatedCache`].
+            sequence_split: how the sequence is split of which these are this process's tokens.
 
         Returns:
             The output `[B, N, hidden_size]`, and the weights `[B, H, N, past + N]` with `attn_implementation="eager"`.
@@ -192,6 +195,11 @@ class LongNetAttention(nn.Module):
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         if position_embeddings is not None:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+
+        if sequence_split is not None:
+            qkv = query_states, key_states, value_states
+            attn_output = split_attention(*qkv, self.pattern, sequence_split, self.scaling).transpose(1, 2)
+            return self.o_proj(self.attn_sub_norm(attn_output.flatten(2))), None
 
         # What is seen of a cache depends on the position: for more than a token, torch.compile leaves that alone
         is_compilable = cache_step is None or input_shape[1] == 1
@@ -474,6 +482,12 @@ class LongNetModel(LongNetPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
 
         batch_size, length, device = *inputs_embeds.shape[:2], inputs_embeds.device
+        sequence_split = active_split(length) if is_distributed() else None
+        if sequence_split is not None:
+            self.check_split(past_key_values, **kwargs)
+            sequence_split.check_inputs(position_ids, attention_mask)
+            attention_mask, use_cache = None, False  # what follows a token does not change its output
+            position_ids = sequence_split.positions().to(device)[None]
         is_causal = self.config.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         if past_key_values is not None:
             self.check_cache(past_key_values, is_causal)
@@ -509,10 +523,28 @@ class LongNetModel(LongNetPreTrainedModel):
                 position_embeddings=position_embeddings,
                 document_ids=document_ids,
                 cache_step=cache_step,
+                sequence_split=sequence_split,
                 **{CACHE: past_key_values},  # the name by which gradient checkpointing knows it
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
+
+    def check_split(self, past_key_values: Cache | None, **kwargs) -> None:
+        """Refuse what a sequence that is split over processes does not allow."""
+        if past_key_values is not None:
+            raise ValueError("`past_key_values` cannot be used with a sequence that is split over processes.")
+        if not self.config.is_causal or kwargs.get("is_causal") is False:
+            raise ValueError("A sequence can be split over processes in causal attention only (`is_causal=True`).")
+        if self.config._attn_implementation == "eager":
+            raise ValueError('`attn_implementation="eager"` cannot attend to a sequence that is split over processes.')
+        if self.training and self.config.attention_dropout > 0:
+            raise ValueError(
+                "A sequence cannot be split over processes in training with `attention_dropout` above 0, got "
+                f"{self.config.attention_dropout}."
+            )
+        packing = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if kwargs.get(name) is not None]
+        if packing:
+            raise ValueError(f"Packed documents cannot be split over processes, got {', '.join(packing)}.")
 
     def make_cache(self) -> Cache:
         """The cache that the model makes by itself: one through which gradients flow in training."""
@@ -583,6 +615,10 @@ def is_packed(document_ids: torch.Tensor | None) -> bool:
         return False
     first = document_ids.masked_fill(document_ids < 0, torch.iinfo(document_ids.dtype).max).amin(1)
     return bool((document_ids.amax(1) > first).any())
+
+
+def is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_empty(past_key_values: Cache | None) -> bool:
@@ -675,6 +711,12 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 )
         logits = None if skip_logits else self.lm_head(keep_positions(hidden_states, logits_to_keep))
 
+        split = active_split(hidden_states.shape[1]) if has_labels and is_distributed() else None
+        if split is not None and shift_labels is None:
+            raise ValueError(
+                "`labels` of a sequence that is split over processes cannot be shifted on one of them: give "
+                "`shift_labels`, as Trainer does."
+            )
         loss = None
         if has_labels and own_loss:
             if shift_labels is not None:
@@ -689,7 +731,12 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         elif has_labels:
             if shift_labels is None:
                 shift_labels = F.pad(labels, (0, 1), value=loss_kwargs.get("ignore_index", -100))[..., 1:]
+            if split is not None and num_items_in_batch is None:
+                count = split.sum((shift_labels != loss_kwargs.get("ignore_index", -100)).sum())
+                loss_kwargs["num_items_in_batch"] = count.clamp(min=1) / split.world_size
             loss = self.chunked_loss(hidden_states, shift_labels, **loss_kwargs)
+        if loss is not None and split is not None:
+            loss = split.average(loss)
 
         return CausalLMOutputWithPast(
             loss=loss,

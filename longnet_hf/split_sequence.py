@@ -7,15 +7,19 @@ their owners send, in one exchange per layer, while the chunks attend to themsel
 Shapes as in dilated_past.py.
 """
 
+import contextlib
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from .dilated_operator import TileKernel, attend_to_pattern, attend_to_pattern_gradients
+from .dilated_operator import TileKernel, attend_to_pattern, attend_to_pattern_gradients, autocast_inputs
 from .dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
 from .dilated_pattern import DilatedPattern
 
@@ -63,9 +67,96 @@ class SequenceSplit:
             size, numbers = self.length // (2 * self.world_size), [rank, 2 * self.world_size - 1 - rank]
         return [range(number * size, (number + 1) * size) for number in numbers]
 
+    def check_inputs(self, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+        """Refuse what cannot be split; every process calls this, and all of them refuse together.
+
+        Args:
+            position_ids: `[B, N / P]`, which must be the tokens' positions: one document per row.
+            attention_mask: `[B, N / P]`; padding must follow all tokens of its row.
+        """
+        expected = self.positions()
+        is_packed, is_padded_inside = False, False
+        if position_ids is not None:
+            is_packed = bool((position_ids != expected.to(position_ids.device)).any())
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"`attention_mask` must be of shape [B, N / P], got {tuple(attention_mask.shape)}.")
+        if attention_mask is not None:
+            real = attention_mask != 0
+            whole = [torch.empty_like(real) for _ in range(self.world_size)]
+            dist.all_gather(whole, real.contiguous(), group=self.group)
+            order = torch.cat([self.of(rank).positions() for rank in range(self.world_size)]).argsort()
+            whole = torch.cat(whole, dim=1)[:, order.to(real.device)]
+            is_padded_inside = bool((whole[:, 1:] & ~whole[:, :-1]).any())
+        if position_ids is not None:
+            flag = torch.tensor([is_packed], dtype=torch.int64, device=position_ids.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+            is_packed = bool(flag)
+        if is_packed:
+            raise ValueError(
+                "`position_ids` of a sequence that is split over processes must be 0, 1, ... over the whole sequence: "
+                "packed documents cannot be split."
+            )
+        if is_padded_inside:
+            raise ValueError(
+                "`attention_mask` of a sequence that is split over processes may have padding on the right only."
+            )
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Over all processes, without gradients."""
+        x = x.detach().clone()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def average(self, loss: torch.Tensor) -> torch.Tensor:
+        """The mean over all processes, with the gradient of this one's: FSDP and DDP take the mean of gradients."""
+        return loss + (self.sum(loss) / self.world_size - loss.detach())
+
+    def of(self, rank: int) -> "SequenceSplit":
+        """What another process holds."""
+        return replace(self, rank=rank)
+
     def positions(self) -> torch.Tensor:
         """Of the tokens of this process, `[N / P]`."""
         return torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in self.chunks(self.rank)])
+
+
+_explicit: ContextVar[tuple | None] = ContextVar("longnet_split", default=None)
+
+
+@contextlib.contextmanager
+def split_sequence(group: dist.ProcessGroup | None = None, layout: str = "head_tail") -> Iterator[None]:
+    """Inside, models take their inputs for this process's part of a sequence that is split over `group`.
+
+    Accelerate's `maybe_context_parallel`, and with it Trainer under `ParallelismConfig(cp_size=...)`, does the same.
+    """
+    token = _explicit.set((group, layout))
+    try:
+        yield
+    finally:
+        _explicit.reset(token)
+
+
+@torch.compiler.disable
+def active_split(local_length: int) -> SequenceSplit | None:
+    """How the sequence is split of which this process was given `local_length` tokens; `None` if it is not."""
+    if _explicit.get() is not None:
+        group, layout = _explicit.get()
+    else:
+        if F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention:
+            return None  # PyTorch's `context_parallel` replaces it as long as it is active
+        try:
+            from accelerate.state import AcceleratorState
+        except ImportError:
+            return None
+        mesh = AcceleratorState._shared_state.get("device_mesh")
+        if mesh is None or "cp" not in mesh.mesh_dim_names:
+            return None
+        from torch.distributed.tensor.experimental._attention import _cp_options
+
+        group = mesh["cp"].get_group()
+        layout = "head_tail" if _cp_options.enable_load_balance else "contiguous"
+    world_size = dist.get_world_size(group)
+    return SequenceSplit(local_length * world_size, world_size, dist.get_rank(group), layout, group)
 
 
 class _Exchange(NamedTuple):
@@ -152,6 +243,7 @@ def split_attention(
         raise ValueError(
             f"`split` gives every process {split.length // split.world_size} tokens, got {query.shape[2]}."
         )
+    query, key, value = autocast_inputs(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return _SplitAttention.apply(query, key, value, pattern.canonical(), split, scale)
 
@@ -232,3 +324,6 @@ def _local_chunks(split: SequenceSplit) -> list[tuple[range, slice]]:
         start, stop = stop, stop + len(chunk)
         chunks.append((chunk, slice(start, stop)))
     return chunks
+
+
+__all__ = ["SequenceSplit", "split_attention", "split_sequence"]

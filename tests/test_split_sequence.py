@@ -1,15 +1,21 @@
 """A sequence over several processes gives what one process gives, outputs and gradients, and little of it travels."""
 
+import os
 import random
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import ParallelismConfig, PartialState
+from accelerate.utils import DistributedType
+from models import KINDS, build, random_ids
 from patterns import random_pattern
+from transformers import Trainer, TrainingArguments, default_data_collator
 
-from longnet_hf import DilatedPattern, dilated_attention
-from longnet_hf.split_sequence import SequenceSplit, split_attention
+from longnet_hf import DilatedCache, DilatedPattern, LongNetForCausalLM, dilated_attention
+from longnet_hf.split_sequence import LAYOUTS, SequenceSplit, split_attention, split_sequence
 
 
 def spawn(function, world_size, folder, *arguments):
@@ -21,10 +27,9 @@ def spawn(function, world_size, folder, *arguments):
 def in_group(rank, function, world_size, store, arguments):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    try:
-        function(rank, world_size, *arguments)
-    finally:
-        dist.destroy_process_group()
+    function(rank, world_size, *arguments)
+    dist.barrier()  # a process that leaves early aborts the others' connections
+    dist.destroy_process_group()
 
 
 def assert_equal_to_one_process(rank, world_size, seeds):
@@ -85,3 +90,92 @@ def test_a_length_that_cannot_be_split_is_refused_with_one_that_can():
         SequenceSplit(102, 4, 0, "contiguous")
     with pytest.raises(ValueError, match="`layout`"):
         SequenceSplit(100, 4, 0, "ring")
+
+
+def assert_model_equals_one_process(rank, world_size):
+    for kind in KINDS:
+        model = build(LongNetForCausalLM, kind, torch.float64)
+        ids, mask = random_ids(2, 48), torch.ones(2, 48, dtype=torch.long)
+        mask[1, 37:] = 0
+        labels = F.pad(ids.masked_fill(mask == 0, -100), (0, 1), value=-100)[:, 1:]
+        outputs = model(ids, attention_mask=mask, shift_labels=labels, skip_logits=False)
+        outputs.loss.backward()
+        expected = [parameter.grad for parameter in model.parameters()]
+        for layout in LAYOUTS:
+            mine = SequenceSplit(48, world_size, rank, layout).positions()
+            model.zero_grad()
+            with split_sequence(layout=layout):
+                inputs = dict(attention_mask=mask[:, mine], shift_labels=labels[:, mine], skip_logits=False)
+                split = model(ids[:, mine], **inputs)
+            real = mask[:, mine] == 1
+            torch.testing.assert_close(split.logits[real], outputs.logits[:, mine][real], rtol=0, atol=1e-9)
+            # The loss takes logits in float32
+            torch.testing.assert_close(split.loss, outputs.loss, rtol=0, atol=1e-5)
+            split.loss.backward()
+            for parameter, grad in zip(model.parameters(), expected, strict=True):
+                dist.all_reduce(parameter.grad)
+                torch.testing.assert_close(parameter.grad / world_size, grad, rtol=0, atol=1e-6)
+
+    # What cannot be split is refused by all processes together
+    mine = SequenceSplit(48, world_size, rank).positions()
+    refused = {
+        "`position_ids`": dict(position_ids=(torch.arange(48) % 20)[None, mine]),
+        "padding on the right only": dict(attention_mask=mask.flip(1)[:, mine]),
+        "`past_key_values`": dict(past_key_values=DilatedCache(model.config)),
+        "Packed documents": dict(seq_idx=torch.zeros(2, len(mine), dtype=torch.int32)),
+        "give `shift_labels`": dict(labels=ids[:, mine]),
+        "`attention_dropout`": dict(),
+    }
+    for words, inputs in refused.items():
+        model.config.attention_dropout = 0.5 if words == "`attention_dropout`" else 0.0
+        with split_sequence(), pytest.raises(ValueError, match=words):
+            model.train(words == "`attention_dropout`")(ids[:, mine], **inputs)
+
+
+def test_a_model_equals_one_process(tmp_path):
+    spawn(assert_model_equals_one_process, 2, tmp_path)
+
+
+def train(folder, context_parallel):
+    """Four steps and an evaluation of a plain Trainer; returns losses, norms of gradients, and parameters."""
+    options = {}
+    if context_parallel:
+        fsdp = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": "LongNetDecoderLayer"}
+        fsdp["activation_checkpointing"] = True
+        options = dict(parallelism_config=ParallelismConfig(cp_size=2), fsdp=True, fsdp_config=fsdp)
+    arguments = TrainingArguments(
+        folder, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3,
+        use_cpu=True, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, **options,
+    )  # fmt: skip
+    if context_parallel:  # Accelerate allows this on GPUs only
+        arguments._setup_devices  # noqa: B018
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    torch.manual_seed(1)
+    data = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in random_ids(16, 64)]
+    model = build(LongNetForCausalLM, "llama").train()
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:3], data_collator=default_data_collator)
+    trainer.train()
+    numbers = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
+    numbers.append(trainer.evaluate()["eval_loss"])
+    return numbers, trainer.accelerator.get_state_dict(trainer.model)
+
+
+def train_in_group(rank, world_size, folder):
+    # As a launcher says it; the group that is there already is used
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500", ACCELERATE_USE_CPU="true")
+    numbers, parameters = train(folder, context_parallel=True)
+    if rank == 0:
+        torch.save({"numbers": numbers, "parameters": dict(parameters)}, folder / "result.pt")
+
+
+def test_a_plain_trainer_with_fsdp2_equals_one_process(tmp_path):
+    spawn(train_in_group, 2, tmp_path, tmp_path)
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    numbers, parameters = train(tmp_path, context_parallel=False)
+    assert len(numbers) == 5
+    for ours, theirs in zip(result["numbers"], numbers, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert result["parameters"].keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(result["parameters"][name], parameter, rtol=0, atol=1e-5)
