@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +67,14 @@ class SequenceSplit:
             size, numbers = self.length // (2 * self.world_size), [rank, 2 * self.world_size - 1 - rank]
         return [range(number * size, (number + 1) * size) for number in numbers]
 
+    def local_chunks(self) -> list[tuple[range, slice]]:
+        """The chunks of this process, and their columns among its tokens."""
+        chunks, stop = [], 0
+        for chunk in self.chunks(self.rank):
+            start, stop = stop, stop + len(chunk)
+            chunks.append((chunk, slice(start, stop)))
+        return chunks
+
     def check_inputs(self, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
         """Refuse what cannot be split; every process calls this, and all of them refuse together.
 
@@ -74,29 +82,30 @@ class SequenceSplit:
             position_ids: `[B, N / P]`, which must be the tokens' positions: one document per row.
             attention_mask: `[B, N / P]`; padding must follow all tokens of its row.
         """
-        expected = self.positions()
-        is_packed, is_padded_inside = False, False
-        if position_ids is not None:
-            is_packed = bool((position_ids != expected.to(position_ids.device)).any())
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"`attention_mask` must be of shape [B, N / P], got {tuple(attention_mask.shape)}.")
-        if attention_mask is not None:
-            real = attention_mask != 0
-            whole = [torch.empty_like(real) for _ in range(self.world_size)]
-            dist.all_gather(whole, real.contiguous(), group=self.group)
-            order = torch.cat([self.of(rank).positions() for rank in range(self.world_size)]).argsort()
-            whole = torch.cat(whole, dim=1)[:, order.to(real.device)]
-            is_padded_inside = bool((whole[:, 1:] & ~whole[:, :-1]).any())
-        if position_ids is not None:
-            flag = torch.tensor([is_packed], dtype=torch.int64, device=position_ids.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-            is_packed = bool(flag)
+        if position_ids is None and attention_mask is None:
+            return
+        given = position_ids if attention_mask is None else attention_mask
+        if given.dim() != 2:
+            raise ValueError(f"`attention_mask` must be of shape [B, N / P], got {tuple(given.shape)}.")
+        real = torch.ones_like(given, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        columns = [columns for _, columns in self.local_chunks()]
+        is_packed = position_ids is not None and bool((position_ids != self.positions().to(given.device)).any())
+        is_wrong = any(bool((real[:, c][:, 1:] & ~real[:, c][:, :-1]).any()) for c in columns)
+        flags = torch.tensor([is_packed, is_wrong], device=given.device)
+        counts = torch.stack([real[:, c].sum(1) for c in columns])
+        mine = torch.cat((flags, counts.flatten()))
+        everywhere = torch.stack([torch.empty_like(mine) for _ in range(self.world_size)])
+        dist.all_gather(list(everywhere), mine, group=self.group)
+        begins = torch.tensor([chunk.start for rank in range(self.world_size) for chunk in self.chunks(rank)])
+        counts = everywhere[:, 2:].reshape(len(begins), -1).cpu()[begins.argsort()]  # in order, of every row
+        is_packed, is_wrong = (everywhere[:, :2] != 0).any(0).tolist()
+        is_wrong |= bool(((counts[1:] > 0) & (counts[:-1] < self.length // len(begins))).any())
         if is_packed:
             raise ValueError(
                 "`position_ids` of a sequence that is split over processes must be 0, 1, ... over the whole sequence: "
                 "packed documents cannot be split."
             )
-        if is_padded_inside:
+        if is_wrong:
             raise ValueError(
                 "`attention_mask` of a sequence that is split over processes may have padding on the right only."
             )
@@ -110,10 +119,6 @@ class SequenceSplit:
     def average(self, loss: torch.Tensor) -> torch.Tensor:
         """The mean over all processes, with the gradient of this one's: FSDP and DDP take the mean of gradients."""
         return loss + (self.sum(loss) / self.world_size - loss.detach())
-
-    def of(self, rank: int) -> "SequenceSplit":
-        """What another process holds."""
-        return replace(self, rank=rank)
 
     def positions(self) -> torch.Tensor:
         """Of the tokens of this process, `[N / P]`."""
@@ -259,13 +264,13 @@ class _SplitAttention(torch.autograd.Function):
             received, rows, plan.receive_splits, plan.send_splits, group=split.group, async_op=True
         )
         parts = []
-        for chunk, columns in _local_chunks(split):
+        for chunk, columns in split.local_chunks():
             q, k, v = (x[:, :, columns] for x in (query, key, value))
             parts.append(attend_to_pattern(q, k, v, pattern.at(chunk.start), scale))
         work.wait()
         stored = received.transpose(0, 1)[:, :, None].chunk(2, dim=-1)
         outputs, lses = [], []
-        for (_, columns), (output, lse), past in zip(_local_chunks(split), parts, plan.past, strict=True):
+        for (_, columns), (output, lse), past in zip(split.local_chunks(), parts, plan.past, strict=True):
             output = output.to(lse.dtype)
             q = query[:, :, columns]
             attend_to_past(output, lse, q, *stored, past, heads, TileKernel(q, scale, 0.0, None))
@@ -284,7 +289,7 @@ class _SplitAttention(torch.autograd.Function):
         stored = received.transpose(0, 1)[:, :, None].chunk(2, dim=-1)
         grad_received = torch.zeros(received.shape, dtype=lse.dtype, device=received.device)
         grad_queries = []
-        for (_, columns), past in zip(_local_chunks(split), plan.past, strict=True):
+        for (_, columns), past in zip(split.local_chunks(), plan.past, strict=True):
             do, q, o, l = (x[:, :, columns] for x in (grad_output, query, output, lse))
             dq, dk, dv = past_gradients(do, q, o, l, *stored, past, heads, TileKernel(q, scale, 0.0, None))
             grad_received += torch.cat((dk, dv), dim=-1)[:, :, 0].transpose(0, 1)
@@ -299,31 +304,18 @@ class _SplitAttention(torch.autograd.Function):
             async_op=True,
         )
         grad_keys = []
-        for (chunk, columns), grad_query in zip(_local_chunks(split), grad_queries, strict=True):
+        for (chunk, columns), grad_query in zip(split.local_chunks(), grad_queries, strict=True):
             saved = (x[:, :, columns] for x in (grad_output, query, key, value, output, lse))
             dq, dk, dv = attend_to_pattern_gradients(*saved, pattern.at(chunk.start), scale)
             grad_query += dq
             grad_keys.append(torch.cat((dk, dv), dim=-1).to(lse.dtype))
         grad_keys = torch.cat(grad_keys, dim=2)
         work.wait()
-        index = slice(None), plan.heads, plan.columns
-        grad_keys = grad_keys.index_put(_with_batch(index, grad_keys), grad_rows.transpose(0, 1).to(lse.dtype), True)
+        row = torch.arange(len(key), device=key.device)[:, None]
+        index = row, plan.heads[None], plan.columns[None]  # a key may go to several processes, for several branches
+        grad_keys = grad_keys.index_put(index, grad_rows.transpose(0, 1).to(lse.dtype), accumulate=True)
         grads = torch.cat(grad_queries, dim=2), *grad_keys.chunk(2, dim=-1)
         return *(grad.to(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)), None, None, None
-
-
-def _with_batch(index, x):
-    batch = torch.arange(x.shape[0], device=x.device)[:, None]
-    return batch, index[1][None], index[2][None]
-
-
-def _local_chunks(split: SequenceSplit) -> list[tuple[range, slice]]:
-    """The chunks of this process, and their columns."""
-    chunks, stop = [], 0
-    for chunk in split.chunks(split.rank):
-        start, stop = stop, stop + len(chunk)
-        chunks.append((chunk, slice(start, stop)))
-    return chunks
 
 
 __all__ = ["SequenceSplit", "split_attention", "split_sequence"]

@@ -55,7 +55,7 @@ def assert_equal_to_one_process(rank, world_size, seeds):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_outputs_and_gradients_equal_those_of_one_process(world_size, tmp_path):
-    spawn(assert_equal_to_one_process, world_size, tmp_path, range(40))
+    spawn(assert_equal_to_one_process, world_size, tmp_path, range(25))
 
 
 def assert_bytes_bounded(rank, world_size):
@@ -78,7 +78,7 @@ def assert_bytes_bounded(rank, world_size):
     assert all(0 < count <= 2 * heads * sum(crossing) * bytes_per_key for count in sent)  # of each of two chunks
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("world_size", [2, 8])
 def test_what_a_process_sends_is_bounded_by_what_is_kept(world_size, tmp_path):
     spawn(assert_bytes_bounded, world_size, tmp_path)
 
