@@ -133,13 +133,13 @@ def main():
             bar.update(stop - start)
             is_late = args.stop_after is not None and time.perf_counter() - began > args.stop_after
             if number % args.save_every == 0 or stop == tokens or is_late:
+                if not bool(last.isfinite().all()):
+                    raise RuntimeError(f"The logits of token {stop - 1:,} are not finite.")
                 save(stop)
             if is_late and stop < tokens:
                 print(f"Stopped at token {stop:,}. The same command goes on from there.")
                 return
 
-    if not bool(last.isfinite().all()):
-        raise RuntimeError("The logits of the last token are not finite.")
     branches = zip(model.config.segment_lengths, model.config.dilation_rates, strict=True)
     record = {
         "tokens": tokens,

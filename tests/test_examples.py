@@ -75,6 +75,9 @@ def test_a_stream_goes_on_where_it_was_stopped(tmp_path):
         for stop in (*stops, ()):
             done = run("one_billion_tokens.py", *common, "--output_dir", folder, *stop, folder=tmp_path)
             assert done.returncode == 0, done.stderr[-2000:]
+        (tmp_path / folder / "record.json").unlink()  # and once more when there is nothing left to read
+        again = run("one_billion_tokens.py", *common, "--output_dir", folder, folder=tmp_path)
+        assert again.returncode == 0, again.stderr[-2000:]
         record = json.loads((tmp_path / folder / "record.json").read_text())
         assert record["tokens"] == 40_000 and record["branches"][-1][0] == 40_960
         (file,) = (tmp_path / folder).glob("cache_*.safetensors")
