@@ -58,10 +58,7 @@ def main():
     print("| context | model | ms per token | compiled | cache MiB |")
     print("|---|---|---|---|---|")
     for name in options.models:
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
-            model = make_model(name, options.size, chunk_size=2**15).eval()
-        torch.set_default_dtype(torch.float32)
+        model = make_model(name, options.size, chunk_size=2**15).eval()
         forwards, backends = [model.__call__], [SDPBackend.FLASH_ATTENTION]
         if name == "longnet":
             backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]

@@ -26,14 +26,20 @@ SIZES = {
 
 
 def make_model(name: str, size: str, chunk_size: int) -> torch.nn.Module:
+    """A model with random weights in bfloat16 on the GPU."""
     shape = SIZES[size] | dict(vocab_size=VOCABULARY, tie_word_embeddings=True, use_cache=False)
     width = shape["hidden_size"]
     if name == "longnet":
         config = LongNetConfig(**shape, intermediate_size=4 * width, chunk_size_feed_forward=chunk_size)
-        return LongNetForCausalLM(config)
-    # three projections in place of two, hence 2/3 as wide
-    config = LlamaConfig(**shape, intermediate_size=8 * width // 3, max_position_embeddings=2**20)
-    return LlamaForCausalLM(config)
+        model_class = LongNetForCausalLM
+    else:  # three projections in place of two, hence 2/3 as wide
+        config = LlamaConfig(**shape, intermediate_size=8 * width // 3, max_position_embeddings=2**20)
+        model_class = LlamaForCausalLM
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = model_class(config)
+    torch.set_default_dtype(torch.float32)
+    return model
 
 
 def loss_of(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
@@ -58,10 +64,7 @@ def main():
     print("| tokens | model | parameters | seconds per step | tokens per second | peak GiB |")
     print("|---|---|---|---|---|---|")
     for name in options.models:
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
-            model = make_model(name, options.size, options.chunk_size).train()
-        torch.set_default_dtype(torch.float32)
+        model = make_model(name, options.size, options.chunk_size).train()
         if not options.no_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if options.compile:

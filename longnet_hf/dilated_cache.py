@@ -177,7 +177,7 @@ class DilatedLayer(CacheLayerMixin):
 
     def __init__(self, pattern: DilatedPattern, reserve: int, group: int = 0):
         super().__init__()
-        self.pattern, self.reserve = pattern.canonical(), reserve
+        self.pattern, self.reserve = pattern, reserve
         self.group = group  # number of the pattern among those of the model
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -308,7 +308,7 @@ def _forward_op(
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
-def _backward_op(
+def backward_op(
     grad_output: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -351,7 +351,7 @@ def _(query, key, value, document_ids, pattern, is_causal, scale, dropout, seed)
     return _like(query), query.new_empty(query.shape[:3], dtype=_accumulator(query.dtype))
 
 
-@_backward_op.register_fake
+@backward_op.register_fake
 def _(grad_output, query, key, value, output, lse, document_ids, pattern, is_causal, scale, dropout, seed):
     return tuple(map(_like, (query, key, value)))
 
@@ -363,7 +363,7 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, grad_output, _):
     query, key, value, output, lse, document_ids, seed = ctx.saved_tensors
-    grads = _backward_op(grad_output, query, key, value, output, lse, document_ids, *ctx.options, seed)
+    grads = backward_op(grad_output, query, key, value, output, lse, document_ids, *ctx.options, seed)
     return *grads, None, None, None, None, None, None
 
 
@@ -372,29 +372,7 @@ def _no_second_derivatives(ctx, *grads):
 
 
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)
-_backward_op.register_autograd(_no_second_derivatives)
-
-
-def attend_to_pattern(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: DilatedPattern, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention inside a sequence, and its log-sum-exp: a part of a softmax, which autograd does not see."""
-    return _forward_op(query, key, value, None, pattern.to_json(), True, scale, 0.0, None)
-
-
-def attend_to_pattern_gradients(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    pattern: DilatedPattern,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients by way of [`attend_to_pattern`]; `output` and `lse` are those of the whole softmax."""
-    options = None, pattern.to_json(), True, scale, 0.0, None
-    return _backward_op(grad_output, query, key, value, output, lse, *options)
+backward_op.register_autograd(_no_second_derivatives)
 
 
 class _Documents:

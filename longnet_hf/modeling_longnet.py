@@ -491,7 +491,7 @@ class LongNetModel(LongNetPreTrainedModel):
         is_causal = self.config.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         if past_key_values is not None:
             self.check_cache(past_key_values, is_causal)
-            if attention_mask is not None and hasattr(past_key_values, "check_mask"):
+            if attention_mask is not None and hasattr(past_key_values, "begin"):
                 past_key_values.check_mask(attention_mask, length)
 
         packing = {name: kwargs.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")}
@@ -506,11 +506,11 @@ class LongNetModel(LongNetPreTrainedModel):
         if hasattr(past_key_values, "begin"):
             real = None if attention_mask is None else attention_mask[:, -length:]
             cache_step = past_key_values.begin(batch_size, length, device, real)
-        if position_ids is None:
-            past_length = 0 if past_key_values is None or cache_step is not None else past_key_values.get_seq_length()
-            if cache_step is not None:
-                position_ids = cache_step.position
-            elif attention_mask is None:
+        if position_ids is None and cache_step is not None:
+            position_ids = cache_step.position
+        elif position_ids is None:
+            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            if attention_mask is None:
                 position_ids = torch.arange(past_length, past_length + length, device=device)[None]
             else:
                 position_ids = (attention_mask != 0).long().cumsum(-1)[:, past_length:].sub(1).clamp(min=0)
@@ -689,6 +689,15 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         loss_kwargs = {"ignore_index": kwargs.pop("ignore_index")} if "ignore_index" in kwargs else {}
         if num_items_in_batch is not None:
             loss_kwargs["num_items_in_batch"] = num_items_in_batch
+        has_labels, inputs = labels is not None or shift_labels is not None, (input_ids, inputs_embeds)
+        split = None
+        if has_labels and is_distributed():
+            split = next((active_split(x.shape[1]) for x in inputs if x is not None), None)
+        if split is not None and shift_labels is None:
+            raise ValueError(
+                "`labels` of a sequence that is split over processes cannot be shifted on one of them: give "
+                "`shift_labels`, as Trainer does."
+            )
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -699,7 +708,6 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        has_labels = labels is not None or shift_labels is not None
         own_loss = hasattr(self, "_loss_function")  # set by the user, who expects it to be given all logits
         if skip_logits is None:
             all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
@@ -711,12 +719,6 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 )
         logits = None if skip_logits else self.lm_head(keep_positions(hidden_states, logits_to_keep))
 
-        split = active_split(hidden_states.shape[1]) if has_labels and is_distributed() else None
-        if split is not None and shift_labels is None:
-            raise ValueError(
-                "`labels` of a sequence that is split over processes cannot be shifted on one of them: give "
-                "`shift_labels`, as Trainer does."
-            )
         loss = None
         if has_labels and own_loss:
             if shift_labels is not None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .dilated_operator import TileKernel, attend_to_pattern, attend_to_pattern_gradients, autocast_inputs
+from .dilated_operator import TileKernel, autocast_inputs, backward_op, dilated_attention
 from .dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
 from .dilated_pattern import DilatedPattern
 
@@ -266,7 +266,7 @@ class _SplitAttention(torch.autograd.Function):
         parts = []
         for chunk, columns in split.local_chunks():
             q, k, v = (x[:, :, columns] for x in (query, key, value))
-            parts.append(attend_to_pattern(q, k, v, pattern.at(chunk.start), scale))
+            parts.append(dilated_attention(q, k, v, pattern.at(chunk.start), scale=scale, return_lse=True))
         work.wait()
         stored = received.transpose(0, 1)[:, :, None].chunk(2, dim=-1)
         outputs, lses = [], []
@@ -306,7 +306,8 @@ class _SplitAttention(torch.autograd.Function):
         grad_keys = []
         for (chunk, columns), grad_query in zip(split.local_chunks(), grad_queries, strict=True):
             saved = (x[:, :, columns] for x in (grad_output, query, key, value, output, lse))
-            dq, dk, dv = attend_to_pattern_gradients(*saved, pattern.at(chunk.start), scale)
+            # Output and log-sum-exp of the whole softmax give each part its share
+            dq, dk, dv = backward_op(*saved, None, pattern.at(chunk.start).to_json(), True, scale, 0.0, None)
             grad_query += dq
             grad_keys.append(torch.cat((dk, dv), dim=-1).to(lse.dtype))
         grad_keys = torch.cat(grad_keys, dim=2)
