@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from .dilated_operator import TileKernel, dilated_attention
 from .dilated_past import PastTile, attend_to_past, past_tiles
 from .dilated_pattern import Branch, DilatedPattern
+from .split_sequence import SequenceSplit
 
 
 _UNBOUNDED = 1 << 60
@@ -405,6 +406,22 @@ class DilatedCache(Cache):
         if step is None:
             step = self.begin(key_states.shape[0], key_states.shape[2], key_states.device)
         return super().update(key_states.detach(), value_states.detach(), layer_idx, step.on(key_states.device))
+
+    def update_split(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, step: Step, split: SequenceSplit
+    ) -> None:
+        """Take keys and values `[B, Hkv, N / P, D]` of this process's part of a sequence: the first that is read, and
+        without padding. All processes call this, and all of them get what is kept of the whole."""
+        layer, step = self.layers[layer_idx], step.on(key_states.device)
+        if not is_dilated(self, layer_idx):
+            everywhere = torch.arange(split.length, device=key_states.device).expand(*key_states.shape[:2], -1)
+            keys, values = (split.collect(x, everywhere) for x in (key_states, value_states))
+            super().update(keys, values, layer_idx)
+            return
+        layer.lazy_initialization(key_states, value_states)
+        positions = layer.rings.position(layer.rings.held(step.after))
+        for store, x in ((layer.keys, key_states), (layer.values, value_states)):
+            store[:, :, :-1] = split.collect(x, positions)
 
     def attend(
         self,

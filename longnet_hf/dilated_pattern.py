@@ -211,7 +211,7 @@ class DilatedPattern:
         if branch.type == "window":
             return [range((phase - g) % r, length, r)]
         starts = range(-g, length, w)
-        rows = [_clip(range(start + phase, start + w, r), 0, length) for start in starts]
+        rows = [clip(range(start + phase, start + w, r), 0, length) for start in starts]
         return [kept for kept in rows if kept]
 
     # How much work that is, and what a cache has to hold
@@ -248,7 +248,7 @@ class DilatedPattern:
             return range(oldest + (phase - g - oldest) % r, position, r)
         start = (position + g) // w * w - g
         kept = range(start + phase, start + w, r)
-        return _clip(kept, 0, position) if kept and kept[-1] >= position else range(0)
+        return clip(kept, 0, position) if kept and kept[-1] >= position else range(0)
 
     def live_keys(self, position: int, head: int, num_heads: int) -> list[int]:
         """The keys up to `position` that some later query may still ask for, in causal attention."""
@@ -349,7 +349,7 @@ def _is_positive_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _clip(rows: range, start: int, stop: int) -> range:
+def clip(rows: range, start: int, stop: int) -> range:
     """The members of `rows` in [start, stop)."""
     first = max(0, -(-(start - rows.start) // rows.step))
     last = max(first, min(len(rows), -(-(stop - rows.start) // rows.step)))
@@ -381,8 +381,8 @@ def _segment_tiles(
 
     def segment(index: int, repeats: int = 1) -> Iterator[tuple]:
         start = index * w - g
-        kept = _clip(range(start + phase, start + w, r), 0, length)
-        i, keys = len(kept) - len(_clip(kept, first_query, length)), len(_clip(kept, 0, num_keys))
+        kept = clip(range(start + phase, start + w, r), 0, length)
+        i, keys = len(kept) - len(clip(kept, first_query, length)), len(clip(kept, 0, num_keys))
         for mask, rows, columns, _, _ in _band(i, len(kept), 0, keys, None, 0 if is_causal else None):
             yield mask, kept[rows.start : rows.stop], kept[columns.start : columns.stop], repeats, w
 
@@ -493,7 +493,7 @@ def _joined_keys(pattern: DilatedPattern, queries: int, num_heads: int, length: 
                 joined |= seen & everything & _bits(range((phase - g) % r, length, r))
             else:
                 for start in range(-g, length, w):
-                    kept = _bits(_clip(range(start + phase, start + w, r), 0, length))
+                    kept = _bits(clip(range(start + phase, start + w, r), 0, length))
                     if kept & queries:
                         joined |= kept & ((1 << (kept & queries).bit_length()) - 1) if is_causal else kept
     return joined

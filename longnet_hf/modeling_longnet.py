@@ -37,7 +37,7 @@ from .configuration_longnet import LongNetConfig
 from .dilated_cache import DilatedCache, Step, is_dilated
 from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
 from .model_card_longnet import prepare_model_card, write_model_card
-from .split_sequence import SequenceSplit, active_split, split_attention
+from .split_sequence import SequenceSplit, SplitBatch, active_split, split_attention, split_sequence, whole_rows
 
 
 logger = logging.get_logger(__name__)
@@ -170,7 +170,7 @@ class LongNetAttention(nn.Module):
         past_key_values: Cache | None = None,
         document_ids: torch.Tensor | None = None,
         cache_step: Step | None = None,
-        sequence_split: SequenceSplit | None = None,
+        split_batch: SplitBatch | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -182,7 +182,7 @@ class LongNetAttention(nn.Module):
             past_key_values: cache that holds the earlier keys and values, and takes the new ones.
             document_ids: `[B, past + N]` from [`find_documents`], in place of `attention_mask`.
             cache_step: what `past_key_values.begin` gave for these tokens, if it is a [`DilatedCache`].
-            sequence_split: how the sequence is split of which these are this process's tokens.
+            split_batch: how the sequence is split of which these are this process's tokens.
 
         Returns:
             The output `[B, N, hidden_size]`, and the weights `[B, H, N, past + N]` with `attn_implementation="eager"`.
@@ -196,9 +196,11 @@ class LongNetAttention(nn.Module):
         if position_embeddings is not None:
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
 
-        if sequence_split is not None:
+        if split_batch is not None:
             qkv = query_states, key_states, value_states
-            attn_output = split_attention(*qkv, self.pattern, sequence_split, self.scaling).transpose(1, 2)
+            attn_output = split_attention(*qkv, self.pattern, split_batch, self.scaling).transpose(1, 2)
+            if past_key_values is not None:
+                past_key_values.update_split(*qkv[1:], self.layer_idx, cache_step, split_batch.split)
             return self.o_proj(self.attn_sub_norm(attn_output.flatten(2))), None
 
         # What is seen of a cache depends on the position: for more than a token, torch.compile leaves that alone
@@ -423,6 +425,44 @@ class LongNetPreTrainedModel(PreTrainedModel):
                 bar.update(stop - start)
                 yield output
 
+    @torch.no_grad()
+    def prefill_split(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        group: torch.distributed.ProcessGroup | None = None,
+        layout: str = "head_tail",
+    ) -> DilatedCache:
+        """Read a prompt that is split over processes, and give every one of them the cache that one would have filled.
+
+        All processes call this with the whole prompt; each computes its part. The last token is left to `generate`,
+        which then goes on on one process or on all of them.
+
+        Args:
+            input_ids: `[B, N]`, the same on all processes: rows of one length N > 1, without padding.
+            group: of the processes; default: all.
+            layout: see [`split_sequence`].
+
+        ```python
+        >>> cache = model.prefill_split(input_ids)
+        >>> model.generate(input_ids, past_key_values=cache, max_new_tokens=100)
+        ```"""
+        if input_ids.dim() != 2 or input_ids.shape[1] < 2:
+            raise ValueError(f"`input_ids` must be of shape [B, N] with N > 1, got {tuple(input_ids.shape)}.")
+        if not is_distributed():
+            raise ValueError("`prefill_split` needs a process group: call `torch.distributed.init_process_group`.")
+        world_size = torch.distributed.get_world_size(group)
+        padding = -input_ids.shape[1] % (2 * world_size)
+        split = SequenceSplit(
+            input_ids.shape[1] + padding, world_size, torch.distributed.get_rank(group), layout, group
+        )
+        mine = F.pad(input_ids, (0, padding))[:, split.positions().to(input_ids.device)]
+        cache = DilatedCache(self.config, reserve=max(255, padding + 1))
+        with split_sequence(group, layout):
+            self.base_model(mine.to(self.device), past_key_values=cache)
+        cache.crop(-padding - 1)
+        return cache
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in Transformers. The code travels with the weights, for every Auto class, and so does a model card."""
         self.config.auto_map = dict(AUTO_MAP)
@@ -482,12 +522,22 @@ class LongNetModel(LongNetPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
 
         batch_size, length, device = *inputs_embeds.shape[:2], inputs_embeds.device
-        sequence_split = active_split(length) if is_distributed() else None
-        if sequence_split is not None:
-            self.check_split(past_key_values, **kwargs)
-            sequence_split.check_inputs(position_ids, attention_mask)
+        split_batch, split = None, active_split(length) if is_distributed() else None
+        if split is not None:
+            self.check_split(past_key_values, attention_mask, **kwargs)
+            cu_seq_lens = [kwargs.pop(name, None) for name in ("cu_seq_lens_k", "cu_seq_lens_q")]
+            split_batch = split.find_documents(
+                batch_size,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cu_seq_lens=next((x for x in cu_seq_lens if x is not None), None),
+                seq_idx=kwargs.pop("seq_idx", None),
+            )
+            if past_key_values is not None and split_batch is not whole_rows(split, batch_size):
+                raise ValueError("`past_key_values` cannot take a row of several packed documents: give one per row.")
+            if position_ids is None:
+                position_ids = split.positions().to(device)[None]
             attention_mask, use_cache = None, False  # what follows a token does not change its output
-            position_ids = sequence_split.positions().to(device)[None]
         is_causal = self.config.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         if past_key_values is not None:
             self.check_cache(past_key_values, is_causal)
@@ -495,7 +545,8 @@ class LongNetModel(LongNetPreTrainedModel):
                 past_key_values.check_mask(attention_mask, length)
 
         packing = {name: kwargs.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")}
-        document_ids = self.get_document_ids(inputs_embeds, past_key_values, attention_mask, position_ids, **packing)
+        inputs = inputs_embeds, past_key_values, attention_mask, position_ids
+        document_ids = None if split is not None else self.get_document_ids(*inputs, **packing)
         if is_packed(document_ids):  # what follows could continue only one of the documents
             if past_key_values is not None:
                 raise ValueError("`past_key_values` cannot take a row of several packed documents: give one per row.")
@@ -505,7 +556,7 @@ class LongNetModel(LongNetPreTrainedModel):
         cache_step = None
         if hasattr(past_key_values, "begin"):
             real = None if attention_mask is None else attention_mask[:, -length:]
-            cache_step = past_key_values.begin(batch_size, length, device, real)
+            cache_step = past_key_values.begin(batch_size, length if split is None else split.length, device, real)
         if position_ids is None and cache_step is not None:
             position_ids = cache_step.position
         elif position_ids is None:
@@ -523,16 +574,25 @@ class LongNetModel(LongNetPreTrainedModel):
                 position_embeddings=position_embeddings,
                 document_ids=document_ids,
                 cache_step=cache_step,
-                sequence_split=sequence_split,
+                split_batch=split_batch,
                 **{CACHE: past_key_values},  # the name by which gradient checkpointing knows it
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
-    def check_split(self, past_key_values: Cache | None, **kwargs) -> None:
+    def check_split(self, past_key_values: Cache | None, attention_mask: torch.Tensor | None, **kwargs) -> None:
         """Refuse what a sequence that is split over processes does not allow."""
         if past_key_values is not None:
-            raise ValueError("`past_key_values` cannot be used with a sequence that is split over processes.")
+            if not hasattr(past_key_values, "begin") or not is_empty(past_key_values) or torch.is_grad_enabled():
+                raise ValueError(
+                    "`past_key_values` of a sequence that is split over processes must be an empty DilatedCache, and "
+                    "gradients disabled (`torch.no_grad()`)."
+                )
+            if attention_mask is not None:
+                raise ValueError(
+                    "`attention_mask` cannot be used with `past_key_values` in a sequence that is split over "
+                    "processes: take padding back with `past_key_values.crop`."
+                )
         if not self.config.is_causal or kwargs.get("is_causal") is False:
             raise ValueError("A sequence can be split over processes in causal attention only (`is_causal=True`).")
         if self.config._attn_implementation == "eager":
@@ -542,9 +602,6 @@ class LongNetModel(LongNetPreTrainedModel):
                 "A sequence cannot be split over processes in training with `attention_dropout` above 0, got "
                 f"{self.config.attention_dropout}."
             )
-        packing = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if kwargs.get(name) is not None]
-        if packing:
-            raise ValueError(f"Packed documents cannot be split over processes, got {', '.join(packing)}.")
 
     def make_cache(self) -> Cache:
         """The cache that the model makes by itself: one through which gradients flow in training."""

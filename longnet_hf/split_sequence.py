@@ -3,6 +3,7 @@
 A process holds one or two chunks of the sequence. Inside a chunk nothing travels. Of what lies before a chunk, a
 branch asks for the kept keys of the segment (or window) that the chunk's beginning cuts, w / r of them at most: these
 their owners send, in one exchange per layer, while the chunks attend to themselves. Gradients go the same way back.
+Packed documents are asked for what they hold before the chunk, each by its own grid.
 
 Shapes as in dilated_past.py.
 """
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from .dilated_operator import TileKernel, autocast_inputs, backward_op, dilated_attention
 from .dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
-from .dilated_pattern import DilatedPattern
+from .dilated_pattern import DilatedPattern, clip
 
 
 LAYOUTS = ("head_tail", "contiguous")
@@ -75,40 +76,115 @@ class SequenceSplit:
             chunks.append((chunk, slice(start, stop)))
         return chunks
 
-    def check_inputs(self, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-        """Refuse what cannot be split; every process calls this, and all of them refuse together.
+    def find_documents(
+        self,
+        batch_size: int,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cu_seq_lens: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> "SplitBatch":
+        """Where the documents of a batch begin and end. Every process calls this, and all of them refuse together.
+
+        A few numbers per row and chunk travel, and only if any argument is given.
 
         Args:
-            position_ids: `[B, N / P]`, which must be the tokens' positions: one document per row.
             attention_mask: `[B, N / P]`; padding must follow all tokens of its row.
+            position_ids: `[B, N / P]` or `[1, N / P]`; a document starts wherever they do not grow.
+            cu_seq_lens: `[documents + 1]`, boundaries in the flattened batch of whole rows, from 0 to B * N.
+            seq_idx: `[B, N]` or `[B, N / P]`, in place of `position_ids`: a document starts wherever it changes.
+
+        Raises:
+            ValueError: if shapes do not fit, or if there is padding elsewhere.
         """
-        if position_ids is None and attention_mask is None:
-            return
-        given = position_ids if attention_mask is None else attention_mask
-        if given.dim() != 2:
-            raise ValueError(f"`attention_mask` must be of shape [B, N / P], got {tuple(given.shape)}.")
-        real = torch.ones_like(given, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-        columns = [columns for _, columns in self.local_chunks()]
-        is_packed = position_ids is not None and bool((position_ids != self.positions().to(given.device)).any())
-        is_wrong = any(bool((real[:, c][:, 1:] & ~real[:, c][:, :-1]).any()) for c in columns)
-        flags = torch.tensor([is_packed, is_wrong], device=given.device)
-        counts = torch.stack([real[:, c].sum(1) for c in columns])
-        mine = torch.cat((flags, counts.flatten()))
-        everywhere = torch.stack([torch.empty_like(mine) for _ in range(self.world_size)])
-        dist.all_gather(list(everywhere), mine, group=self.group)
-        begins = torch.tensor([chunk.start for rank in range(self.world_size) for chunk in self.chunks(rank)])
-        counts = everywhere[:, 2:].reshape(len(begins), -1).cpu()[begins.argsort()]  # in order, of every row
-        is_packed, is_wrong = (everywhere[:, :2] != 0).any(0).tolist()
-        is_wrong |= bool(((counts[1:] > 0) & (counts[:-1] < self.length // len(begins))).any())
-        if is_packed:
+        local = self.length // self.world_size
+        given = [x for x in (attention_mask, position_ids, cu_seq_lens, seq_idx) if x is not None]
+        if not given:
+            return whole_rows(self, batch_size)
+        device = given[0].device
+        if attention_mask is not None and attention_mask.shape != (batch_size, local):
             raise ValueError(
-                "`position_ids` of a sequence that is split over processes must be 0, 1, ... over the whole sequence: "
-                "packed documents cannot be split."
+                f"`attention_mask` must have shape {(batch_size, local)} (batch, tokens of this process), got "
+                f"{tuple(attention_mask.shape)}."
             )
-        if is_wrong:
+        if position_ids is not None and position_ids.shape not in {(batch_size, local), (1, local)}:
+            raise ValueError(f"`position_ids` must have shape {(batch_size, local)}, got {tuple(position_ids.shape)}.")
+        mine = self.positions().to(device)
+        growing = position_ids if seq_idx is None and position_ids is not None else mine[None]
+        growing = growing.to(device).expand(batch_size, local)
+        number = torch.zeros_like(growing)
+        if seq_idx is not None:
+            if seq_idx.shape not in {(batch_size, self.length), (batch_size, local)}:
+                raise ValueError(f"`seq_idx` must have shape {(batch_size, self.length)}, got {tuple(seq_idx.shape)}.")
+            number = (seq_idx if seq_idx.shape[1] == local else seq_idx[:, mine.to(seq_idx.device)]).to(growing)
+        elif cu_seq_lens is not None:
+            ends = cu_seq_lens[[0, -1]].tolist()
+            if ends != [0, batch_size * self.length]:
+                raise ValueError(
+                    f"`cu_seq_lens` must grow from 0 to {batch_size * self.length}, the number of tokens of all "
+                    f"processes, got numbers from {ends[0]} to {ends[1]}."
+                )
+            flat = torch.arange(batch_size, device=device)[:, None] * self.length + mine
+            number = torch.searchsorted(cu_seq_lens.to(device), flat, right=True)
+        real = torch.ones_like(growing, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+
+        summaries, starts = [], []
+        for _, columns in self.local_chunks():
+            g, n, r = growing[:, columns], number[:, columns], real[:, columns]
+            start = torch.zeros_like(r)
+            start[:, 1:] = ((g[:, 1:] <= g[:, :-1]) | (n[:, 1:] != n[:, :-1])) & r[:, 1:]
+            is_wrong = (r[:, 1:] & ~r[:, :-1]).any(1)
+            column = torch.arange(r.shape[1], device=device)
+            first = column.where(start, r.shape[1]).amin(1)  # what begins behind the first token
+            last = column.where(start, -1).amax(1)
+            edges = g[:, 0], g[:, -1], n[:, 0], n[:, -1], r[:, 0], r[:, -1]
+            summaries.append(torch.stack((*(x.long() for x in edges), first, last, is_wrong.long())))
+            starts.append(start)
+        mine = torch.stack(summaries)
+        everywhere = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everywhere, mine, group=self.group)
+        begins = [chunk.start for rank in range(self.world_size) for chunk in self.chunks(rank)]
+        everywhere = torch.cat(everywhere).cpu().numpy()[np.argsort(begins)]  # [chunks, 9, B], in order
+        g_first, g_last, n_first, n_last, r_first, r_last, first, last, is_wrong = everywhere.swapaxes(0, 1)
+        if is_wrong.any() or (r_first[1:] & ~r_last[:-1] & 1).any():
             raise ValueError(
                 "`attention_mask` of a sequence that is split over processes may have padding on the right only."
             )
+        is_start = (g_first[1:] <= g_last[:-1]) | (n_first[1:] != n_last[:-1])
+        is_start = np.concatenate((np.ones_like(r_first[:1]), is_start & r_first[1:])) == 1
+        if not is_start[1:].any() and (last < 0).all():
+            return whole_rows(self, batch_size)
+        size, before, document = self.length // len(begins), [], np.zeros(batch_size, dtype=np.int64)
+        for chunk in range(len(begins)):
+            document = np.where(is_start[chunk], chunk * size, document)
+            before.append(tuple((chunk * size - document).tolist()))
+            document = np.where(last[chunk] >= 0, chunk * size + last[chunk], document)
+        leads, document_ids = [], []
+        for (chunk, _), start in zip(self.local_chunks(), starts, strict=True):
+            number = chunk.start // size
+            lead = np.where(np.array(before[number]) > 0, first[number], 0)
+            leads.append(tuple(lead.tolist()))
+            is_lead = torch.arange(size, device=device) < torch.from_numpy(lead).to(device)[:, None]
+            document_ids.append(start.cumsum(1, dtype=torch.int32).masked_fill(is_lead, -1))
+        return SplitBatch(self, tuple(before), tuple(leads), tuple(document_ids))
+
+    def collect(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What lies at any positions of the sequence, on all processes, without gradients.
+
+        Args:
+            x: `[B, H, N / P, D]`, of this process's tokens.
+            positions: `[B, H, K]`, the same on all processes; below 0 where zeros are wanted.
+
+        Returns:
+            `[B, H, K, D]`.
+        """
+        found = x.new_zeros(*positions.shape, x.shape[-1])
+        for chunk, columns in self.local_chunks():
+            is_here = (positions >= chunk.start) & (positions < chunk.stop)
+            index = (positions - chunk.start).clamp(0, len(chunk) - 1)[..., None].expand_as(found)
+            found = torch.where(is_here[..., None], x[:, :, columns].gather(2, index), found)
+        return self.sum(found)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Over all processes, without gradients."""
@@ -164,66 +240,127 @@ def active_split(local_length: int) -> SequenceSplit | None:
     return SequenceSplit(local_length * world_size, world_size, dist.get_rank(group), layout, group)
 
 
+class _Run(NamedTuple):
+    """Tokens that attend to one another: of one document that began before their chunk, or of all that begin in it."""
+
+    index: tuple  # into [B, H, N / P, ...]
+    position: int  # of the first, in its document
+    document_ids: torch.Tensor | None = None  # of tokens whose documents begin here; None: one per row
+    received: torch.Tensor | None = (
+        None  # [rows of the batch, keys], among what was received; None: nothing is asked for
+    )
+    past: tuple[PastTile, ...] = ()
+
+
 class _Exchange(NamedTuple):
     """What a process sends and gets, in rows: the keys and values of one head at one position."""
 
     send_splits: list[int]  # rows for every process
     receive_splits: list[int]
-    heads: torch.Tensor  # [rows to send]
-    columns: torch.Tensor
-    past: list[list[PastTile]]  # of every chunk, over the rows received
+    send: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows of the batch, heads and columns, [rows to send] each
+    runs: list[_Run]
 
 
-@functools.lru_cache(maxsize=64)
-def _exchange(split: SequenceSplit, pattern: DilatedPattern, num_heads: int, device: torch.device) -> _Exchange:
-    begins = np.array([(chunk.start, rank) for rank in range(split.world_size) for chunk in split.chunks(rank)])
-    order = np.argsort(begins[:, 0])
-    first_column = np.concatenate(
-        [np.cumsum([0, *map(len, split.chunks(rank))])[:-1] for rank in range(split.world_size)]
-    )
+class SplitBatch:
+    """A batch whose rows are split alike, and where their documents lie: see [`SequenceSplit.find_documents`].
 
-    def wanted(rank: int) -> tuple[np.ndarray, np.ndarray, dict]:
-        """Heads and positions of the keys that a process asks for, and where a chunk, branch and head begin."""
-        heads, positions, begin, rows = [], [], {}, 0
-        for number, chunk in enumerate(split.chunks(rank)):
-            for index, branch in enumerate(pattern.branches):
-                for head in range(num_heads):
-                    keys = pattern.past_keys(branch, head, num_heads, chunk.start)
-                    begin[number, index, head] = rows, keys.start, keys.step
-                    rows += len(keys)
-                    heads.append(np.full(len(keys), head))
-                    positions.append(np.arange(keys.start, keys.stop, keys.step))
-        return np.concatenate(heads), np.concatenate(positions), begin
+    Args:
+        split: which positions every process holds.
+        before: for every chunk of the sequence (in order of position) and row, how many tokens of the document of its
+            first token lie before it.
+        leads: for every chunk of this process and row, how many tokens go on with a document that began before.
+        document_ids: for every chunk of this process, `[B, tokens]` int32, -1 at those, or `None`: one per row.
+    """
 
-    def locate(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The processes that hold these positions, and their columns there."""
-        chunk = order[np.searchsorted(begins[order, 0], positions, side="right") - 1]
-        return begins[chunk, 1], first_column[chunk] + positions - begins[chunk, 0]
+    def __init__(
+        self,
+        split: SequenceSplit,
+        before: tuple[tuple[int, ...], ...],
+        leads: tuple[tuple[int, ...], ...],
+        document_ids: tuple[torch.Tensor | None, ...],
+    ):
+        self.split, self.before, self.leads, self.document_ids = split, before, leads, document_ids
+        self._exchanges: dict[tuple, _Exchange] = {}
 
-    send_heads, send_columns, send_splits = [], [], []
-    for rank in range(split.world_size):
-        heads, positions, begin = wanted(rank)
-        owner, column = locate(positions)
-        is_mine = owner == split.rank
-        send_heads.append(heads[is_mine])
-        send_columns.append(column[is_mine])
-        send_splits.append(int(is_mine.sum()))
-        if rank == split.rank:
-            receive_splits = np.bincount(owner, minlength=split.world_size).tolist()
-            row_of = np.empty(len(owner), dtype=np.int64)  # rows come sorted by process
-            row_of[np.argsort(owner, kind="stable")] = np.arange(len(owner))
-            mine = begin
+    def exchange(self, pattern: DilatedPattern, num_heads: int, device: torch.device) -> _Exchange:
+        key = pattern, num_heads, device
+        if key not in self._exchanges:
+            self._exchanges[key] = self._plan(*key)
+        return self._exchanges[key]
 
-    past = []
-    for number, chunk in enumerate(split.chunks(split.rank)):
+    def _wanted(self, rank: int, pattern: DilatedPattern, num_heads: int) -> Iterator[tuple]:
+        """What a process asks for: number of its chunk, row, branch, head, keys, and where their document begins."""
+        for number, chunk in enumerate(self.split.chunks(rank)):
+            for row, before in enumerate(self.before[chunk.start // len(chunk)]):
+                first = chunk.start - before
+                for index, branch in enumerate(pattern.branches):
+                    for head in range(num_heads) if before else ():
+                        keys = pattern.past_keys(branch, head, num_heads, before)
+                        keys = range(keys.start + first, keys.stop + first, keys.step)
+                        yield number, row, index, head, keys, first
 
-        def find(branch: int, heads: np.ndarray, positions: np.ndarray, number=number):
-            row, start, step = np.array([mine[number, branch, int(head)] for head in heads[:, 0]]).T[..., None]
-            return row_of[row + (positions - start) // step], np.zeros((1, 1), dtype=np.int64)
+    def _plan(self, pattern: DilatedPattern, num_heads: int, device: torch.device) -> _Exchange:
+        split = self.split
+        send, send_splits = [np.empty((3, 0), dtype=np.int64)], []
+        for rank in range(split.world_size):
+            count = 0
+            for _, row, _, head, keys, _ in self._wanted(rank, pattern, num_heads):
+                for chunk, columns in sorted(split.local_chunks(), key=lambda x: x[0].start):
+                    mine = clip(keys, chunk.start, chunk.stop)
+                    column = np.arange(mine.start, mine.stop, mine.step) - chunk.start + columns.start
+                    send.append(np.stack((np.full(len(mine), row), np.full(len(mine), head), column)))
+                    count += len(mine)
+            send_splits.append(count)
 
-        past.append(past_tiles(pattern, num_heads, chunk.start, len(chunk), find, device))
-    heads, columns = (torch.from_numpy(np.concatenate(x)).to(device) for x in (send_heads, send_columns))
-    return _Exchange(send_splits, receive_splits, heads, columns, past)
+        wanted, begin, count = [np.empty(0, dtype=np.int64)], {}, 0
+        for number, row, branch, head, keys, first in self._wanted(split.rank, pattern, num_heads):
+            begin[number, row, branch, head] = count, keys.start - first, keys.step
+            wanted.append(np.arange(keys.start, keys.stop, keys.step))
+            count += len(keys)
+        begins = np.array([(chunk.start, rank) for rank in range(split.world_size) for chunk in split.chunks(rank)])
+        begins = begins[np.argsort(begins[:, 0])]
+        owner = begins[np.searchsorted(begins[:, 0], np.concatenate(wanted), side="right") - 1, 1]
+        row_of = np.empty(len(owner), dtype=np.int64)  # rows come sorted by process
+        row_of[np.argsort(owner, kind="stable")] = np.arange(len(owner))
+
+        runs = []
+        for number, (chunk, columns) in enumerate(split.local_chunks()):
+            alike: dict[tuple[int, int], list[int]] = {}
+            for row, parts in enumerate(zip(self.before[chunk.start // len(chunk)], self.leads[number], strict=True)):
+                alike.setdefault(parts, []).append(row)
+            if min(self.leads[number]) < len(chunk):
+                runs.append(_Run((slice(None), slice(None), columns), 0, self.document_ids[number]))
+            for (before, lead), rows in alike.items():
+                if lead == 0:
+                    continue
+
+                def find(branch: int, heads: np.ndarray, positions: np.ndarray, number=number, row=rows[0]):
+                    fields = [begin[number, row, branch, int(head)] for head in heads[:, 0]]
+                    key, start, step = np.array(fields).T[..., None]
+                    index = key - begin[number, row, 0, 0][0] + (positions - start) // step
+                    return index, np.zeros((1, 1), dtype=np.int64)
+
+                firsts = [begin[number, row, 0, 0][0] for row in rows]
+                last, _, step = begin[number, rows[0], len(pattern.branches) - 1, num_heads - 1]
+                keys = pattern.past_keys(pattern.branches[-1], num_heads - 1, num_heads, before)
+                length = last + len(keys) - firsts[0]
+                received = torch.from_numpy(np.stack([row_of[first : first + length] for first in firsts])).to(device)
+                in_batch = slice(None) if len(rows) == len(self.leads[number]) else torch.tensor(rows, device=device)
+                index = in_batch, slice(None), slice(columns.start, columns.start + lead)
+                past = past_tiles(pattern, num_heads, before, lead, find, device)
+                runs.append(_Run(index, before, None, received, tuple(past)))
+        send = tuple(torch.from_numpy(x).to(device) for x in np.concatenate(send, axis=1))
+        receive_splits = np.bincount(owner, minlength=split.world_size).tolist()
+        return _Exchange(send_splits, receive_splits, send, runs)
+
+
+@functools.lru_cache(maxsize=16)
+def whole_rows(split: SequenceSplit, batch_size: int) -> SplitBatch:
+    """A batch whose rows hold one document each."""
+    before = [(chunk.start,) * batch_size for rank in range(split.world_size) for chunk in split.chunks(rank)]
+    chunks = split.chunks(split.rank)
+    leads = tuple((len(chunk) if chunk.start else 0,) * batch_size for chunk in chunks)
+    return SplitBatch(split, tuple(sorted(before)), leads, (None,) * len(chunks))
 
 
 def split_attention(
@@ -231,7 +368,7 @@ def split_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     pattern: DilatedPattern,
-    split: SequenceSplit,
+    batch: SplitBatch,
     scale: float | None = None,
 ) -> torch.Tensor:
     """Causal dilated attention of the tokens of this process to those of all processes, which all call this.
@@ -239,44 +376,47 @@ def split_attention(
     Args:
         query: `[B, H, N / P, D]`.
         key, value: `[B, Hkv, N / P, D]`.
-        split: which positions these are.
+        batch: which positions and documents these are.
 
     Returns:
         `[B, H, N / P, D]`: what `dilated_attention` of the whole sequence gives at these positions.
     """
-    if query.shape[2] != split.length // split.world_size:
+    expected = len(batch.before[0]), batch.split.length // batch.split.world_size
+    if (query.shape[0], query.shape[2]) != expected:
         raise ValueError(
-            f"`split` gives every process {split.length // split.world_size} tokens, got {query.shape[2]}."
+            f"`batch` is of {expected[0]} rows of which every process has {expected[1]} tokens, got "
+            f"{query.shape[0]} rows of {query.shape[2]}."
         )
     query, key, value = autocast_inputs(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _SplitAttention.apply(query, key, value, pattern.canonical(), split, scale)
+    return _SplitAttention.apply(query, key, value, pattern.canonical(), batch, scale)
 
 
 class _SplitAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, pattern, split, scale):
-        heads = key.shape[1]
-        plan = _exchange(split, pattern, heads, query.device)
-        rows = torch.cat((key, value), dim=-1)[:, plan.heads, plan.columns].transpose(0, 1).contiguous()
-        received = rows.new_empty(sum(plan.receive_splits), *rows.shape[1:])
+    def forward(ctx, query, key, value, pattern, batch, scale):
+        heads, split = key.shape[1], batch.split
+        plan = batch.exchange(pattern, heads, query.device)
+        rows = torch.cat((key, value), dim=-1)[plan.send]
+        received = rows.new_empty(sum(plan.receive_splits), rows.shape[1])
         work = dist.all_to_all_single(
             received, rows, plan.receive_splits, plan.send_splits, group=split.group, async_op=True
         )
         parts = []
-        for chunk, columns in split.local_chunks():
-            q, k, v = (x[:, :, columns] for x in (query, key, value))
-            parts.append(dilated_attention(q, k, v, pattern.at(chunk.start), scale=scale, return_lse=True))
+        for run in plan.runs:
+            q, k, v = (x[run.index] for x in (query, key, value))
+            options = dict(scale=scale, document_ids=run.document_ids, return_lse=True)
+            parts.append(dilated_attention(q, k, v, pattern.at(run.position), **options))
         work.wait()
-        stored = received.transpose(0, 1)[:, :, None].chunk(2, dim=-1)
-        outputs, lses = [], []
-        for (_, columns), (output, lse), past in zip(split.local_chunks(), parts, plan.past, strict=True):
-            output = output.to(lse.dtype)
-            q = query[:, :, columns]
-            attend_to_past(output, lse, q, *stored, past, heads, TileKernel(q, scale, 0.0, None))
-            outputs.append(output.to(query.dtype))
-            lses.append(lse)
-        output, lse = torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
+        output = torch.empty_like(query)
+        lse = torch.empty(query.shape[:3], dtype=parts[0][1].dtype, device=query.device)
+        for run, (new_output, new_lse) in zip(plan.runs, parts, strict=True):
+            if run.received is not None:
+                new_output, q = new_output.to(lse.dtype), query[run.index]
+                stored = received[run.received][:, :, None].chunk(2, dim=-1)
+                kernel = TileKernel(q, scale, 0.0, None)
+                attend_to_past(new_output, new_lse, q, *stored, run.past, heads, kernel)
+            output[run.index], lse[run.index] = new_output.to(output.dtype), new_lse
         ctx.save_for_backward(query, key, value, output, lse, received)
         ctx.options = plan, pattern, split, scale
         return output
@@ -286,36 +426,32 @@ class _SplitAttention(torch.autograd.Function):
         query, key, value, output, lse, received = ctx.saved_tensors
         plan, pattern, split, scale = ctx.options
         heads = key.shape[1]
-        stored = received.transpose(0, 1)[:, :, None].chunk(2, dim=-1)
-        grad_received = torch.zeros(received.shape, dtype=lse.dtype, device=received.device)
-        grad_queries = []
-        for (_, columns), past in zip(split.local_chunks(), plan.past, strict=True):
-            do, q, o, l = (x[:, :, columns] for x in (grad_output, query, output, lse))
-            dq, dk, dv = past_gradients(do, q, o, l, *stored, past, heads, TileKernel(q, scale, 0.0, None))
-            grad_received += torch.cat((dk, dv), dim=-1)[:, :, 0].transpose(0, 1)
-            grad_queries.append(dq)
-        grad_rows = key.new_empty(len(plan.heads), *received.shape[1:])
+        grad_query = torch.zeros(query.shape, dtype=lse.dtype, device=query.device)
+        grad_keys = torch.zeros((*key.shape[:3], 2 * key.shape[3]), dtype=lse.dtype, device=key.device)
+        grad_received = torch.zeros_like(received)  # every row of it belongs to one run
+        for run in plan.runs:
+            if run.received is not None:
+                saved = (x[run.index] for x in (grad_output, query, output, lse))
+                stored = received[run.received][:, :, None].chunk(2, dim=-1)
+                kernel = TileKernel(query, scale, 0.0, None)
+                dq, dk, dv = past_gradients(*saved, *stored, run.past, heads, kernel)
+                grad_query[run.index] = dq
+                grad_received[run.received] = torch.cat((dk, dv), dim=-1)[:, :, 0].to(received.dtype)
+        grad_rows = received.new_empty(sum(plan.send_splits), received.shape[1])
         work = dist.all_to_all_single(
-            grad_rows,
-            grad_received.to(key.dtype),
-            plan.send_splits,
-            plan.receive_splits,
-            group=split.group,
-            async_op=True,
+            grad_rows, grad_received, plan.send_splits, plan.receive_splits, group=split.group, async_op=True
         )
-        grad_keys = []
-        for (chunk, columns), grad_query in zip(split.local_chunks(), grad_queries, strict=True):
-            saved = (x[:, :, columns] for x in (grad_output, query, key, value, output, lse))
+        for run in plan.runs:
             # Output and log-sum-exp of the whole softmax give each part its share
-            dq, dk, dv = backward_op(*saved, None, pattern.at(chunk.start).to_json(), True, scale, 0.0, None)
-            grad_query += dq
-            grad_keys.append(torch.cat((dk, dv), dim=-1).to(lse.dtype))
-        grad_keys = torch.cat(grad_keys, dim=2)
+            saved = (x[run.index] for x in (grad_output, query, key, value, output, lse))
+            part = pattern.at(run.position).to_json()
+            dq, dk, dv = backward_op(*saved, run.document_ids, part, True, scale, 0.0, None)
+            grad_query[run.index] += dq
+            grad_keys[run.index] += torch.cat((dk, dv), dim=-1)
         work.wait()
-        row = torch.arange(len(key), device=key.device)[:, None]
-        index = row, plan.heads[None], plan.columns[None]  # a key may go to several processes, for several branches
-        grad_keys = grad_keys.index_put(index, grad_rows.transpose(0, 1).to(lse.dtype), accumulate=True)
-        grads = torch.cat(grad_queries, dim=2), *grad_keys.chunk(2, dim=-1)
+        # A key may go to several processes, for several branches
+        grad_keys = grad_keys.index_put(plan.send, grad_rows.to(lse.dtype), accumulate=True)
+        grads = grad_query, *grad_keys.chunk(2, dim=-1)
         return *(grad.to(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)), None, None, None
 
 

@@ -15,7 +15,7 @@ from patterns import random_pattern
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from longnet_hf import DilatedCache, DilatedPattern, LongNetForCausalLM, dilated_attention
-from longnet_hf.split_sequence import LAYOUTS, SequenceSplit, split_attention, split_sequence
+from longnet_hf.split_sequence import LAYOUTS, SequenceSplit, split_attention, split_sequence, whole_rows
 
 
 def spawn(function, world_size, folder, *arguments):
@@ -32,22 +32,35 @@ def in_group(rank, function, world_size, store, arguments):
     dist.destroy_process_group()
 
 
+def random_positions(rng, length):
+    """Positions of documents of random lengths, some of them a token."""
+    positions = []
+    while len(positions) < length:
+        positions.extend(range(rng.choice([1, rng.randint(1, length), rng.randint(1, 2 * length)])))
+    return positions[:length]
+
+
 def assert_equal_to_one_process(rank, world_size, seeds):
     for seed in seeds:
         rng = random.Random(seed)
         torch.manual_seed(seed)
         pattern, layout = replace(random_pattern(rng), offset=0), rng.choice(["head_tail", "contiguous"])
         length = 2 * world_size * rng.randint(1, 20)
-        batch, heads, group = rng.choice([1, 2]), rng.choice([1, 2, 3]), rng.choice([1, 2])
-        inputs = [torch.randn(batch, h, length, 4, dtype=torch.float64) for h in (heads * group, heads, heads)]
+        packing, rows = rng.choice(["one document", "packed", "packed"]), rng.choice([1, 2, 3])
+        heads, group = rng.choice([1, 2, 3]), rng.choice([1, 2])
+        inputs = [torch.randn(rows, h, length, 4, dtype=torch.float64) for h in (heads * group, heads, heads)]
         grad = torch.randn_like(inputs[0])
         inputs = [x.requires_grad_() for x in inputs]
-        expected = dilated_attention(*inputs, pattern)
+        position_ids = None
+        if packing == "packed":
+            position_ids = torch.tensor([random_positions(rng, length) for _ in range(rows)])
+        expected = dilated_attention(*inputs, pattern, position_ids=position_ids)
         expected_grads = torch.autograd.grad(expected, inputs, grad)
         split = SequenceSplit(length, world_size, rank, layout)
         mine = split.positions()
         local = [x.detach()[:, :, mine].requires_grad_() for x in inputs]
-        output = split_attention(*local, pattern, split)
+        batch = split.find_documents(rows, position_ids=None if position_ids is None else position_ids[:, mine])
+        output = split_attention(*local, pattern, batch)
         torch.testing.assert_close(output, expected[:, :, mine], rtol=0, atol=1e-9)
         for ours, theirs in zip(torch.autograd.grad(output, local, grad[:, :, mine]), expected_grads, strict=True):
             torch.testing.assert_close(ours, theirs[:, :, mine], rtol=0, atol=1e-9)
@@ -64,12 +77,13 @@ def assert_bytes_bounded(rank, world_size):
     sent, exchange = [], dist.all_to_all_single
 
     def counted(output, x, receive, send, **options):
-        sent.append((sum(send) - send[rank]) * x[:1].numel() * x.element_size())
+        sent.append((sum(send) - send[rank]) * x.shape[1] * x.element_size())
         return exchange(output, x, receive, send, **options)
 
     dist.all_to_all_single = counted
     x = torch.randn(1, heads, tokens, 4, requires_grad=True)
-    split_attention(x, x, x, pattern, SequenceSplit(tokens * world_size, world_size, rank)).sum().backward()
+    split = SequenceSplit(tokens * world_size, world_size, rank)
+    split_attention(x, x, x, pattern, whole_rows(split, 1)).sum().backward()
     crossing = [
         w // r for w, r in zip(pattern.segment_lengths, pattern.dilation_rates, strict=True) if w > tokens // 2
     ]
@@ -119,10 +133,11 @@ def assert_model_equals_one_process(rank, world_size):
     # What cannot be split is refused by all processes together
     mine = SequenceSplit(48, world_size, rank).positions()
     refused = {
-        "`position_ids`": dict(position_ids=(torch.arange(48) % 20)[None, mine]),
         "padding on the right only": dict(attention_mask=mask.flip(1)[:, mine]),
         "`past_key_values`": dict(past_key_values=DilatedCache(model.config)),
-        "Packed documents": dict(seq_idx=torch.zeros(2, len(mine), dtype=torch.int32)),
+        "`seq_idx`": dict(seq_idx=torch.zeros(2, 47)),
+        "`cu_seq_lens`": dict(cu_seq_lens_q=torch.tensor([0, 48])),
+        r"\(2, 24\)": dict(attention_mask=mask),
         "give `shift_labels`": dict(labels=ids[:, mine]),
         "`attention_dropout`": dict(),
     }
@@ -132,8 +147,43 @@ def assert_model_equals_one_process(rank, world_size):
             model.train(words == "`attention_dropout`")(ids[:, mine], **inputs)
 
 
+def assert_packed_model_equals_one_process(rank, world_size):
+    model = build(LongNetForCausalLM, "llama", torch.float64)
+    ids, positions = random_ids(2, 48), torch.arange(48).repeat(2, 1)
+    positions[0, 17:] -= 17
+    positions[1, 30:] -= 30
+    expected = model(ids, position_ids=positions).logits
+    split = SequenceSplit(48, world_size, rank)
+    mine, numbers = split.positions(), torch.stack([torch.arange(48) >= 17, torch.arange(48) >= 30]).int()
+    bounds = torch.tensor([0, 17, 48, 78, 96])
+    ways = dict(position_ids=positions[:, mine]), dict(cu_seq_lens_q=bounds), dict(seq_idx=numbers)
+    for inputs in (*ways, dict(seq_idx=numbers[:, mine])):
+        with split_sequence():
+            logits = model(ids[:, mine], **inputs).logits
+        torch.testing.assert_close(logits, expected[:, mine], rtol=0, atol=1e-9)
+
+
+def assert_generation_goes_on(rank, world_size):
+    for kind in KINDS:
+        model = build(LongNetForCausalLM, kind, torch.float64)
+        for length in (2, 61):
+            ids = random_ids(2, length)
+            options = dict(max_new_tokens=30, min_new_tokens=30, do_sample=False)
+            expected = model.generate(ids, **options)
+            for layout in LAYOUTS:
+                cache = model.prefill_split(ids, layout=layout)
+                assert cache.get_seq_length() == length - 1
+                assert model.generate(ids, past_key_values=cache, **options).tolist() == expected.tolist()
+
+
+def in_turn(rank, world_size, functions):
+    for function in functions:
+        function(rank, world_size)
+
+
 def test_a_model_equals_one_process(tmp_path):
-    spawn(assert_model_equals_one_process, 2, tmp_path)
+    functions = assert_model_equals_one_process, assert_packed_model_equals_one_process, assert_generation_goes_on
+    spawn(in_turn, 2, tmp_path, functions)
 
 
 def train(folder, context_parallel):
