@@ -466,7 +466,13 @@ class LongNetPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in Transformers. The code travels with the weights, for every Auto class, and so does a model card."""
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        wrapped = type(self)
+        try:
+            # FSDP2 puts a class of PyTorch's in front of ours, whose code Transformers would save in place of ours
+            self.__class__ = next(base for base in wrapped.__mro__ if not base.__module__.startswith("torch."))
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = wrapped
         if kwargs.get("is_main_process", True):
             write_model_card(self.config, self._auto_class, save_directory)
 

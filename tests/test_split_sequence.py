@@ -3,32 +3,49 @@
 import json
 import os
 import random
+import runpy
 import signal
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import ParallelismConfig, PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from models import KINDS, build, random_ids
 from patterns import random_pattern
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from longnet_hf import DilatedCache, DilatedPattern, LongNetForCausalLM, dilated_attention
+from longnet_hf.modeling_longnet import AUTO_MAP
 from longnet_hf.split_sequence import LAYOUTS, SequenceSplit, split_attention, split_sequence, whole_rows
+
+
+ROOT = Path(__file__).parent.parent
 
 
 def spawn(function, world_size, folder, *arguments):
     """Run `function(rank, world_size, *arguments)` in processes that form a group."""
-    store = str(folder / f"store{world_size}")
-    torch.multiprocessing.spawn(in_group, args=(function, world_size, store, arguments), nprocs=world_size)
+    store = str(folder / f"store{len(list(folder.glob('store*')))}")  # a used one would not do
+    arguments = function, world_size, store, arguments
+    processes = torch.multiprocessing.spawn(in_group, args=arguments, nprocs=world_size, join=False)
+    deadline = time.monotonic() + 200
+    while not processes.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in processes.processes:
+                process.kill()
+            raise TimeoutError("the processes wait for one another")
 
 
 def in_group(rank, function, world_size, store, arguments):
@@ -241,10 +258,14 @@ def train(folder, mesh=None, resume=None, use_lora=False, **options):
     return numbers
 
 
-def train_in_group(rank, world_size, runs):
-    # As a launcher says it; the group that is there already is used
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+def set_environment(rank, world_size, **variables):
+    """As a launcher does; the group that is there already is used."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), **variables)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500", ACCELERATE_USE_CPU="true")
+
+
+def train_in_group(rank, world_size, runs):
+    set_environment(rank, world_size)
     for folder, options in runs:
         numbers = train(folder, **options)
         if rank == 0:
@@ -279,6 +300,10 @@ def test_a_plain_trainer_with_fsdp2_equals_one_process(tmp_path):
     assert len(numbers) == 5
     assert_same_numbers(split, numbers)
     assert_same_weights(split, one)
+    assert json.loads((split / "final" / "config.json").read_text())["auto_map"] == AUTO_MAP
+    for name in ("modeling_longnet.py", "split_sequence.py"):  # the code travels, too
+        assert (split / "final" / name).exists()
+    assert not list((split / "final").glob("_fsdp*"))
     assert_same_numbers(bf16, numbers, rel=0.05)
     assert_same_numbers(lora, train(one_lora, use_lora=True))
     assert_same_weights(lora, one_lora)
@@ -289,6 +314,46 @@ def test_a_plain_trainer_with_fsdp2_equals_one_process(tmp_path):
     # Of evaluation data that two data-parallel processes cannot share evenly, Trainer repeats some
     assert_same_numbers(both, numbers[:-1])
     assert_same_weights(both, one)
+
+
+def run_example(rank, world_size, environment, arguments):
+    set_environment(rank, world_size, **environment)
+    make = PartialState.__init__
+
+    def make_as_on_gpus(self, *args, **options):  # Accelerate allows this on GPUs only
+        make(self, *args, **options)
+        if PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = make_as_on_gpus
+    script = ROOT / "examples" / "train_multi_gpu.py"
+    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_the_example_under_its_configuration_of_accelerate(tmp_path):
+    pytest.importorskip("datasets"), pytest.importorskip("matplotlib")
+    launch = ["--config_file", str(ROOT / "examples" / "split_sequence.yaml"), "--num_processes", "2"]
+    launch += ["--parallelism_config_cp_size", "2", "--mixed_precision", "no", "train_multi_gpu.py"]
+    options, _, _ = _validate_launch_command(launch_command_parser().parse_args(launch))
+    environment = {name: x for name, x in prepare_multi_gpu_env(options).items() if os.environ.get(name) != x}
+    environment["HF_HOME"] = str(tmp_path / "cache")
+    text = "".join(path.read_text() for path in (ROOT / "longnet_hf").glob("*.py"))
+    (tmp_path / "data.txt").write_text(text)
+    arguments = (
+        f"--data {tmp_path}/data.txt --output_dir {tmp_path}/run --vocab_size 300 --hidden_size 16 --held_out 0.3 "
+        "--intermediate_size 32 --num_hidden_layers 1 --num_attention_heads 2 --segment_lengths 16 64 "
+        "--dilation_rates 1 2 --context_length 128 --max_held_out_contexts 2 --save_steps 2 --use_cpu "
+        "--report_to none --disable_tqdm true --logging_steps 1 --max_steps"
+    ).split()
+    spawn(run_example, 2, tmp_path, environment, [*arguments, "2"])
+    spawn(run_example, 2, tmp_path, environment, [*arguments, "4"])  # goes on
+    steps = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert [log["step"] for log in steps] == [1, 2, 3, 4]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.config.segment_lengths == [16, 64]
+    assert "eval_loss" in json.loads((tmp_path / "run" / "eval_results.json").read_text())
 
 
 def die_in_the_middle(rank, world_size):
