@@ -22,12 +22,13 @@ VOCABULARY = 100288
 SIZES = {
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
     "1b": dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=16),
+    "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000),  # for a CPU
 }
 
 
-def make_model(name: str, size: str, chunk_size: int) -> torch.nn.Module:
-    """A model with random weights in bfloat16 on the GPU."""
-    shape = SIZES[size] | dict(vocab_size=VOCABULARY, tie_word_embeddings=True, use_cache=False)
+def make_model(name: str, size: str, chunk_size: int, device: str = "cuda") -> torch.nn.Module:
+    """A model with random weights in bfloat16."""
+    shape = dict(vocab_size=VOCABULARY, tie_word_embeddings=True, use_cache=False) | SIZES[size]
     width = shape["hidden_size"]
     if name == "longnet":
         config = LongNetConfig(**shape, intermediate_size=4 * width, chunk_size_feed_forward=chunk_size)
@@ -36,7 +37,7 @@ def make_model(name: str, size: str, chunk_size: int) -> torch.nn.Module:
         config = LlamaConfig(**shape, intermediate_size=8 * width // 3, max_position_embeddings=2**20)
         model_class = LlamaForCausalLM
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with torch.device(device):
         model = model_class(config)
     torch.set_default_dtype(torch.float32)
     return model
@@ -75,7 +76,7 @@ def main():
         for length in options.lengths:
             if name == "llama" and length > options.longest_llama:
                 continue
-            input_ids = torch.randint(VOCABULARY, (1, length), device="cuda")
+            input_ids = torch.randint(model.config.vocab_size, (1, length), device="cuda")
 
             def step(model=model, optimizer=optimizer, input_ids=input_ids):
                 with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):

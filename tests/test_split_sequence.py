@@ -64,7 +64,7 @@ def random_positions(rng, length):
     return positions[:length]
 
 
-def assert_equal_to_one_process(rank, world_size, seeds):
+def assert_equal_to_one_process(rank, world_size, seeds, device="cpu", dtype=torch.float64, size=4, atol=1e-9):
     for seed in seeds:
         rng = random.Random(seed)
         torch.manual_seed(seed)
@@ -72,12 +72,14 @@ def assert_equal_to_one_process(rank, world_size, seeds):
         length = 2 * world_size * rng.randint(1, 20)
         packing, rows = rng.choice(["one document", "packed", "packed"]), rng.choice([1, 2, 3])
         heads, group = rng.choice([1, 2, 3]), rng.choice([1, 2])
-        inputs = [torch.randn(rows, h, length, 4, dtype=torch.float64) for h in (heads * group, heads, heads)]
+        inputs = [
+            torch.randn(rows, h, length, size, dtype=dtype, device=device) for h in (heads * group, heads, heads)
+        ]
         grad = torch.randn_like(inputs[0])
         inputs = [x.requires_grad_() for x in inputs]
         position_ids = None
         if packing == "packed":
-            position_ids = torch.tensor([random_positions(rng, length) for _ in range(rows)])
+            position_ids = torch.tensor([random_positions(rng, length) for _ in range(rows)], device=device)
         expected = dilated_attention(*inputs, pattern, position_ids=position_ids)
         expected_grads = torch.autograd.grad(expected, inputs, grad)
         split = SequenceSplit(length, world_size, rank, layout)
@@ -85,14 +87,21 @@ def assert_equal_to_one_process(rank, world_size, seeds):
         local = [x.detach()[:, :, mine].requires_grad_() for x in inputs]
         batch = split.find_documents(rows, position_ids=None if position_ids is None else position_ids[:, mine])
         output = split_attention(*local, pattern, batch)
-        torch.testing.assert_close(output, expected[:, :, mine], rtol=0, atol=1e-9)
+        torch.testing.assert_close(output, expected[:, :, mine], rtol=0, atol=atol)
         for ours, theirs in zip(torch.autograd.grad(output, local, grad[:, :, mine]), expected_grads, strict=True):
-            torch.testing.assert_close(ours, theirs[:, :, mine], rtol=0, atol=1e-9)
+            torch.testing.assert_close(ours, theirs[:, :, mine], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_outputs_and_gradients_equal_those_of_one_process(world_size, tmp_path):
     spawn(assert_equal_to_one_process, world_size, tmp_path, range(48 // world_size))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_the_kernels_take_their_part_of_a_split_sequence(dtype, atol, tmp_path):
+    """Two processes on one GPU, over gloo."""
+    spawn(assert_equal_to_one_process, 2, tmp_path, range(12), "cuda", dtype, 32, atol)
 
 
 def bytes_sent_in_a_step(monkeypatch, world_size, rank):

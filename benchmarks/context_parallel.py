@@ -1,0 +1,157 @@
+"""Tokens per second, bytes sent and memory of a training step whose one sequence is split over P processes.
+
+    python benchmarks/context_parallel.py                                # P = 1, 2, 4, 8, as far as there are GPUs
+    python benchmarks/context_parallel.py --size tiny --tokens 8192      # on a CPU (gloo): small, to see that it runs
+
+The tokens per process stay the same, so the sequence grows with P: efficiency is tokens per second and process, over
+those of the first P. LongNet runs in `split_sequence`, beside a Llama of equal size in PyTorch's `context_parallel`,
+which is what Accelerate's `ParallelismConfig(cp_size=P)` calls (it has no CPU kernel). For both: bfloat16, weights
+sharded by FSDP2, AdamW, gradient checkpointing, the loss in chunks. "MiB sent" is what attention of all layers sends
+to other processes, forward and backward: the collectives of one step are counted, but for those of FSDP.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from attention import environment
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.experimental import context_parallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from train_step import SIZES, make_model
+
+from longnet_hf import LongNetForCausalLM, split_sequence
+
+
+class BytesSent(TorchDispatchMode):
+    """Counts what this process sends to others, but for the collectives of FSDP."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.rank, self.total = rank, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket._qualified_op_name
+        if name == "c10d::alltoall_base_":
+            _, x, _, _, splits = args[:5]
+            own = splits[self.rank] if splits else len(x) // dist.get_world_size()
+            self.total += (x.numel() - own * x[:1].numel()) * x.element_size()
+        elif name == "_c10d_functional::all_to_all_single":
+            x, _, splits = args[:3]
+            self.total += (x.numel() - splits[self.rank] * x[:1].numel()) * x.element_size()
+        elif name == "_c10d_functional::all_gather_into_tensor":
+            self.total += args[0].numel() * args[0].element_size() * (args[1] - 1)
+        return function(*args, **(kwargs or {}))
+
+
+class WithLoss(torch.nn.Module):
+    """One module for FSDP to unshard, whose loss never holds the logits of all positions."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, position_ids):
+        hidden_states = self.model.model(input_ids, position_ids=position_ids).last_hidden_state
+        return LongNetForCausalLM.chunked_loss(self.model, hidden_states, input_ids)
+
+
+def measure(rank: int, world_size: int, name: str, options, store: str, result: str) -> None:
+    """A row of the table, which process 0 writes to the file `result`."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, os.cpu_count() // world_size))
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+    )
+    mesh = init_device_mesh(device.type, (world_size,))
+    model = make_model(name, options.size, options.chunk_size, device.type).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    module = fully_shard(WithLoss(model), mesh=mesh)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    length = options.tokens * world_size
+    ids = torch.randint(model.config.vocab_size, (1, length), device=device)
+
+    def step():
+        if name == "longnet":
+            inputs, split = (ids[:, : options.tokens], None), split_sequence()
+        else:
+            inputs = ids.clone(), torch.arange(length, device=device)[None]
+            split = nullcontext()
+            if world_size > 1:
+                options_of_buffers = dict(buffer_seq_dims=[1, 1], no_restore_buffers=set(inputs))
+                split = context_parallel(mesh, buffers=list(inputs), **options_of_buffers)
+        with split:
+            module(*inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with BytesSent(rank) as sent:
+        step()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(options.steps):
+        dist.barrier()
+        began = time.perf_counter()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0, device=device)
+    most = torch.tensor([float(sent.total), sorted(times)[len(times) // 2]], device=device)
+    for x in (peak, most):
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    if rank == 0:
+        with open(result, "w") as file:
+            file.write(" ".join(map(str, (*most.tolist(), peak.item()))))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--models", nargs="+", default=["longnet", "llama"])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--tokens", type=int, default=2**17, help="per process")
+    parser.add_argument("--chunk_size", type=int, default=2**15, help="of LongNet's MLPs, in tokens")
+    parser.add_argument("--steps", type=int, default=3, help="to take the median of")
+    options = parser.parse_args()
+
+    on_gpu, available = torch.cuda.is_available(), torch.cuda.device_count() or 8
+    print(f"{environment('cuda' if on_gpu else 'cpu')}; {options.size}, {options.tokens} tokens per process\n")
+    if not on_gpu:
+        print(f"No GPU: the processes share {os.cpu_count()} CPU cores, so that times say little. Without Llama.\n")
+    print("| processes | tokens | model | seconds per step | tokens per second | efficiency | MiB sent | peak GiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in options.models if on_gpu else ["longnet"]:
+        first = None
+        for world_size in (x for x in options.processes if x <= available):
+            with tempfile.TemporaryDirectory() as folder:
+                files = os.path.join(folder, "store"), os.path.join(folder, "result")
+                torch.multiprocessing.spawn(measure, args=(world_size, name, options, *files), nprocs=world_size)
+                with open(files[1]) as file:
+                    sent, seconds, peak = map(float, file.read().split())
+            speed = options.tokens * world_size / seconds
+            first = first or speed / world_size
+            columns = (
+                *(world_size, options.tokens * world_size, name, f"{seconds:.3f}", f"{speed:.0f}"),
+                *(f"{speed / world_size / first:.2f}", f"{sent / 2**20:.2f}", f"{peak:.1f}" if on_gpu else "–"),
+            )
+            print(f"| {' | '.join(map(str, columns))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
