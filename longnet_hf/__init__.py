@@ -5,6 +5,7 @@ from transformers import AutoConfig
 
 from .configuration_longnet import LongNetConfig
 from .dilated_cache import DilatedCache
+from .dilated_interface import SplitSequenceTrainerMixin, set_dilated_attention
 from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
 from .dilated_pattern import Branch, DilatedPattern, reach
 from .modeling_longnet import (
@@ -37,9 +38,11 @@ __all__ = [
     "LongNetForTokenClassification",
     "LongNetModel",
     "LongNetPreTrainedModel",
+    "SplitSequenceTrainerMixin",
     "dilated_attention",
     "dilated_attention_reference",
     "find_documents",
     "reach",
+    "set_dilated_attention",
     "split_sequence",
 ]

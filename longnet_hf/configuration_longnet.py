@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .dilated_pattern import DilatedPattern, pattern_warnings
+from .dilated_pattern import DilatedPattern, layer_patterns, pattern_warnings
 
 
 @strict
@@ -114,20 +114,15 @@ class LongNetConfig(PreTrainedConfig):
     @property
     def layer_patterns(self) -> list[DilatedPattern]:
         """The pattern of every layer, first layer first."""
-        full = set(self.full_attention_layers or ())
-        return [
-            DilatedPattern.full(layer_idx)
-            if layer_idx in full
-            else DilatedPattern(
-                self.segment_lengths,
-                self.dilation_rates,
-                self.branch_types,
-                head_offset=self.head_offset,
-                shift=self.segment_shift and layer_idx % 2 == 1,
-                layer_idx=layer_idx,
-            )
-            for layer_idx in range(self.num_hidden_layers)
-        ]
+        return layer_patterns(
+            self.num_hidden_layers,
+            self.segment_lengths,
+            self.dilation_rates,
+            self.branch_types,
+            self.head_offset,
+            self.segment_shift,
+            self.full_attention_layers,
+        )
 
     @classmethod
     def from_llama(cls, config: PreTrainedConfig, **kwargs) -> "LongNetConfig":
@@ -199,11 +194,6 @@ class LongNetConfig(PreTrainedConfig):
             raise ValueError(f"`attention_dropout` must lie in [0, 1), got {self.attention_dropout}.")
         if self.chunk_size_feed_forward < 0:
             raise ValueError(f"`chunk_size_feed_forward` must be at least 0, got {self.chunk_size_feed_forward}.")
-        outside = [i for i in self.full_attention_layers or () if not 0 <= i < self.num_hidden_layers]
-        if outside:
-            raise ValueError(
-                f"`full_attention_layers` must be layer indices from 0 to {self.num_hidden_layers - 1}, got {outside}."
-            )
         for name in ("sliding_window", "use_sliding_window", "layer_types"):
             if getattr(self, name, None):
                 raise ValueError(

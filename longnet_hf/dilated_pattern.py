@@ -291,6 +291,35 @@ class DilatedPattern:
         )
 
 
+def layer_patterns(
+    num_layers: int,
+    segment_lengths: Sequence[int | None],
+    dilation_rates: Sequence[int],
+    branch_types: Sequence[str] | None = None,
+    head_offset: str = "paper",
+    segment_shift: bool = False,
+    full_attention_layers: Sequence[int] | None = None,
+) -> list[DilatedPattern]:
+    """The pattern of every layer, first layer first, from what a configuration says (see [`LongNetConfig`])."""
+    full = set(full_attention_layers or ())
+    outside = sorted(full - set(range(num_layers)))
+    if outside:
+        raise ValueError(f"`full_attention_layers` must be layer indices from 0 to {num_layers - 1}, got {outside}.")
+    return [
+        DilatedPattern.full(layer_idx)
+        if layer_idx in full
+        else DilatedPattern(
+            segment_lengths,
+            dilation_rates,
+            branch_types,
+            head_offset=head_offset,
+            shift=segment_shift and layer_idx % 2 == 1,
+            layer_idx=layer_idx,
+        )
+        for layer_idx in range(num_layers)
+    ]
+
+
 def reach(
     patterns: Sequence[DilatedPattern],
     position: int,

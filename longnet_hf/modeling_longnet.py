@@ -37,7 +37,15 @@ from .configuration_longnet import LongNetConfig
 from .dilated_cache import DilatedCache, Step, is_dilated
 from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
 from .model_card_longnet import prepare_model_card, write_model_card
-from .split_sequence import SequenceSplit, SplitBatch, active_split, split_attention, split_sequence, whole_rows
+from .split_sequence import (
+    SequenceSplit,
+    SplitBatch,
+    active_split,
+    is_distributed,
+    split_attention,
+    split_sequence,
+    whole_rows,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -678,10 +686,6 @@ def is_packed(document_ids: torch.Tensor | None) -> bool:
         return False
     first = document_ids.masked_fill(document_ids < 0, torch.iinfo(document_ids.dtype).max).amin(1)
     return bool((document_ids.amax(1) > first).any())
-
-
-def is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_empty(past_key_values: Cache | None) -> bool:

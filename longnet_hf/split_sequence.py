@@ -217,6 +217,10 @@ def split_sequence(group: dist.ProcessGroup | None = None, layout: str = "head_t
         _explicit.reset(token)
 
 
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 @torch.compiler.disable
 def active_split(local_length: int) -> SequenceSplit | None:
     """How the sequence is split of which this process was given `local_length` tokens; `None` if it is not."""

@@ -19,15 +19,29 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from models import KINDS, build, random_ids
+from models import KINDS, SMALL, build, random_ids
 from patterns import random_pattern
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
-from longnet_hf import DilatedCache, DilatedPattern, LongNetForCausalLM, dilated_attention
+from longnet_hf import (
+    DilatedCache,
+    DilatedPattern,
+    LongNetForCausalLM,
+    SplitSequenceTrainerMixin,
+    dilated_attention,
+    set_dilated_attention,
+)
 from longnet_hf.modeling_longnet import AUTO_MAP
 from longnet_hf.split_sequence import LAYOUTS, SequenceSplit, split_attention, split_sequence, whole_rows
 
@@ -237,10 +251,24 @@ def test_a_model_equals_one_process(tmp_path):
     spawn(in_turn, 2, tmp_path, functions)
 
 
-def train(folder, mesh=None, resume=None, use_lora=False, **options):
+class SplitTrainer(SplitSequenceTrainerMixin, Trainer):
+    pass
+
+
+def build_other_model():
+    """Not a LongNet, but dilated."""
+    torch.manual_seed(0)
+    pattern = {name: SMALL[name] for name in ("segment_lengths", "dilation_rates")}
+    shape = {name: value for name, value in SMALL.items() if name not in pattern}
+    model = Qwen3ForCausalLM(Qwen3Config(**shape | {"head_dim": 8, "num_key_value_heads": 2}))
+    return set_dilated_attention(model, **pattern)
+
+
+def train(folder, mesh=None, resume=None, use_lora=False, is_longnet=True, **options):
     """Four steps and an evaluation of a plain Trainer, which saves its model: losses and norms of gradients."""
     if mesh is not None:
-        fsdp = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": "LongNetDecoderLayer"}
+        layer = "LongNetDecoderLayer" if is_longnet else "Qwen3DecoderLayer"
+        fsdp = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": layer}
         # PEFT loses adapters inside FSDP's own checkpointing, whatever the model
         fsdp |= {"activation_checkpointing": not use_lora, "state_dict_type": "FULL_STATE_DICT"}
         options |= dict(parallelism_config=ParallelismConfig(**mesh), fsdp=True, fsdp_config=fsdp)
@@ -256,10 +284,16 @@ def train(folder, mesh=None, resume=None, use_lora=False, **options):
     data = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in random_ids(16, 64)]
     for number, row in enumerate(data):  # some documents are packed
         row["position_ids"] = list(range(64 - 9 * number)) + list(range(9 * number)) if number < 7 else list(range(64))
-    model = build(LongNetForCausalLM, "llama").train()
+        if not is_longnet:  # and padded on the right
+            row["attention_mask"] = [1] * (64 - number) + [0] * number
+            row["labels"] = row["labels"][: 64 - number] + [-100] * number
+    model = build(LongNetForCausalLM, "llama").train() if is_longnet else build_other_model()
     if use_lora:
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:3], data_collator=default_data_collator)
+    trainer_class = Trainer if is_longnet else SplitTrainer
+    trainer = trainer_class(
+        model, arguments, train_dataset=data, eval_dataset=data[:3], data_collator=default_data_collator
+    )
     trainer.train(resume_from_checkpoint=resume)
     numbers = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
     numbers.append((trainer.evaluate()["eval_loss"], 0.0))
@@ -296,7 +330,7 @@ def assert_same_weights(folder, expected, atol=1e-5):
 
 def test_a_plain_trainer_with_fsdp2_equals_one_process(tmp_path):
     """Packed documents, gradient accumulation, activation checkpointing; adapters; bf16; checkpoints; more meshes."""
-    split, lora, bf16, both, one, one_lora = folders = [tmp_path / name for name in "abcdef"]
+    split, lora, bf16, both, other, one, one_lora, one_other = folders = [tmp_path / name for name in "abcdefgh"]
     for folder in folders:
         folder.mkdir()
     numbers = train(one)
@@ -304,7 +338,7 @@ def test_a_plain_trainer_with_fsdp2_equals_one_process(tmp_path):
         (split, dict(mesh={"cp_size": 2})),
         (lora, dict(mesh={"cp_size": 2}, use_lora=True, gradient_checkpointing=True)),
     ]
-    runs += [(bf16, dict(mesh={"cp_size": 2}, bf16=True))]
+    runs += [(bf16, dict(mesh={"cp_size": 2}, bf16=True)), (other, dict(mesh={"cp_size": 2}, is_longnet=False))]
     spawn(train_in_group, 2, tmp_path, runs)
     assert len(numbers) == 5
     assert_same_numbers(split, numbers)
@@ -316,6 +350,8 @@ def test_a_plain_trainer_with_fsdp2_equals_one_process(tmp_path):
     assert_same_numbers(bf16, numbers, rel=0.05)
     assert_same_numbers(lora, train(one_lora, use_lora=True))
     assert_same_weights(lora, one_lora)
+    assert_same_numbers(other, train(one_other, is_longnet=False))
+    assert_same_weights(other, one_other)
 
     checkpoint = str(split / "checkpoint-2")
     mesh = {"cp_size": 2, "dp_shard_size": 2}

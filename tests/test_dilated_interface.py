@@ -1,0 +1,299 @@
+"""`attn_implementation="dilated"`: each architecture gives what its dense attention gives with log C for a mask."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    StaticCache,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from longnet_hf import LongNetForCausalLM, SplitSequenceTrainerMixin, set_dilated_attention
+from longnet_hf.dilated_interface import dilated_attention_forward, pattern_of
+
+
+PATTERN = dict(segment_lengths=[8, 16, 40], dilation_rates=[1, 2, 3], head_offset="rotating", segment_shift=True)
+WINDOWS = dict(
+    segment_lengths=[5, 24], dilation_rates=[1, 3], branch_types=["window", "window"], full_attention_layers=[1]
+)
+SHAPE = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, pad_token_id=0,
+    bos_token_id=1, eos_token_id=2, initializer_range=0.2, max_position_embeddings=128,
+)  # fmt: skip
+GROUPED = dict(num_key_value_heads=2)
+ARCHITECTURES = {
+    "llama": GROUPED,
+    "mistral": GROUPED | {"sliding_window": None},
+    "qwen2": GROUPED,
+    "qwen3": GROUPED | {"head_dim": 8},
+    "gemma": GROUPED | {"head_dim": 8},
+    "phi": {},
+    "phi3": GROUPED,
+    "olmo": {},
+    "olmo2": GROUPED,
+    "gpt_neox": {},
+    "gpt2": {"activation_function": "gelu"},
+    "starcoder2": GROUPED | {"sliding_window": None},
+    "stablelm": GROUPED,
+    "granite": GROUPED,
+    "cohere": GROUPED,
+    "smollm3": GROUPED | {"no_rope_layers": [1, 0, 1]},
+    "qwen3_moe": GROUPED | {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+# Experts are computed in float32, or some of the attention or the logits are
+ATOL = {"qwen3_moe": 1e-4, "gpt_neox": 1e-6, "cohere": 1e-6}
+
+
+def build(model_type, auto_class=AutoModelForCausalLM, dtype=None, **changes):
+    torch.manual_seed(0)
+    dtype = dtype or (torch.float32 if model_type == "qwen3_moe" else torch.float64)
+    config = AutoConfig.for_model(model_type, **(SHAPE | ARCHITECTURES.get(model_type, {}) | changes))
+    return auto_class.from_config(config, attn_implementation="sdpa").to(dtype).eval()
+
+
+def ids_of(*shape):
+    return torch.randint(3, SHAPE["vocab_size"], shape)
+
+
+def oracle(module, query, key, value, attention_mask, **kwargs):
+    """Transformers' dense attention, with log C for a mask."""
+    length, heads = key.shape[2], key.shape[1]
+    n, m = torch.arange(length - query.shape[2], length)[:, None], torch.arange(length)
+    is_causal = getattr(module, "is_causal", True)
+    head = torch.arange(heads)[:, None, None]
+    count = pattern_of(module).multiplicity(n, m, head, heads, is_causal).repeat_interleave(query.shape[1] // heads, 0)
+    return sdpa_attention_forward(module, query, key, value, count.to(query.dtype).log()[None], **kwargs)
+
+
+@pytest.fixture
+def with_oracle():
+    """Runs a function with the oracle in the place of the operator."""
+
+    def run(function):
+        AttentionInterface.register("dilated", oracle)
+        try:
+            return function()
+        finally:
+            AttentionInterface.register("dilated", dilated_attention_forward)
+
+    return run
+
+
+def close(x, y, atol=1e-9):
+    torch.testing.assert_close(x, y, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_architecture_gives_what_its_own_attention_gives(model_type, with_oracle):
+    model, ids = build(model_type), ids_of(2, 61)
+    set_dilated_attention(model, **(WINDOWS if model_type == "phi" else PATTERN))
+    atol = ATOL.get(model_type, 1e-9)
+    expected = with_oracle(lambda: model(ids).logits)
+    output = model(ids).logits
+    close(output, expected, atol)
+    dense = copy.deepcopy(model)
+    dense.set_attn_implementation("sdpa")
+    assert (dense(ids).logits - output).abs().max() > 1e-3  # the pattern matters
+
+    # Padding on either side: what the row gives alone
+    mask = torch.ones_like(ids)
+    mask[0, :13], mask[1, 50:] = 0, 0
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = model(ids, attention_mask=mask, position_ids=position_ids).logits
+    close(padded[0, 13:], model(ids[:1, 13:]).logits[0], atol)
+    close(padded[1, :50], output[1, :50], atol)
+
+    # Cached decoding, in pieces
+    cache, pieces = None, []
+    for piece in ids.split([30, 1, 1, 17, 12], dim=1):
+        outputs = model(piece, past_key_values=cache, use_cache=True)
+        cache = outputs.get("cache", outputs.get("past_key_values"))
+        pieces.append(outputs.logits)
+    close(torch.cat(pieces, dim=1), output, atol)
+    generated = model.generate(
+        ids, attention_mask=mask.flip(1), max_new_tokens=12, min_new_tokens=12, do_sample=False
+    )  # left-padded
+    alone = model.generate(ids[:1, 13:], max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert generated.shape == (2, 73) and alone.shape == (1, 60)
+    rows = torch.stack([torch.cat((ids[0, :13] * 0, ids[0, 13:])), ids[1]])
+    rows_mask = torch.ones_like(ids)
+    rows_mask[0, :13] = 0
+    together = model.generate(rows, attention_mask=rows_mask, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert together[0, 61:].tolist() == alone[0, 48:].tolist()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "olmo2", "gpt_neox"])
+def test_packed_documents_give_what_they_give_alone(model_type):
+    model = set_dilated_attention(build(model_type), **PATTERN)
+    documents = [ids_of(1, length) for length in (23, 1, 37)]
+    packed = torch.cat(documents, dim=1)
+    position_ids = torch.cat([torch.arange(x.shape[1]) for x in documents])[None]
+    expected = torch.cat([model(x).logits for x in documents], dim=1)
+    close(model(packed, position_ids=position_ids).logits, expected, 1e-6 if model_type == "gpt_neox" else 1e-9)
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(
+        [{"input_ids": x[0].tolist()} for x in documents]
+    )
+    labels = batch.pop("labels")
+    close(model(**batch).logits, expected, 1e-6 if model_type == "gpt_neox" else 1e-9)
+    assert labels.shape == packed.shape
+    if model_type == "llama":  # boundaries alone: position ids go on
+        bounds = torch.tensor([0, 23, 24, 61], dtype=torch.int32)
+        alone = dict(
+            cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, position_ids=position_ids, attention_mask=packed * 0 + 1
+        )
+        close(model(packed, **alone).logits, expected)
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, WINDOWS])
+def test_gradients_equal_those_of_the_oracle(pattern, with_oracle):
+    model, ids = set_dilated_attention(build("qwen3"), **pattern), ids_of(1, 45)
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    for ours, theirs in zip(gradients(), with_oracle(gradients), strict=True):
+        close(ours, theirs, 1e-6)  # the loss takes logits in float32
+
+
+def test_an_encoder_attends_both_ways(with_oracle):
+    model, ids = build("bert", AutoModel), ids_of(2, 61)
+    set_dilated_attention(model, **PATTERN)
+    close(model(ids).last_hidden_state, with_oracle(lambda: model(ids).last_hidden_state))
+    mask = torch.ones_like(ids)
+    mask[0, 50:] = 0
+    padded = model(ids, attention_mask=mask).last_hidden_state[0, :50]
+    close(padded, model(ids[:1, :50]).last_hidden_state[0])
+
+
+def test_a_saved_model_comes_back_with_its_pattern(tmp_path):
+    model, ids = set_dilated_attention(build("qwen3"), **PATTERN), ids_of(1, 61)
+    expected = model(ids).logits
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        assert model.config._attn_implementation == "dilated"
+        close(model(ids).logits, expected)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
+    assert (dense(ids).logits - expected).abs().max() > 1e-3
+    # And it can be given another
+    set_dilated_attention(model, segment_lengths=[None], dilation_rates=[1], branch_types=["window"])
+    close(model(ids).logits, dense(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "model_type, changes, words",
+    [
+        ("mistral", {"sliding_window": 16}, "sliding_window=16"),
+        ("gemma2", {"head_dim": 8}, "sliding_attention"),
+        ("gemma2", {"head_dim": 8, "layer_types": ["full_attention"] * 3}, "soft cap"),
+        ("gpt_oss", GROUPED | {"head_dim": 8, "layer_types": ["full_attention"] * 3, "num_local_experts": 4}, "sinks"),
+        ("bloom", {"n_head": 4}, "does not call|cannot be exchanged"),
+        ("gpt_neo", {"attention_types": [[["global"], 3]], "num_heads": 4}, "cannot be exchanged|call"),
+        ("mamba", {}, "linear_attention"),
+    ],
+)
+def test_what_would_be_wrong_is_refused(model_type, changes, words):
+    try:
+        model = build(model_type, dtype=torch.float32, **changes)
+    except ValueError:  # which has no "sdpa"
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SHAPE | changes))).eval()
+    before, ids = model.config._attn_implementation, ids_of(1, 9)
+    expected = model(ids).logits
+    with pytest.raises(ValueError, match=words):
+        set_dilated_attention(model, **PATTERN)
+    assert model.config._attn_implementation == before and not hasattr(model.config, "dilated_attention")
+    close(model(ids).logits, expected, 0)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match="its pattern is in its configuration"):
+        set_dilated_attention(LongNetForCausalLM(AutoConfig.for_model("longnet", **SHAPE)), **PATTERN)
+    with pytest.raises(ValueError, match="cross-attention"):
+        config = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+        set_dilated_attention(AutoModel.from_config(config), **PATTERN)
+    with pytest.raises(ValueError, match="`model` must be a model of Transformers, got Linear"):
+        set_dilated_attention(torch.nn.Linear(1, 1), **PATTERN)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))
+    with pytest.raises(ValueError, match="meta device"):
+        set_dilated_attention(model, **PATTERN)
+    assert set_dilated_attention(model, **PATTERN, probe=False).config._attn_implementation == "dilated"
+    with pytest.raises(ValueError, match="`full_attention_layers`"):
+        set_dilated_attention(build("llama"), **PATTERN, full_attention_layers=[3])
+
+
+def test_what_a_call_asks_beyond_the_pattern_is_refused():
+    model, ids = set_dilated_attention(build("llama"), **PATTERN), ids_of(1, 9)
+    with pytest.raises(ValueError, match="the pattern decides"):
+        model(ids, attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="static"):
+        model(ids, past_key_values=StaticCache(model.config, max_cache_len=32))
+    with pytest.raises(ValueError, match="static"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+    bare = AutoModelForCausalLM.from_config(model.config.__class__(**SHAPE), attn_implementation="dilated")
+    with pytest.raises(ValueError, match="set_dilated_attention"):
+        bare(ids)
+
+
+def test_a_model_compiles():
+    model, ids = set_dilated_attention(build("llama", dtype=torch.float32), **PATTERN), ids_of(1, 61)
+    positions = torch.cat((torch.arange(23), torch.arange(38)))[None]
+    expected = model(ids).logits, model(ids, position_ids=positions).logits
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    close(compiled(ids).logits, expected[0], 1e-4)
+    close(compiled(ids, position_ids=positions).logits, expected[1], 1e-4)
+
+
+def test_masks_that_do_more_than_keep_documents_apart_are_refused():
+    model = set_dilated_attention(build("llama"), **PATTERN)
+    inputs = model.config, torch.zeros(1, 9, 32), None, None
+    blocks = torch.tensor([[-1, -1, 0, 0, 0, -1, -1, -1, -1]])
+    model.config.sliding_window = 4
+    refused = (
+        lambda: create_causal_mask(*inputs, block_sequence_ids=blocks),
+        lambda: create_causal_mask(*inputs, or_mask_function=lambda b, h, q, k: k < 3),
+        lambda: create_sliding_window_causal_mask(*inputs),
+    )
+    for make in refused:
+        with pytest.raises(ValueError, match="more than to keep documents apart"):
+            make()
+    restarting = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 4]])
+    documents = create_causal_mask(*inputs, position_ids=restarting)
+    assert documents.diff(dim=1).tolist() == [[0, 0, 1, 1, 0, 0, 0, 0]]
+    assert create_causal_mask(*inputs, position_ids=torch.arange(9)[None]) is None
+
+
+def test_trainer_may_split_what_is_padded_on_the_right_alone():
+    class Stub:
+        def _prepare_context_parallel_inputs(self, model, inputs):
+            assert model.config._attn_implementation == "sdpa"  # the one name that Trainer allows
+            return None, inputs
+
+    class Split(SplitSequenceTrainerMixin, Stub):
+        accelerator = SimpleNamespace(
+            parallelism_config=SimpleNamespace(cp_enabled=True), unwrap_model=lambda model: model
+        )
+
+    model = set_dilated_attention(build("llama"), **PATTERN)
+    for mask in ([[1, 1, 0], [1, 1, 1]], [[1, 1, 1]]):
+        inputs = {"input_ids": ids_of(len(mask), 3), "attention_mask": torch.tensor(mask)}
+        _, prepared = Split()._prepare_context_parallel_inputs(model, inputs)
+        assert "attention_mask" not in prepared and model.config._attn_implementation == "dilated"
+    for mask in ([[0, 1, 1], [1, 1, 1]], [[1, 0, 1]], [[[1, 1, 1]]]):
+        with pytest.raises(ValueError, match="padding on the right only"):
+            Split()._prepare_context_parallel_inputs(model, {"attention_mask": torch.tensor(mask)})
