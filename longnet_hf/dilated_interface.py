@@ -94,8 +94,8 @@ def set_dilated_attention(
         else:
             model.set_attn_implementation(DILATED)
     except Exception:
-        _set_pattern(config, old)
         model.set_attn_implementation(before)
+        _set_pattern(config, old)
         raise
     _set_pattern(config, fields)
     _note_implementation(model.config)
@@ -107,8 +107,9 @@ def set_dilated_attention(
 def _set_pattern(config: PreTrainedConfig, fields: dict | None) -> None:
     if fields is not None:
         config.dilated_attention = fields
-    elif hasattr(config, "dilated_attention"):
-        del config.dilated_attention
+        return
+    for name in ("dilated_attention", "attn_implementation"):
+        vars(config).pop(name, None)
 
 
 def _note_implementation(config: PreTrainedConfig) -> None:
@@ -176,9 +177,9 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             f"{len(called)} of the {config.num_hidden_layers} layers of {name} are dilated: the others have no "
             "attention that can be exchanged."
         )
-    # Rounding alone gives a few units in the last place
+    # Rounding alone gives a few units in the last place; some models compute parts in float32 whatever their dtype
     error = (output - expected).float().norm() / expected.float().norm()
-    if not error < 20 * torch.finfo(expected.dtype).eps ** 0.75:
+    if not error < max(1e-3, 8 * torch.finfo(expected.dtype).eps):
         raise ValueError(
             f"{name} computes something in its attention that dilated attention does not: with a pattern that keeps "
             f"everything its output differs by {error:.1e} of its norm."

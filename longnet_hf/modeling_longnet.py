@@ -48,6 +48,12 @@ from .split_sequence import (
 )
 
 
+try:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+except ImportError:
+    LORA_TARGETS = None
+
+
 logger = logging.get_logger(__name__)
 
 # Most logits that the loss holds at a time (512 MiB in float32). Fewer make the products with a large vocabulary slow.
@@ -977,6 +983,9 @@ LongNetConfig.register_for_auto_class()
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LongNetConfig.model_type] = LongNetForCausalLM.__name__
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _model_class.register_for_auto_class(_auto_class)
+# What `LoraConfig` adapts where it names no `target_modules`: as of Llama
+if LORA_TARGETS is not None:
+    LORA_TARGETS[LongNetConfig.model_type] = ["q_proj", "v_proj"]
 
 
 __all__ = [

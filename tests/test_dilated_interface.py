@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longnet_hf import LongNetForCausalLM, SplitSequenceTrainerMixin, set_dilated_attention
 from longnet_hf.dilated_interface import dilated_attention_forward, pattern_of
@@ -215,7 +216,8 @@ def test_what_would_be_wrong_is_refused(model_type, changes, words):
     expected = model(ids).logits
     with pytest.raises(ValueError, match=words):
         set_dilated_attention(model, **PATTERN)
-    assert model.config._attn_implementation == before and not hasattr(model.config, "dilated_attention")
+    assert model.config._attn_implementation == before
+    assert not {"dilated_attention", "attn_implementation"} & set(vars(model.config))
     close(model(ids).logits, expected, 0)
 
 
@@ -297,3 +299,16 @@ def test_trainer_may_split_what_is_padded_on_the_right_alone():
     for mask in ([[0, 1, 1], [1, 1, 1]], [[1, 0, 1]], [[[1, 1, 1]]]):
         with pytest.raises(ValueError, match="padding on the right only"):
             Split()._prepare_context_parallel_inputs(model, {"attention_mask": torch.tensor(mask)})
+
+
+def test_attention_that_computes_something_else_is_found_out(monkeypatch):
+    """As of a model that hides a bias in its mask, say."""
+
+    def biased(module, query, key, value, attention_mask, **kwargs):
+        return sdpa_attention_forward(module, query, key + 0.1, value * 1.01, attention_mask, **kwargs)
+
+    model = build("llama")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", biased)
+    with pytest.raises(ValueError, match="differs by"):
+        set_dilated_attention(model, **PATTERN)
+    assert not {"dilated_attention", "attn_implementation"} & set(vars(model.config))

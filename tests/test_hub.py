@@ -139,7 +139,7 @@ def test_trainer_and_adapters_push_too(tmp_path, hub):
         trainer.train()
         trainer.push_to_hub()
         base = AutoModelForCausalLM.from_pretrained("tester/base")
-        adapter = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+        adapter = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
         adapter.push_to_hub("tester/adapter")
         """,
         hub,
@@ -156,11 +156,17 @@ def test_trainer_and_adapters_push_too(tmp_path, hub):
         base = AutoModelForCausalLM.from_pretrained("tester/base", trust_remote_code=True)
         model = peft.PeftModel.from_pretrained(base, "tester/adapter")
         print(type(model.base_model.model).__name__, model(input_ids=ids).logits.shape[-1])
+        for auto in (peft.AutoPeftModelForCausalLM, AutoModelForCausalLM):
+            again = auto.from_pretrained("tester/adapter", trust_remote_code=True)
+            print(torch.allclose(again(ids).logits, model.eval()(input_ids=ids).logits, atol=1e-5))
+        new = peft.get_peft_model(AutoModelForCausalLM.from_pretrained("tester/base", trust_remote_code=True),
+                                  peft.LoraConfig())
+        print(sum("q_proj.lora_A.default" in name for name, _ in new.named_parameters()))
         """,
         hub,
         tmp_path,
     )
-    assert out.split() == ["97", "LongNetForCausalLM", "97"]
+    assert out.split() == ["97", "LongNetForCausalLM", "97", "True", "True", "3"]
 
 
 def test_branches_and_pull_requests_keep_their_cards(tmp_path, hub):
