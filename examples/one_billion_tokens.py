@@ -9,19 +9,16 @@ it was interrupted. Ends with a record of hardware, time, memory and keys kept, 
 """
 
 import json
-import os
-import resource
-import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
+from record import environment, peak_gibibytes
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
-from longnet_hf import DilatedCache, LongNetConfig, LongNetForCausalLM, __version__
+from longnet_hf import DilatedCache, LongNetConfig, LongNetForCausalLM
 
 
 SIZES = {
@@ -62,24 +59,6 @@ def make_config(args: Arguments, tokens: int) -> LongNetConfig:
     )
 
 
-def environment(device: str) -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "longnet_hf": f"{__version__}, commit {os.environ.get('COMMIT') or commit.stdout.strip() or 'unknown'}",
-    }
-
-
-def peak_gibibytes(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-
-
 def write(file: Path, content: dict) -> None:
     unfinished = file.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
@@ -92,7 +71,7 @@ def main():
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
-    transformers.set_seed(0)
+    set_seed(0)
     with torch.device(device):
         model = LongNetForCausalLM(make_config(args, tokens)).eval()
     model.to(torch.bfloat16 if device == "cuda" else torch.float32)

@@ -38,6 +38,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import (
     HfArgumentParser,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -261,11 +262,10 @@ def train(config: LongNetConfig, args: TrainingArguments, folder: Path, tokenize
 
 
 @torch.no_grad()
-def token_losses(folder: Path, held_out: Dataset, args: TrainingArguments) -> torch.Tensor:
+def token_losses(model: PreTrainedModel, held_out: Dataset, args: TrainingArguments, name: str) -> torch.Tensor:
     """Cross-entropy in bits of every held-out token but the first of each context: `[contexts, N - 1]`."""
-    model = LongNetForCausalLM.from_pretrained(folder).to(args.device)
     losses = []
-    for row in tqdm(held_out.with_format("torch"), desc=f"Evaluate {folder.name}"):
+    for row in tqdm(held_out.with_format("torch"), desc=f"Evaluate {name}"):
         input_ids = row["input_ids"].to(args.device)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             hidden_states = model.model(input_ids[None], use_cache=False).last_hidden_state[0, :-1]
@@ -398,7 +398,8 @@ def main():
     num_bytes = count_bytes(held_out, tokenizer)
     results = {}
     for name in configs:
-        losses = token_losses(output_dir / name, held_out, training_args)
+        model = LongNetForCausalLM.from_pretrained(output_dir / name).to(training_args.device)
+        losses = token_losses(model, held_out, training_args, name)
         training = json.loads((output_dir / name / "train_results.json").read_text(encoding="utf-8"))
         results[name] = {"bits_per_byte": bits_per_byte(losses, num_bytes), "training": training}
     (output_dir / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")

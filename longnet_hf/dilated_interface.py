@@ -99,6 +99,9 @@ def set_dilated_attention(
         raise
     _set_pattern(config, fields)
     _note_implementation(model.config)
+    if fields != old:
+        # PEFT would write the model's name into adapters, and load them on what is saved there
+        model.name_or_path = None
     for text in pattern_warnings(patterns, getattr(config, "num_key_value_heads", config.num_attention_heads)):
         logger.warning(text)
     return model

@@ -928,6 +928,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             raise ValueError(f"The weights of {path or type(model_or_path).__name__} do not fit LongNet: {misfits}.")
         if path is None and getattr(model_or_path, "generation_config", None) is not None:
             model.generation_config = copy.deepcopy(model_or_path.generation_config)
+        # PEFT would write the source's name into adapters, and load them on the source, with its dense attention
+        model.name_or_path = None
         return model
 
 

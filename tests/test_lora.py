@@ -122,6 +122,27 @@ def test_an_adapter_with_a_base_finds_it_by_itself(tmp_path):
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("is_longnet", [True, False])
+def test_an_adapter_does_not_name_a_base_with_other_attention(is_longnet, tmp_path):
+    """`AutoPeftModel` would load it on the dense model, and say nothing."""
+    build_llama().save_pretrained(tmp_path / "llama")
+    if is_longnet:
+        base = LongNetForCausalLM.from_llama(tmp_path / "llama", **PATTERN)
+    else:
+        base = set_dilated_attention(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), **PATTERN)
+    for name, expected in (("unsaved", None), ("saved", str(tmp_path / "base"))):
+        model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM"))
+        model.save_pretrained(tmp_path / name)
+        assert peft.PeftConfig.from_pretrained(tmp_path / name).base_model_name_or_path == expected
+        model.unload().save_pretrained(tmp_path / "base")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        if not is_longnet:  # which may be said again
+            set_dilated_attention(base, **PATTERN)
+    assert peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved").config._attn_implementation == (
+        "sdpa" if is_longnet else "dilated"
+    )
+
+
 def test_qlora(tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
