@@ -26,7 +26,7 @@ from train import (
 from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from longnet_hf import LongNetConfig, LongNetForCausalLM
-from longnet_hf.split_sequence import SequenceSplit
+from longnet_hf.context_parallel import SequenceSplit
 
 
 DEFAULTS = dict(

@@ -4,8 +4,9 @@ import transformers
 from transformers import AutoConfig
 
 from .configuration_longnet import LongNetConfig
+from .context_parallel import SequenceSplit, split_sequence
 from .dilated_cache import DilatedCache
-from .dilated_interface import SplitSequenceTrainerMixin, set_dilated_attention
+from .dilated_interface import ContextParallelTrainerMixin, set_dilated_attention
 from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
 from .dilated_pattern import Branch, DilatedPattern, reach
 from .modeling_longnet import (
@@ -18,7 +19,6 @@ from .modeling_longnet import (
     LongNetModel,
     LongNetPreTrainedModel,
 )
-from .split_sequence import split_sequence
 
 
 AutoConfig.register(LongNetConfig.model_type, LongNetConfig)
@@ -28,6 +28,7 @@ for _auto_class, _model_class in AUTO_CLASSES.items():
 __version__ = "0.1.0"
 __all__ = [
     "Branch",
+    "ContextParallelTrainerMixin",
     "DilatedCache",
     "DilatedPattern",
     "LongNetAttention",
@@ -38,7 +39,7 @@ __all__ = [
     "LongNetForTokenClassification",
     "LongNetModel",
     "LongNetPreTrainedModel",
-    "SplitSequenceTrainerMixin",
+    "SequenceSplit",
     "dilated_attention",
     "dilated_attention_reference",
     "find_documents",

@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from .context_parallel import SequenceSplit
 from .dilated_operator import TileKernel, dilated_attention
 from .dilated_past import PastTile, attend_to_past, past_tiles
 from .dilated_pattern import Branch, DilatedPattern
-from .split_sequence import SequenceSplit
 
 
 _UNBOUNDED = 1 << 60

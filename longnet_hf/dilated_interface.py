@@ -15,9 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.utils import logging
 
+from .context_parallel import ActiveSplit, SplitBatch, active_split, is_distributed, split_attention
 from .dilated_operator import dilated_attention, find_documents
 from .dilated_pattern import DilatedPattern, layer_patterns, pattern_warnings
-from .split_sequence import SequenceSplit, SplitBatch, active_split, is_distributed, split_attention
 
 
 logger = logging.get_logger(__name__)
@@ -245,7 +245,7 @@ def dilated_attention_forward(
     if not is_causal and query.shape[2] != key.shape[2]:
         raise ValueError("Dilated attention has no cross-attention, and no cache where it is not causal.")
     pattern, position_ids = pattern_of(module), kwargs.get("position_ids")
-    split = active_split(query.shape[2]) if is_distributed() else None
+    split = active_split() if is_distributed() else None
     if split is None:
         options = dict(is_causal=is_causal, scale=scaling, dropout=dropout)
         if attention_mask is None and kwargs.get("cu_seq_lens_k") is not None:
@@ -267,7 +267,8 @@ def dilated_attention_forward(
             "This model does not tell its attention function the `position_ids`, without which the documents of a "
             "sequence that is split over processes are not known."
         )
-    batch = _once(position_ids, (split, query.shape[0]), _split_documents, split, query.shape[0], position_ids)
+    shape = query.shape[0], query.shape[2]
+    batch = _once(position_ids, (split, *shape), _split_documents, split, *shape, position_ids)
     return split_attention(query, key, value, pattern, batch, scaling).transpose(1, 2), None
 
 
@@ -285,8 +286,8 @@ def _once(tensor: torch.Tensor, key: tuple, function: Callable, *args):
     return _known[tensor][1]
 
 
-def _split_documents(split: SequenceSplit, batch_size: int, position_ids: torch.Tensor) -> SplitBatch:
-    return split.find_documents(batch_size, position_ids=position_ids)
+def _split_documents(split: ActiveSplit, batch_size: int, length: int, position_ids: torch.Tensor) -> SplitBatch:
+    return split.sequence(length, position_ids.device).find_documents(batch_size, position_ids=position_ids)
 
 
 def _documents(mask: torch.Tensor | None, position_ids: torch.Tensor, batch_size: int, length: int):
@@ -327,11 +328,11 @@ def dilated_attention_mask(
             'Dilated attention takes a cache that holds all keys and nothing else (`cache_implementation="dynamic"`): '
             "static and sliding-window caches are not supported."
         )
-    if is_distributed() and active_split(q_length) is not None:
+    if is_distributed() and active_split() is not None:
         if attention_mask is not None:
             raise ValueError(
                 "`attention_mask` cannot be given for a sequence that is split over processes. Pad on the right, "
-                "which needs no mask, and use `SplitSequenceTrainerMixin` with Trainer."
+                "which needs no mask, and use `ContextParallelTrainerMixin` with Trainer."
             )
         return None  # attention finds the documents itself, together with the other processes
     real = None
@@ -369,14 +370,14 @@ def _documents_of(mask_function, batch_size, length, q_offset, use_vmap, device)
     )
 
 
-class SplitSequenceTrainerMixin:
+class ContextParallelTrainerMixin:
     """Lets Trainer split the sequences of a model with `attn_implementation="dilated"` over processes.
 
     Put it before `Trainer`, or any class made from it, and configure it as for a LongNet (`ParallelismConfig(cp_size=
     ...)` and FSDP2). Trainer itself allows context parallelism for one name of attention only.
 
     ```python
-    >>> class SplitTrainer(SplitSequenceTrainerMixin, Trainer):
+    >>> class SplitTrainer(ContextParallelTrainerMixin, Trainer):
     ...     pass
     ```"""
 
@@ -411,4 +412,4 @@ class SplitSequenceTrainerMixin:
 AttentionInterface.register(DILATED, dilated_attention_forward)
 AttentionMaskInterface.register(DILATED, dilated_attention_mask)
 
-__all__ = ["SplitSequenceTrainerMixin", "set_dilated_attention"]
+__all__ = ["ContextParallelTrainerMixin", "set_dilated_attention"]

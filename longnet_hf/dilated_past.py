@@ -7,7 +7,7 @@ the gradients: a few dense tiles per branch, each done for all heads at a time.
 Shapes: B batch, H query heads, Hkv key/value heads, L new tokens, D head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from .dilated_pattern import DilatedPattern
 
 
 class PastTile(NamedTuple):
-    """A tile of new queries over stored keys, of n key/value heads at a time (see `Tile`)."""
+    """Tiles of new queries over stored keys (see `Tile`), n at a time, of as many key/value heads or fewer."""
 
     mask: str
     repeats: int
@@ -44,24 +44,29 @@ def past_tiles(
     """
     back = min(position, max(position if w is None else w for w in pattern.segment_lengths))
     alike: dict[tuple, list[tuple[int, int, int]]] = {}  # tiles that differ in heads and in where they begin
-    number_of_tile: dict[tuple[int, range], int] = {}
+    number_of_tile: dict[tuple[int, range, int], int] = {}
     near = pattern.at(position - back)
     for tile in near.tiles(back + length, num_heads, num_queries=length, num_keys=back):
-        queries, keys, which = tile.queries, tile.keys, (tile.branch, tile.heads)
-        number_of_tile[which] = number_of_tile.get(which, -1) + 1  # so that a head comes once in each of `alike`
+        # So that a query comes once in each of `alike`: those of one head have other rests by the dilation rate
+        queries, keys = tile.queries, tile.keys
+        which = tile.branch, tile.heads, queries.start % pattern.dilation_rates[tile.branch]
+        number_of_tile[which] = number_of_tile.get(which, -1) + 1
         shape = len(queries), queries.step, len(keys), keys.step, tile.repeats, tile.period
         begins = alike.setdefault((tile.branch, number_of_tile[which], tile.mask, *shape), [])
         begins.extend((head, queries.start - back, keys.start + position - back) for head in tile.heads)
 
     past = []
     for (branch, _, mask, num_queries, query_step, num_keys, key_step, repeats, period), begins in alike.items():
-        heads, queries, keys = np.array(begins, dtype=np.int64).T[..., None]
         repeat = np.arange(repeats)[:, None] * period
-        queries = queries + (repeat + np.arange(num_queries) * query_step).ravel()
-        keys = keys + (repeat + np.arange(num_keys) * key_step).ravel()
-        indices = (heads, queries, *find(branch, heads, keys))
-        heads, queries, *stored = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in indices)
-        past.append(PastTile(mask, repeats, heads, queries, tuple(stored)))
+        # Tiles are copies: a quarter as many rows at a time as there are new ones
+        size = max(1, num_heads * length // (4 * repeats * (num_queries + num_keys)))
+        for start in range(0, len(begins), size):
+            heads, queries, keys = np.array(begins[start : start + size], dtype=np.int64).T[..., None]
+            queries = queries + (repeat + np.arange(num_queries) * query_step).ravel()
+            keys = keys + (repeat + np.arange(num_keys) * key_step).ravel()
+            indices = (heads, queries, *find(branch, heads, keys))
+            heads, queries, *stored = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in indices)
+            past.append(PastTile(mask, repeats, heads, queries, tuple(stored)))
     return past
 
 
@@ -71,7 +76,7 @@ def attend_to_past(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    past: list[PastTile],
+    past: Sequence[PastTile],
     num_heads: int,
     kernel: TileKernel,
 ) -> None:
@@ -102,7 +107,7 @@ def past_gradients(
     lse: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    past: list[PastTile],
+    past: Sequence[PastTile],
     num_heads: int,
     kernel: TileKernel,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -123,7 +128,9 @@ def past_gradients(
             dq, dk, dv = kernel.backward(do, q, o.to(q.dtype), lse_of_rows, k, v, tile.mask)
         grad_query[rows] += _unfold(dq, tile, group)
         for grad, x in ((grads[1], dk), (grads[2], dv)):
-            grad[(slice(None), *tile.stored)] += _unfold(x, tile, group).sum(3)
+            # Queries of several rests may ask for one key
+            index = torch.arange(len(grad), device=grad.device)[:, None, None], *tile.stored
+            grad.index_put_(index, _unfold(x, tile, group).sum(3).to(grad.dtype), accumulate=True)
     return tuple(grads)
 
 

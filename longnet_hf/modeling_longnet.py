@@ -34,10 +34,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_longnet import LongNetConfig
-from .dilated_cache import DilatedCache, Step, is_dilated
-from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
-from .model_card_longnet import prepare_model_card, write_model_card
-from .split_sequence import (
+from .context_parallel import (
     SequenceSplit,
     SplitBatch,
     active_split,
@@ -46,6 +43,9 @@ from .split_sequence import (
     split_sequence,
     whole_rows,
 )
+from .dilated_cache import DilatedCache, Step, is_dilated
+from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
+from .model_card_longnet import prepare_model_card, write_model_card
 
 
 try:
@@ -542,8 +542,9 @@ class LongNetModel(LongNetPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
 
         batch_size, length, device = *inputs_embeds.shape[:2], inputs_embeds.device
-        split_batch, split = None, active_split(length) if is_distributed() else None
-        if split is not None:
+        split_batch = split = None
+        if is_distributed() and active_split() is not None:
+            split = active_split().sequence(length, device)
             self.check_split(past_key_values, attention_mask, **kwargs)
             cu_seq_lens = [kwargs.pop(name, None) for name in ("cu_seq_lens_k", "cu_seq_lens_q")]
             split_batch = split.find_documents(
@@ -745,7 +746,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             labels: `[B, N]`, -100 where there is nothing to predict; shifted inside.
             logits_to_keep: compute the logits of these positions only, as in Transformers.
             shift_labels: `[B, N]`, labels that are already shifted, in place of `labels`.
-            num_items_in_batch: divide the summed loss by this instead of by the number of labels.
+            num_items_in_batch: divide the summed loss by this instead of by the number of labels. Where a sequence is
+                split over P processes: by P times this, as Trainer means it.
             skip_logits: leave out the logits. Default: where there are labels, no `logits_to_keep`, and
                 `config.skip_logits` holds. The loss itself never holds the logits of all positions.
 
@@ -762,10 +764,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         loss_kwargs = {"ignore_index": kwargs.pop("ignore_index")} if "ignore_index" in kwargs else {}
         if num_items_in_batch is not None:
             loss_kwargs["num_items_in_batch"] = num_items_in_batch
-        has_labels, inputs = labels is not None or shift_labels is not None, (input_ids, inputs_embeds)
-        split = None
-        if has_labels and is_distributed():
-            split = next((active_split(x.shape[1]) for x in inputs if x is not None), None)
+        has_labels = labels is not None or shift_labels is not None
+        split = active_split() if has_labels and is_distributed() else None
         if split is not None and shift_labels is None:
             raise ValueError(
                 "`labels` of a sequence that is split over processes cannot be shifted on one of them: give "
@@ -793,6 +793,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         logits = None if skip_logits else self.lm_head(keep_positions(hidden_states, logits_to_keep))
 
         loss = None
+        if split is not None and num_items_in_batch is None:
+            count = split.sum((shift_labels != loss_kwargs.get("ignore_index", -100)).sum())
+            loss_kwargs["num_items_in_batch"] = count.clamp(min=1) / split.world_size
         if has_labels and own_loss:
             if shift_labels is not None:
                 loss_kwargs["shift_labels"] = shift_labels
@@ -806,9 +809,6 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         elif has_labels:
             if shift_labels is None:
                 shift_labels = F.pad(labels, (0, 1), value=loss_kwargs.get("ignore_index", -100))[..., 1:]
-            if split is not None and num_items_in_batch is None:
-                count = split.sum((shift_labels != loss_kwargs.get("ignore_index", -100)).sum())
-                loss_kwargs["num_items_in_batch"] = count.clamp(min=1) / split.world_size
             loss = self.chunked_loss(hidden_states, shift_labels, **loss_kwargs)
         if loss is not None and split is not None:
             loss = split.average(loss)
@@ -933,6 +933,12 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         return model
 
 
+def refuse_split(model: nn.Module, *args) -> None:
+    """A hook for heads that look at a sequence as a whole."""
+    if is_distributed() and active_split() is not None:
+        raise ValueError(f"{type(model).__name__} cannot take a sequence that is split over processes.")
+
+
 class LongNetForSequenceClassification(GenericForSequenceClassification, LongNetPreTrainedModel):
     """LongNet that classifies a sequence by its last token that is not padding."""
 
@@ -942,6 +948,7 @@ class LongNetForSequenceClassification(GenericForSequenceClassification, LongNet
         self.num_labels = config.num_labels
         self.model = LongNetModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.register_forward_pre_hook(refuse_split)
         self.post_init()
 
 
@@ -955,6 +962,7 @@ class LongNetForTokenClassification(GenericForTokenClassification, LongNetPreTra
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)  # Transformers' default
         self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.register_forward_pre_hook(refuse_split)
         self.post_init()
 
 
@@ -965,6 +973,7 @@ class LongNetForQuestionAnswering(GenericForQuestionAnswering, LongNetPreTrained
         LongNetPreTrainedModel.__init__(self, config)
         self.model = LongNetModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.register_forward_pre_hook(refuse_split)
         self.post_init()
 
 

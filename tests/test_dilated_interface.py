@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from longnet_hf import LongNetForCausalLM, SplitSequenceTrainerMixin, set_dilated_attention
+from longnet_hf import ContextParallelTrainerMixin, LongNetForCausalLM, set_dilated_attention
 from longnet_hf.dilated_interface import dilated_attention_forward, pattern_of
 
 
@@ -286,7 +286,7 @@ def test_trainer_may_split_what_is_padded_on_the_right_alone():
             assert model.config._attn_implementation == "sdpa"  # the one name that Trainer allows
             return None, inputs
 
-    class Split(SplitSequenceTrainerMixin, Stub):
+    class Split(ContextParallelTrainerMixin, Stub):
         accelerator = SimpleNamespace(
             parallelism_config=SimpleNamespace(cp_enabled=True), unwrap_model=lambda model: model
         )

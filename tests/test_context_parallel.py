@@ -23,6 +23,8 @@ from models import KINDS, SMALL, build, random_ids
 from patterns import random_pattern
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
@@ -35,15 +37,18 @@ from transformers import (
 )
 
 from longnet_hf import (
+    ContextParallelTrainerMixin,
     DilatedCache,
     DilatedPattern,
     LongNetForCausalLM,
-    SplitSequenceTrainerMixin,
+    LongNetForQuestionAnswering,
+    LongNetForSequenceClassification,
+    LongNetForTokenClassification,
     dilated_attention,
     set_dilated_attention,
 )
+from longnet_hf.context_parallel import LAYOUTS, SequenceSplit, split_attention, split_sequence, whole_rows
 from longnet_hf.modeling_longnet import AUTO_MAP
-from longnet_hf.split_sequence import LAYOUTS, SequenceSplit, split_attention, split_sequence, whole_rows
 
 
 ROOT = Path(__file__).parent.parent
@@ -119,15 +124,16 @@ def test_the_kernels_take_their_part_of_a_split_sequence(dtype, atol, tmp_path):
 
 
 def bytes_sent_in_a_step(monkeypatch, world_size, rank):
-    """By one process to others, call by call, at 64 tokens per process; the others only seem to be there."""
-    sent, exchange, reduce = [], dist.all_to_all_single, dist.all_reduce
+    """By one process to others, at 64 tokens per process: of each exchange, and of each reduction. The others only
+    seem to be there."""
+    exchanged, reduced, exchange, reduce = [], [], dist.all_to_all_single, dist.all_reduce
 
     def counted_exchange(output, x, receive, send, **options):
-        sent.append((sum(send) - send[rank]) * x.shape[1] * x.element_size())
+        exchanged.append((sum(send) - send[rank]) * x.shape[1] * x.element_size())
         return exchange(output, x, receive, send, **options)
 
     def counted_reduce(x, **options):
-        sent.append(2 * x.numel() * x.element_size())  # of a ring, at most
+        reduced.append(2 * x.numel() * x.element_size())  # of a ring, at most
         return reduce(x, **options)
 
     def unexpected(*args, **options):
@@ -145,21 +151,31 @@ def bytes_sent_in_a_step(monkeypatch, world_size, rank):
             model(ids, shift_labels=ids).loss.backward()
     finally:
         dist.destroy_process_group()
-    return model.config, sent
+    return model.config, exchanged, reduced
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_what_a_process_sends_is_bounded_by_what_is_kept(world_size, monkeypatch):
     for rank in (0, world_size // 2, world_size - 1):
-        config, sent = bytes_sent_in_a_step(monkeypatch, world_size, rank)
+        config, exchanged, reduced = bytes_sent_in_a_step(monkeypatch, world_size, rank)
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         branches = zip(config.segment_lengths, config.dilation_rates, strict=True)
         crossing = sum(w // r for w, r in branches if w > 32)  # the length of a chunk
-        keys = [count for count in sent if count > 16]
-        assert len(keys) == 2 * layers  # one exchange per layer forward, and one backward
+        assert len(exchanged) == 2 * layers  # one per layer forward, and one backward
         bytes_per_key = 2 * config.head_dim * 4  # with its value
-        assert max(keys) <= 2 * heads * crossing * bytes_per_key  # of each of two chunks
-        assert len(sent) - len(keys) == 2  # the number of labels, and the loss
+        assert max(exchanged) <= 2 * heads * crossing * bytes_per_key  # of each of two chunks
+        assert max(reduced) <= 32 and len(reduced) == 3  # lengths of the parts, number of labels, loss
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_key_is_sent_to_a_process_twice(layout):
+    pattern, heads, size = DilatedPattern([8, 64, 128, 64], [1, 2, 4, 1], ["segment"] * 3 + ["window"]), 3, 4
+    for rank in range(size):
+        plan = whole_rows(SequenceSplit(128, size, rank, layout), 2).exchange(pattern, heads, torch.device("cpu"))
+        keys = torch.stack(plan.places, dim=1)[plan.send].split(plan.send_splits)
+        assert sum(map(len, keys)) > 0 or rank == size - 1
+        for sent in keys:
+            assert len(sent) == len(set(map(tuple, sent.tolist())))
 
 
 def test_a_length_that_cannot_be_split_is_refused_with_one_that_can():
@@ -167,8 +183,43 @@ def test_a_length_that_cannot_be_split_is_refused_with_one_that_can():
         SequenceSplit(100, 4, 0)
     with pytest.raises(ValueError, match="pad_to_multiple_of=4"):
         SequenceSplit(102, 4, 0, "contiguous")
+    with pytest.raises(ValueError, match="pad_to_multiple_of=4"):
+        SequenceSplit(0, 2, 0)
     with pytest.raises(ValueError, match="`layout`"):
         SequenceSplit(100, 4, 0, "ring")
+    with pytest.raises(ValueError, match="`rank`"):
+        SequenceSplit(100, 2, 2)
+    assert SequenceSplit(101, 1, 0).positions().tolist() == list(range(101))
+    with pytest.raises(ValueError, match="init_process_group"), split_sequence():
+        pass
+
+
+def assert_parts_that_do_not_fit_are_refused(rank, world_size):
+    """By all processes: none is left to wait for the others."""
+    model = build(LongNetForCausalLM, "llama")
+    for layout in LAYOUTS:
+        with split_sequence(layout=layout), pytest.raises(ValueError, match="6 to 7 tokens.*pad_to_multiple_of=4"):
+            model(random_ids(1, 7 - rank))
+    with split_sequence(), pytest.raises(ValueError, match="a sequence of 14 tokens|A sequence of 14 tokens"):
+        model(random_ids(1, 7))
+    heads = LongNetForSequenceClassification, LongNetForTokenClassification, LongNetForQuestionAnswering
+    for head in heads:
+        with split_sequence(), pytest.raises(ValueError, match=f"{head.__name__} cannot take"):
+            build(head)(random_ids(1, 8))
+
+    # PyTorch's context, without Accelerate, does not say which processes share a sequence
+    ids = random_ids(1, 16)
+    mesh = init_device_mesh("cpu", (world_size,))
+    with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]), pytest.raises(ValueError, match="split_sequence"):
+        model(ids)
+
+    split = SequenceSplit(16, world_size, rank)
+    bounds = torch.tensor([0, 9, 5, 16])
+    with pytest.raises(ValueError, match="`cu_seq_lens`"):
+        split.find_documents(1, cu_seq_lens=bounds)
+    for numbers in ([0] * 5 + [1] * 6 + [0] * 5, [1] * 8 + [0] * 8):
+        with pytest.raises(ValueError, match="`seq_idx`"):
+            split.find_documents(1, seq_idx=torch.tensor([numbers]))
 
 
 def assert_model_equals_one_process(rank, world_size):
@@ -247,11 +298,16 @@ def in_turn(rank, world_size, functions):
 
 
 def test_a_model_equals_one_process(tmp_path):
-    functions = assert_model_equals_one_process, assert_packed_model_equals_one_process, assert_generation_goes_on
+    functions = (
+        assert_model_equals_one_process,
+        assert_packed_model_equals_one_process,
+        assert_parts_that_do_not_fit_are_refused,
+        assert_generation_goes_on,
+    )
     spawn(in_turn, 2, tmp_path, functions)
 
 
-class SplitTrainer(SplitSequenceTrainerMixin, Trainer):
+class SplitTrainer(ContextParallelTrainerMixin, Trainer):
     pass
 
 
@@ -344,7 +400,7 @@ def test_a_plain_trainer_with_fsdp2_equals_one_process(tmp_path):
     assert_same_numbers(split, numbers)
     assert_same_weights(split, one)
     assert json.loads((split / "final" / "config.json").read_text())["auto_map"] == AUTO_MAP
-    for name in ("modeling_longnet.py", "split_sequence.py"):  # the code travels, too
+    for name in ("modeling_longnet.py", "context_parallel.py"):  # the code travels, too
         assert (split / "final" / name).exists()
     assert not list((split / "final").glob("_fsdp*"))
     assert_same_numbers(bf16, numbers, rel=0.05)

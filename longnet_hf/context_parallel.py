@@ -1,4 +1,4 @@
-"""Dilated attention over a sequence that is split over processes: only kept keys travel, once for every branch.
+"""Dilated attention over a sequence that is split over processes: only kept keys travel, and each of them once.
 
 A process holds one or two chunks of the sequence. Inside a chunk nothing travels. Of what lies before a chunk, a
 branch asks for the kept keys of the segment (or window) that the chunk's beginning cuts, w / r of them at most: these
@@ -37,7 +37,7 @@ class SequenceSplit:
         world_size: number of processes P.
         rank: of this process among them.
         layout: `"contiguous"`, P chunks; or `"head_tail"`, 2P chunks of which process p has the p-th and the p-th from
-            the end, so that all have equal work, whatever the mask (PyTorch's load balancing).
+            the end, so that all have equal work, whatever the mask (PyTorch's load balancing). One process has one.
         group: of the processes; default: all.
 
     Raises:
@@ -53,19 +53,25 @@ class SequenceSplit:
     def __post_init__(self):
         if self.layout not in LAYOUTS:
             raise ValueError(f"`layout` must be one of {LAYOUTS}, got {self.layout!r}.")
-        parts = self.world_size * (2 if self.layout == "head_tail" else 1)
-        if self.length % parts:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"`rank` must lie below `world_size` ({self.world_size}), got {self.rank}.")
+        parts = self.world_size * (2 if self.is_head_tail else 1)
+        if self.length < parts or self.length % parts:
             raise ValueError(
                 f"A sequence of {self.length} tokens cannot be split into {parts} equal chunks ({self.layout} layout, "
                 f"{self.world_size} processes): pad it to a multiple of {parts} (`pad_to_multiple_of={parts}`)."
             )
 
+    @property
+    def is_head_tail(self) -> bool:
+        return self.layout == "head_tail" and self.world_size > 1
+
     def chunks(self, rank: int) -> list[range]:
         """The positions that a process holds, chunk by chunk, as they lie there."""
-        if self.layout == "contiguous":
-            size, numbers = self.length // self.world_size, [rank]
-        else:
+        if self.is_head_tail:
             size, numbers = self.length // (2 * self.world_size), [rank, 2 * self.world_size - 1 - rank]
+        else:
+            size, numbers = self.length // self.world_size, [rank]
         return [range(number * size, (number + 1) * size) for number in numbers]
 
     def local_chunks(self) -> list[tuple[range, slice]]:
@@ -93,10 +99,10 @@ class SequenceSplit:
             attention_mask: `[B, N / P]`; padding must follow all tokens of its row.
             position_ids: `[B, N / P]` or `[1, N / P]`; a document starts wherever they do not grow.
             cu_seq_lens: `[documents + 1]`, boundaries in the flattened batch of whole rows, from 0 to B * N.
-            seq_idx: `[B, N]` or `[B, N / P]`, in place of `position_ids`: a document starts wherever it changes.
+            seq_idx: `[B, N]` or `[B, N / P]`, in place of `position_ids`: numbers of documents, which grow.
 
         Raises:
-            ValueError: if shapes do not fit, or if there is padding elsewhere.
+            ValueError: if shapes do not fit, if there is padding elsewhere, or if `seq_idx` falls.
         """
         local = self.length // self.world_size
         given = [x for x in (attention_mask, position_ids, cu_seq_lens, seq_idx) if x is not None]
@@ -120,10 +126,10 @@ class SequenceSplit:
             number = (seq_idx if seq_idx.shape[1] == local else seq_idx[:, mine.to(seq_idx.device)]).to(growing)
         elif cu_seq_lens is not None:
             ends = cu_seq_lens[[0, -1]].tolist()
-            if ends != [0, batch_size * self.length]:
+            if ends != [0, batch_size * self.length] or bool((cu_seq_lens.diff() < 0).any()):
                 raise ValueError(
                     f"`cu_seq_lens` must grow from 0 to {batch_size * self.length}, the number of tokens of all "
-                    f"processes, got numbers from {ends[0]} to {ends[1]}."
+                    f"processes, got {len(cu_seq_lens)} numbers from {ends[0]} to {ends[1]}."
                 )
             flat = torch.arange(batch_size, device=device)[:, None] * self.length + mine
             number = torch.searchsorted(cu_seq_lens.to(device), flat, right=True)
@@ -134,7 +140,7 @@ class SequenceSplit:
             g, n, r = growing[:, columns], number[:, columns], real[:, columns]
             start = torch.zeros_like(r)
             start[:, 1:] = ((g[:, 1:] <= g[:, :-1]) | (n[:, 1:] != n[:, :-1])) & r[:, 1:]
-            is_wrong = (r[:, 1:] & ~r[:, :-1]).any(1)
+            is_wrong = (r[:, 1:] & ~r[:, :-1]).any(1) + 2 * (r[:, 1:] & (n[:, 1:] < n[:, :-1])).any(1)
             column = torch.arange(r.shape[1], device=device)
             first = column.where(start, r.shape[1]).amin(1)  # what begins behind the first token
             last = column.where(start, -1).amax(1)
@@ -147,9 +153,13 @@ class SequenceSplit:
         begins = [chunk.start for rank in range(self.world_size) for chunk in self.chunks(rank)]
         everywhere = torch.cat(everywhere).cpu().numpy()[np.argsort(begins)]  # [chunks, 9, B], in order
         g_first, g_last, n_first, n_last, r_first, r_last, first, last, is_wrong = everywhere.swapaxes(0, 1)
-        if is_wrong.any() or (r_first[1:] & ~r_last[:-1] & 1).any():
+        if (is_wrong & 1).any() or (r_first[1:] & ~r_last[:-1] & 1).any():
             raise ValueError(
                 "`attention_mask` of a sequence that is split over processes may have padding on the right only."
+            )
+        if (is_wrong & 2).any() or (r_first[1:] & (n_first[1:] < n_last[:-1])).any():
+            raise ValueError(
+                "`seq_idx` of a sequence that is split over processes must not fall: a document is one stretch of it."
             )
         is_start = (g_first[1:] <= g_last[:-1]) | (n_first[1:] != n_last[:-1])
         is_start = np.concatenate((np.ones_like(r_first[:1]), is_start & r_first[1:])) == 1
@@ -183,8 +193,43 @@ class SequenceSplit:
         for chunk, columns in self.local_chunks():
             is_here = (positions >= chunk.start) & (positions < chunk.stop)
             index = (positions - chunk.start).clamp(0, len(chunk) - 1)[..., None].expand_as(found)
-            found = torch.where(is_here[..., None], x[:, :, columns].gather(2, index), found)
-        return self.sum(found)
+            found = torch.where(is_here[..., None], x.detach()[:, :, columns].gather(2, index), found)
+        dist.all_reduce(found, group=self.group)
+        return found
+
+    def positions(self) -> torch.Tensor:
+        """Of the tokens of this process, `[N / P]`."""
+        return torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in self.chunks(self.rank)])
+
+
+@dataclass(frozen=True)
+class ActiveSplit:
+    """That models are given parts of sequences: by which processes, and in which layout."""
+
+    group: dist.ProcessGroup | None
+    layout: str
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def sequence(self, local_length: int, device: torch.device) -> SequenceSplit:
+        """The sequence of which this process was given `local_length` tokens. Every process calls this, and all of
+        them refuse together. Two numbers travel, on `device`.
+
+        Raises:
+            ValueError: if other processes have more or fewer, or if the length cannot be split so.
+        """
+        ends = torch.tensor([local_length, -local_length], device=device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self.group)
+        longest, shortest = ends[0].item(), -ends[1].item()
+        if longest != shortest:
+            raise ValueError(
+                f"The processes hold parts of {shortest} to {longest} tokens of a sequence, and must hold equal ones: "
+                f"pad it to a multiple of {2 * self.world_size} (`pad_to_multiple_of={2 * self.world_size}`)."
+            )
+        rank = dist.get_rank(self.group)
+        return SequenceSplit(local_length * self.world_size, self.world_size, rank, self.layout, self.group)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Over all processes, without gradients."""
@@ -196,12 +241,8 @@ class SequenceSplit:
         """The mean over all processes, with the gradient of this one's: FSDP and DDP take the mean of gradients."""
         return loss + (self.sum(loss) / self.world_size - loss.detach())
 
-    def positions(self) -> torch.Tensor:
-        """Of the tokens of this process, `[N / P]`."""
-        return torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in self.chunks(self.rank)])
 
-
-_explicit: ContextVar[tuple | None] = ContextVar("longnet_split", default=None)
+_explicit: ContextVar[ActiveSplit | None] = ContextVar("longnet_split", default=None)
 
 
 @contextlib.contextmanager
@@ -209,8 +250,27 @@ def split_sequence(group: dist.ProcessGroup | None = None, layout: str = "head_t
     """Inside, models take their inputs for this process's part of a sequence that is split over `group`.
 
     Accelerate's `maybe_context_parallel`, and with it Trainer under `ParallelismConfig(cp_size=...)`, does the same.
-    """
-    token = _explicit.set((group, layout))
+    All processes call the model, with as many tokens each: those at [`SequenceSplit.positions`]. Labels come shifted
+    (`shift_labels`), and `position_ids`, where given, are those of the whole sequence. The loss is that of the whole
+    sequence on every process; the mean of the processes' gradients is its gradient, as DDP and FSDP take it.
+
+    Args:
+        group: of the processes; default: all.
+        layout: `"head_tail"` or `"contiguous"`, see [`SequenceSplit`].
+
+    ```python
+    >>> split = SequenceSplit(input_ids.shape[1], dist.get_world_size(), dist.get_rank())
+    >>> mine = split.positions()
+    >>> shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    >>> with split_sequence():
+    ...     loss = ddp_model(input_ids[:, mine], shift_labels=shift_labels[:, mine]).loss
+    >>> loss.backward()
+    ```"""
+    if layout not in LAYOUTS:
+        raise ValueError(f"`layout` must be one of {LAYOUTS}, got {layout!r}.")
+    if not is_distributed():
+        raise ValueError("`split_sequence` needs a process group: call `torch.distributed.init_process_group`.")
+    token = _explicit.set(ActiveSplit(group, layout))
     try:
         yield
     finally:
@@ -222,26 +282,29 @@ def is_distributed() -> bool:
 
 
 @torch.compiler.disable
-def active_split(local_length: int) -> SequenceSplit | None:
-    """How the sequence is split of which this process was given `local_length` tokens; `None` if it is not."""
+def active_split() -> ActiveSplit | None:
+    """Whether models are given parts of sequences here; `None` if they are not."""
+    if not is_distributed():
+        return None
     if _explicit.get() is not None:
-        group, layout = _explicit.get()
-    else:
-        if F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention:
-            return None  # PyTorch's `context_parallel` replaces it as long as it is active
-        try:
-            from accelerate.state import AcceleratorState
-        except ImportError:
-            return None
-        mesh = AcceleratorState._shared_state.get("device_mesh")
-        if mesh is None or "cp" not in mesh.mesh_dim_names:
-            return None
-        from torch.distributed.tensor.experimental._attention import _cp_options
+        return _explicit.get()
+    # PyTorch's `context_parallel` replaces this function as long as it is active
+    if not (F.scaled_dot_product_attention.__module__ or "").startswith("torch.distributed"):
+        return None
+    from torch.distributed.tensor.experimental._attention import _cp_options
 
-        group = mesh["cp"].get_group()
-        layout = "head_tail" if _cp_options.enable_load_balance else "contiguous"
-    world_size = dist.get_world_size(group)
-    return SequenceSplit(local_length * world_size, world_size, dist.get_rank(group), layout, group)
+    try:
+        from accelerate.state import AcceleratorState
+    except ImportError:
+        mesh = None
+    else:
+        mesh = AcceleratorState._shared_state.get("device_mesh")
+    if mesh is None or "cp" not in mesh.mesh_dim_names:
+        raise ValueError(
+            "PyTorch's `context_parallel` is active without Accelerate's `ParallelismConfig(cp_size=...)`, and does "
+            "not tell dilated attention which processes share the sequence: use `longnet_hf.split_sequence(group)`."
+        )
+    return ActiveSplit(mesh["cp"].get_group(), "head_tail" if _cp_options.enable_load_balance else "contiguous")
 
 
 class _Run(NamedTuple):
@@ -250,9 +313,7 @@ class _Run(NamedTuple):
     index: tuple  # into [B, H, N / P, ...]
     position: int  # of the first, in its document
     document_ids: torch.Tensor | None = None  # of tokens whose documents begin here; None: one per row
-    received: torch.Tensor | None = (
-        None  # [rows of the batch, keys], among what was received; None: nothing is asked for
-    )
+    received: torch.Tensor | None = None  # [rows of the batch, keys], among what was received; None: nothing is asked
     past: tuple[PastTile, ...] = ()
 
 
@@ -261,7 +322,8 @@ class _Exchange(NamedTuple):
 
     send_splits: list[int]  # rows for every process
     receive_splits: list[int]
-    send: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows of the batch, heads and columns, [rows to send] each
+    places: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # row of the batch, head and column of all that is sent
+    send: torch.Tensor  # [rows to send], among `places`: some go to several processes
     runs: list[_Run]
 
 
@@ -305,27 +367,39 @@ class SplitBatch:
 
     def _plan(self, pattern: DilatedPattern, num_heads: int, device: torch.device) -> _Exchange:
         split = self.split
-        send, send_splits = [np.empty((3, 0), dtype=np.int64)], []
-        for rank in range(split.world_size):
-            count = 0
-            for _, row, _, head, keys, _ in self._wanted(rank, pattern, num_heads):
-                for chunk, columns in sorted(split.local_chunks(), key=lambda x: x[0].start):
-                    mine = clip(keys, chunk.start, chunk.stop)
-                    column = np.arange(mine.start, mine.stop, mine.step) - chunk.start + columns.start
-                    send.append(np.stack((np.full(len(mine), row), np.full(len(mine), head), column)))
-                    count += len(mine)
-            send_splits.append(count)
 
-        wanted, begin, count = [np.empty(0, dtype=np.int64)], {}, 0
+        def code(row: int, head: int, positions: np.ndarray) -> np.ndarray:
+            """One number for a key. Branches and chunks that ask for the same keys get them once."""
+            return (row * num_heads + head) * split.length + positions
+
+        send = []
+        for rank in range(split.world_size):
+            asked = [np.empty(0, dtype=np.int64)]
+            for _, row, _, head, keys, _ in self._wanted(rank, pattern, num_heads):
+                for chunk, _ in split.local_chunks():
+                    mine = clip(keys, chunk.start, chunk.stop)
+                    asked.append(code(row, head, np.arange(mine.start, mine.stop, mine.step)))
+            send.append(np.unique(np.concatenate(asked)))
+        places, place_of_sent = np.unique(np.concatenate(send), return_inverse=True)
+        rows_and_heads, positions = np.divmod(places, split.length)
+        columns = np.zeros_like(positions)
+        for chunk, where in split.local_chunks():
+            is_here = (positions >= chunk.start) & (positions < chunk.stop)
+            columns[is_here] = positions[is_here] - chunk.start + where.start
+        places = tuple(torch.from_numpy(x).to(device) for x in (*np.divmod(rows_and_heads, num_heads), columns))
+
+        asked, begin, count = [np.empty(0, dtype=np.int64)], {}, 0
         for number, row, branch, head, keys, first in self._wanted(split.rank, pattern, num_heads):
             begin[number, row, branch, head] = count, keys.start - first, keys.step
-            wanted.append(np.arange(keys.start, keys.stop, keys.step))
+            asked.append(code(row, head, np.arange(keys.start, keys.stop, keys.step)))
             count += len(keys)
+        asked, number_of_asked = np.unique(np.concatenate(asked), return_inverse=True)
         begins = np.array([(chunk.start, rank) for rank in range(split.world_size) for chunk in split.chunks(rank)])
         begins = begins[np.argsort(begins[:, 0])]
-        owner = begins[np.searchsorted(begins[:, 0], np.concatenate(wanted), side="right") - 1, 1]
-        row_of = np.empty(len(owner), dtype=np.int64)  # rows come sorted by process
+        owner = begins[np.searchsorted(begins[:, 0], asked % split.length, side="right") - 1, 1]
+        row_of = np.empty(len(owner), dtype=np.int64)  # rows come sorted by process, and as `send` is
         row_of[np.argsort(owner, kind="stable")] = np.arange(len(owner))
+        row_of = row_of[number_of_asked]
 
         runs = []
         for number, (chunk, columns) in enumerate(split.local_chunks()):
@@ -345,7 +419,7 @@ class SplitBatch:
                     return index, np.zeros((1, 1), dtype=np.int64)
 
                 firsts = [begin[number, row, 0, 0][0] for row in rows]
-                last, _, step = begin[number, rows[0], len(pattern.branches) - 1, num_heads - 1]
+                last, _, _ = begin[number, rows[0], len(pattern.branches) - 1, num_heads - 1]
                 keys = pattern.past_keys(pattern.branches[-1], num_heads - 1, num_heads, before)
                 length = last + len(keys) - firsts[0]
                 received = torch.from_numpy(np.stack([row_of[first : first + length] for first in firsts])).to(device)
@@ -353,9 +427,10 @@ class SplitBatch:
                 index = in_batch, slice(None), slice(columns.start, columns.start + lead)
                 past = past_tiles(pattern, num_heads, before, lead, find, device)
                 runs.append(_Run(index, before, None, received, tuple(past)))
-        send = tuple(torch.from_numpy(x).to(device) for x in np.concatenate(send, axis=1))
         receive_splits = np.bincount(owner, minlength=split.world_size).tolist()
-        return _Exchange(send_splits, receive_splits, send, runs)
+        return _Exchange(
+            list(map(len, send)), receive_splits, places, torch.from_numpy(place_of_sent).to(device), runs
+        )
 
 
 @functools.lru_cache(maxsize=16)
@@ -367,6 +442,7 @@ def whole_rows(split: SequenceSplit, batch_size: int) -> SplitBatch:
     return SplitBatch(split, tuple(sorted(before)), leads, (None,) * len(chunks))
 
 
+@torch.compiler.disable
 def split_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -401,7 +477,7 @@ class _SplitAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, pattern, batch, scale):
         heads, split = key.shape[1], batch.split
         plan = batch.exchange(pattern, heads, query.device)
-        rows = torch.cat((key, value), dim=-1)[plan.send]
+        rows = torch.cat([x[plan.places] for x in (key, value)], dim=-1)[plan.send]
         received = rows.new_empty(sum(plan.receive_splits), rows.shape[1])
         work = dist.all_to_all_single(
             received, rows, plan.receive_splits, plan.send_splits, group=split.group, async_op=True
@@ -430,33 +506,50 @@ class _SplitAttention(torch.autograd.Function):
         query, key, value, output, lse, received = ctx.saved_tensors
         plan, pattern, split, scale = ctx.options
         heads = key.shape[1]
-        grad_query = torch.zeros(query.shape, dtype=lse.dtype, device=query.device)
-        grad_keys = torch.zeros((*key.shape[:3], 2 * key.shape[3]), dtype=lse.dtype, device=key.device)
-        grad_received = torch.zeros_like(received)  # every row of it belongs to one run
+        query_grads = []  # of the runs, by way of what was received
+        grad_received = torch.zeros(received.shape, dtype=lse.dtype, device=received.device)
         for run in plan.runs:
-            if run.received is not None:
-                saved = (x[run.index] for x in (grad_output, query, output, lse))
-                stored = received[run.received][:, :, None].chunk(2, dim=-1)
-                kernel = TileKernel(query, scale, 0.0, None)
-                dq, dk, dv = past_gradients(*saved, *stored, run.past, heads, kernel)
-                grad_query[run.index] = dq
-                grad_received[run.received] = torch.cat((dk, dv), dim=-1)[:, :, 0].to(received.dtype)
+            if run.received is None:
+                query_grads.append(None)
+                continue
+            saved = (x[run.index] for x in (grad_output, query, output, lse))
+            stored = received[run.received][:, :, None].chunk(2, dim=-1)
+            kernel = TileKernel(query, scale, 0.0, None)
+            dq, dk, dv = past_gradients(*saved, *stored, run.past, heads, kernel)
+            query_grads.append(dq)
+            grads = torch.cat((dk, dv), dim=-1)[:, :, 0]
+            # Branches, and both chunks, may have asked for the same key
+            grad_received.index_put_((run.received,), grads, accumulate=True)
         grad_rows = received.new_empty(sum(plan.send_splits), received.shape[1])
         work = dist.all_to_all_single(
-            grad_rows, grad_received, plan.send_splits, plan.receive_splits, group=split.group, async_op=True
+            grad_rows,
+            grad_received.to(received.dtype),
+            plan.send_splits,
+            plan.receive_splits,
+            group=split.group,
+            async_op=True,
         )
-        for run in plan.runs:
+        parts = []
+        for run, grad in zip(plan.runs, query_grads, strict=True):
             # Output and log-sum-exp of the whole softmax give each part its share
             saved = (x[run.index] for x in (grad_output, query, key, value, output, lse))
             part = pattern.at(run.position).to_json()
-            dq, dk, dv = backward_op(*saved, run.document_ids, part, True, scale, 0.0, None)
-            grad_query[run.index] += dq
-            grad_keys[run.index] += torch.cat((dk, dv), dim=-1)
+            dq, *others = backward_op(*saved, run.document_ids, part, True, scale, 0.0, None)
+            parts.append((dq if grad is None else grad.add_(dq).to(dq.dtype), *others))
+        if len(parts) == 1:
+            grads = parts[0]
+        else:
+            grads = [torch.zeros_like(x) for x in (query, key, value)]
+            for run, part in zip(plan.runs, parts, strict=True):
+                for grad, x in zip(grads, part, strict=True):
+                    grad[run.index] += x  # runs of packed documents have tokens in common, which belong to one of them
         work.wait()
-        # A key may go to several processes, for several branches
-        grad_keys = grad_keys.index_put(plan.send, grad_rows.to(lse.dtype), accumulate=True)
-        grads = grad_query, *grad_keys.chunk(2, dim=-1)
-        return *(grad.to(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)), None, None, None
+        # A key may have gone to several processes
+        sums = grad_rows.new_zeros(len(plan.places[0]), grad_rows.shape[1], dtype=lse.dtype)
+        sums.index_put_((plan.send,), grad_rows.to(lse.dtype), accumulate=True)
+        for grad, x in zip(grads[1:], sums.chunk(2, dim=-1), strict=True):
+            grad[plan.places] = (grad[plan.places] + x).to(grad.dtype)
+        return *grads, None, None, None
 
 
-__all__ = ["SequenceSplit", "split_attention", "split_sequence"]
+__all__ = ["ActiveSplit", "SequenceSplit", "split_attention", "split_sequence"]
