@@ -2,6 +2,7 @@
 
     python benchmarks/context_parallel.py                                # P = 1, 2, 4, 8, as far as there are GPUs
     python benchmarks/context_parallel.py --size tiny --tokens 8192      # on a CPU (gloo): small, to see that it runs
+    python benchmarks/context_parallel.py --plan                         # what travels, counted on one CPU
 
 The tokens per process stay the same, so the sequence grows with P: efficiency is tokens per second and process, over
 those of the first P. LongNet runs in `split_sequence`, beside a Llama of equal size in PyTorch's `context_parallel`,
@@ -25,7 +26,27 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_step import SIZES, make_model
 
-from longnet_hf import LongNetForCausalLM, split_sequence
+from longnet_hf import DilatedPattern, LongNetForCausalLM, SequenceSplit, split_sequence
+from longnet_hf.context_parallel import LAYOUTS, whole_rows
+
+
+def print_plan(tokens: int, processes: list[int]) -> None:
+    """What a process gets from others in a layer, of the base model in bfloat16, as the sequence grows with P."""
+    segments = [2048 << 2 * i for i in range(12)]
+    print("| processes | tokens | layout | MiB a process gets per layer and direction | full attention, ring |")
+    print("|---|---|---|---|---|")
+    for world_size in processes:
+        length = tokens * world_size
+        lengths = [w for w in segments if w < length] + [length]
+        pattern = DilatedPattern(lengths, [w // 2048 for w in lengths])
+        for layout in LAYOUTS:
+            received = []
+            for rank in range(world_size):
+                split = SequenceSplit(length, world_size, rank, layout)
+                rows = whole_rows(split, 1).exchange(pattern.canonical(), 12, torch.device("cpu")).receive_splits
+                received.append((sum(rows) - rows[rank]) * 2 * 64 * 2 / 2**20)
+            ring = (world_size - 1) * tokens * 12 * 2 * 64 * 2 / 2**20
+            print(f"| {world_size} | {length} | {layout} | {min(received):.1f}–{max(received):.1f} | {ring:.0f} |")
 
 
 class BytesSent(TorchDispatchMode):
@@ -128,7 +149,11 @@ def main():
     parser.add_argument("--tokens", type=int, default=2**17, help="per process")
     parser.add_argument("--chunk_size", type=int, default=2**15, help="of LongNet's MLPs, in tokens")
     parser.add_argument("--steps", type=int, default=3, help="to take the median of")
+    parser.add_argument("--plan", action="store_true", help="only count what travels")
     options = parser.parse_args()
+    if options.plan:
+        print_plan(options.tokens, options.processes)
+        return
 
     on_gpu, available = torch.cuda.is_available(), torch.cuda.device_count() or 8
     print(f"{environment('cuda' if on_gpu else 'cpu')}; {options.size}, {options.tokens} tokens per process\n")

@@ -4,7 +4,7 @@
     accelerate launch --config_file examples/split_sequence.yaml examples/train_multi_gpu.py \
         --data 'my_repository/**/*.py' --context_length 1048576 --output_dir runs/mine
 
-What one process computes with `python examples/train_multi_gpu.py`, several compute together: the same losses,
+What one process computes with `python examples/train_multi_gpu.py --bf16`, several compute together: the same losses,
 gradients and parameters, in less memory each. Stopped, the same command goes on from the last checkpoint, on as many
 GPUs as there are then. By default, the paper's base model (arXiv 2307.02486, section 4) on contexts of 256 K tokens.
 """
@@ -38,7 +38,7 @@ DEFAULTS = dict(
     num_attention_heads=12,
     initializer_range=0.02,
     use_sub_norm=True,
-    # Each four times as long and as sparse as the one before: the keys that travel do not grow with the sequence
+    # As sparse as they are long: the keys that travel do not grow with the sequence
     segment_lengths=[2048, 8192, 32768, 131072, 262144],
     dilation_rates=[1, 4, 16, 64, 128],
     context_length=262144,

@@ -10,10 +10,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import trl
 from accelerate import ParallelismConfig, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
@@ -23,12 +25,15 @@ from models import KINDS, SMALL, build, random_ids
 from patterns import random_pattern
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Trainer,
@@ -320,16 +325,29 @@ def build_other_model():
     return set_dilated_attention(model, **pattern)
 
 
-def train(folder, mesh=None, resume=None, use_lora=False, is_longnet=True, **options):
-    """Four steps and an evaluation of a plain Trainer, which saves its model: losses and norms of gradients."""
+def word_tokenizer():
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"word{i}": i for i in range(3, 97)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def train(folder, mesh=None, resume=None, use_lora=False, kind="longnet", **options):
+    """Four steps and an evaluation of a plain Trainer (or TRL's, or one for other models), which saves its model:
+    losses and norms of gradients."""
     if mesh is not None:
-        layer = "LongNetDecoderLayer" if is_longnet else "Qwen3DecoderLayer"
+        layer = "Qwen3DecoderLayer" if kind == "other" else "LongNetDecoderLayer"
         fsdp = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": layer}
         # PEFT loses adapters inside FSDP's own checkpointing, whatever the model
         fsdp |= {"activation_checkpointing": not use_lora, "state_dict_type": "FULL_STATE_DICT"}
         options |= dict(parallelism_config=ParallelismConfig(**mesh), fsdp=True, fsdp_config=fsdp)
-    arguments = TrainingArguments(
-        folder, max_steps=4, per_device_train_batch_size=2 // (mesh or {}).get("dp_shard_size", 1),
+    trainer_class, arguments_class, collate = Trainer, TrainingArguments, {"data_collator": default_data_collator}
+    if kind == "other":
+        trainer_class = SplitTrainer
+    elif kind == "trl":
+        trainer_class, arguments_class, collate = trl.SFTTrainer, trl.SFTConfig, {"processing_class": word_tokenizer()}
+        options |= dict(max_length=None, shuffle_dataset=False, bf16=False, gradient_checkpointing=use_lora)
+    arguments = arguments_class(
+        str(folder), max_steps=4, per_device_train_batch_size=2 // (mesh or {}).get("dp_shard_size", 1),
         gradient_accumulation_steps=2, learning_rate=1e-3, lr_scheduler_type="constant", use_cpu=True,
         report_to="none", save_steps=2, logging_steps=1, disable_tqdm=True, **options,
     )  # fmt: skip
@@ -338,18 +356,17 @@ def train(folder, mesh=None, resume=None, use_lora=False, is_longnet=True, **opt
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     torch.manual_seed(1)
     data = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in random_ids(16, 64)]
-    for number, row in enumerate(data):  # some documents are packed
-        row["position_ids"] = list(range(64 - 9 * number)) + list(range(9 * number)) if number < 7 else list(range(64))
-        if not is_longnet:  # and padded on the right
+    for number, row in enumerate(data):
+        if kind != "trl":  # some documents are packed
+            row["position_ids"] = [*range(64 - 9 * number), *range(9 * number)] if number < 7 else [*range(64)]
+        if kind == "other":  # and padded on the right
             row["attention_mask"] = [1] * (64 - number) + [0] * number
             row["labels"] = row["labels"][: 64 - number] + [-100] * number
-    model = build(LongNetForCausalLM, "llama").train() if is_longnet else build_other_model()
+    model = build_other_model() if kind == "other" else build(LongNetForCausalLM, "llama").train()
     if use_lora:
-        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    trainer_class = Trainer if is_longnet else SplitTrainer
-    trainer = trainer_class(
-        model, arguments, train_dataset=data, eval_dataset=data[:3], data_collator=default_data_collator
-    )
+        model = get_peft_model(model, LoraConfig(init_lora_weights=False))
+    data = datasets.Dataset.from_list(data)
+    trainer = trainer_class(model, arguments, train_dataset=data, eval_dataset=data.select(range(3)), **collate)
     trainer.train(resume_from_checkpoint=resume)
     numbers = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
     numbers.append((trainer.evaluate()["eval_loss"], 0.0))
@@ -386,16 +403,14 @@ def assert_same_weights(folder, expected, atol=1e-5):
 
 def test_a_plain_trainer_with_fsdp2_equals_one_process(tmp_path):
     """Packed documents, gradient accumulation, activation checkpointing; adapters; bf16; checkpoints; more meshes."""
-    split, lora, bf16, both, other, one, one_lora, one_other = folders = [tmp_path / name for name in "abcdefgh"]
+    folders = [tmp_path / name for name in "abcdefghij"]
     for folder in folders:
         folder.mkdir()
-    numbers = train(one)
-    runs = [
-        (split, dict(mesh={"cp_size": 2})),
-        (lora, dict(mesh={"cp_size": 2}, use_lora=True, gradient_checkpointing=True)),
-    ]
-    runs += [(bf16, dict(mesh={"cp_size": 2}, bf16=True)), (other, dict(mesh={"cp_size": 2}, is_longnet=False))]
-    spawn(train_in_group, 2, tmp_path, runs)
+    split, lora, bf16, both, other, sft, one, one_lora, one_other, one_sft = folders
+    numbers, mesh, lora_options = train(one), {"cp_size": 2}, dict(use_lora=True, gradient_checkpointing=True)
+    runs = [(split, {}), (lora, lora_options), (bf16, dict(bf16=True)), (other, dict(kind="other"))]
+    runs.append((sft, dict(kind="trl", use_lora=True)))
+    spawn(train_in_group, 2, tmp_path, [(folder, options | {"mesh": mesh}) for folder, options in runs])
     assert len(numbers) == 5
     assert_same_numbers(split, numbers)
     assert_same_weights(split, one)
@@ -406,8 +421,10 @@ def test_a_plain_trainer_with_fsdp2_equals_one_process(tmp_path):
     assert_same_numbers(bf16, numbers, rel=0.05)
     assert_same_numbers(lora, train(one_lora, use_lora=True))
     assert_same_weights(lora, one_lora)
-    assert_same_numbers(other, train(one_other, is_longnet=False))
+    assert_same_numbers(other, train(one_other, kind="other"))
     assert_same_weights(other, one_other)
+    assert_same_numbers(sft, train(one_sft, kind="trl", use_lora=True))
+    assert_same_weights(sft, one_sft)
 
     checkpoint = str(split / "checkpoint-2")
     mesh = {"cp_size": 2, "dp_shard_size": 2}
