@@ -30,6 +30,7 @@ from tokenizers.models import WordLevel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     AutoModelForCausalLM,
@@ -268,6 +269,31 @@ def assert_model_equals_one_process(rank, world_size):
             model.train(words == "`attention_dropout`")(ids[:, mine], **inputs)
 
 
+def assert_ddp_takes_the_gradient_of_the_whole_sequence(rank, world_size):
+    """As the README says it."""
+    model, ids = build(LongNetForCausalLM, "llama", torch.float64).train(), random_ids(2, 48)
+    labels = ids.masked_fill(ids < 20, -100)
+    expected = model(ids, labels=labels).loss
+    grads = torch.autograd.grad(expected, list(model.parameters()))
+    ddp_model = DistributedDataParallel(model)
+    mine = SequenceSplit(48, world_size, rank).positions()
+    shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+    with split_sequence():
+        loss = ddp_model(ids[:, mine], shift_labels=shift_labels[:, mine]).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=0, atol=1e-6)
+
+    # A loss of the user's own is divided by the labels of all processes
+    model.loss_function = lambda logits, labels, vocab_size, shift_labels, num_items_in_batch: (
+        F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum") / num_items_in_batch
+    )
+    with split_sequence():
+        own = model(ids[:, mine], shift_labels=shift_labels[:, mine]).loss
+    torch.testing.assert_close(own.float(), expected, rtol=0, atol=1e-5)
+
+
 def assert_packed_model_equals_one_process(rank, world_size):
     model = build(LongNetForCausalLM, "llama", torch.float64)
     ids, positions = random_ids(2, 48), torch.arange(48).repeat(2, 1)
@@ -305,6 +331,7 @@ def in_turn(rank, world_size, functions):
 def test_a_model_equals_one_process(tmp_path):
     functions = (
         assert_model_equals_one_process,
+        assert_ddp_takes_the_gradient_of_the_whole_sequence,
         assert_packed_model_equals_one_process,
         assert_parts_that_do_not_fit_are_refused,
         assert_generation_goes_on,
