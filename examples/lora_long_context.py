@@ -200,6 +200,11 @@ def make_needles(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor, args:
                 needle, question = ids_of(f"\nThe secret number is {number}.\n"), ids_of("\nThe secret number is")
                 answer = ids_of(f" {number}")
                 room = length - sum(map(len, (needle, question, answer)))
+                if room < 1:
+                    raise ValueError(
+                        f"`--context_length` must be longer: an eighth of it, {length} tokens, holds no text around "
+                        f"a number, which takes {length - room}."
+                    )
                 start = int(torch.randint(max(1, len(tokens) - room), (), generator=generator))
                 before, after = tokens[start : start + room].split((round(depth * room), room - round(depth * room)))
                 ids = torch.cat((before, needle, after, question, answer))

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 pytest.importorskip("datasets"), pytest.importorskip("matplotlib")
@@ -84,3 +89,70 @@ def test_a_stream_goes_on_where_it_was_stopped(tmp_path):
         caches.append(load_file(file))
     assert "Going on at token 4,096" in done.stdout
     assert all(torch.equal(x, caches[1][name]) for name, x in caches[0].items())
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory):
+    """A model and its tokenizer, byte-level as SmolLM2's."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator([], BpeTrainer(special_tokens=["<end>"], initial_alphabet=ByteLevel.alphabet()))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>").save_pretrained(folder)
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=5, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=300, max_position_embeddings=64, tie_word_embeddings=True, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_patterns_are_compared_and_the_comparison_goes_on_where_it_was_stopped(tiny_llama, tmp_path):
+    common = (
+        *("--model", tiny_llama, "--data", ROOT / "longnet_hf" / "dilated_*.py", "--held_out", 0.3),
+        *("--context_length", 768, "--max_held_out_contexts", 2, "--needles", 1, "--lora_rank", 2),
+        *("--max_steps", 3, "--save_steps", 2, "--output_dir", "run", "--use_cpu", "--report_to", "none"),
+        *("--disable_tqdm", "true"),
+    )
+    variants = ("native", "full", "sliding", "shifted", "hybrid")
+    done = run("lora_long_context.py", *common, "--variants", *variants, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(f"| {variant} |" in done.stdout for variant in variants)
+    results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
+    assert set(results) == set(variants) and "after" not in results["native"]
+    before, after = (results["hybrid"][x] for x in ("before", "after"))
+    assert before["bits_per_byte"]["all"] > 0 and before != after
+    assert len(after["retrieval"]) == 4 * 5  # lengths and depths
+    assert "commit" in results["full"]["longnet_hf"] and results["full"]["tokens_per_second"] > 0
+    assert (tmp_path / "run" / "lora_long_context.png").stat().st_size > 10_000
+    # YaRN stretches positions beyond the 64 of the model, in all but the model as it was published
+    assert results["native"]["before"] != results["full"]["before"]
+
+    result_file = tmp_path / "run" / "hybrid" / "result.json"  # as if it had been stopped after its second step
+    stopped = {name: x for name, x in json.loads(result_file.read_text()).items() if name in ("attention", "before")}
+    result_file.write_text(json.dumps(stopped))
+    for path in (tmp_path / "run" / "hybrid" / "checkpoint-3").iterdir():
+        path.unlink()
+    done = run("lora_long_context.py", *common, "--variants", *variants, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("is measured already") == 4
+    again = json.loads(result_file.read_text())["after"]
+    assert again["bits_per_byte"]["all"] == pytest.approx(after["bits_per_byte"]["all"], rel=1e-6)
+
+    for wrong, words in ((("--variants", "full", "dense"), "got ['dense']"), (("--context_length", 256), "32 tokens")):
+        refused = run("lora_long_context.py", *common, *wrong, "--output_dir", "other", folder=tmp_path)
+        assert refused.returncode != 0 and words in refused.stderr
+
+
+def test_a_document_is_learned_and_asked_for(tiny_llama, tmp_path):
+    common = ("--model", tiny_llama, "--passes", 2, "--use_cpu", "--report_to", "none", "--disable_tqdm", "true")
+    done = run("lora_on_the_prompt.py", *common, "--entries", 4, "--output_dir", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert len(record["recall"]) == 4 and all(0 <= share <= 1 for share in record["recall"].values())
+    assert len(record["continuations"]) == 4 and (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    (tmp_path / "mine.txt").write_text("The keeper of the light is Ada. " * 9)
+    mine = ("--document", "mine.txt", "--prompts", "The keeper", "--output_dir", "mine")
+    done = run("lora_on_the_prompt.py", *common, *mine, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "recalled" not in done.stdout and "The keeper |" in done.stdout
+    refused = run("lora_on_the_prompt.py", *common, "--document", "mine.txt", folder=tmp_path)
+    assert refused.returncode != 0 and "belong together" in refused.stderr
