@@ -312,3 +312,19 @@ def test_attention_that_computes_something_else_is_found_out(monkeypatch):
     with pytest.raises(ValueError, match="differs by"):
         set_dilated_attention(model, **PATTERN)
     assert not {"dilated_attention", "attn_implementation"} & set(vars(model.config))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt_neox"])
+def test_the_kernels_serve_other_models_too(model_type, with_oracle):
+    """float32, in which the kernels and Transformers' attention differ by rounding alone; then cached and packed."""
+    model = build(model_type, dtype=torch.float32, hidden_size=128, head_dim=32).cuda()
+    set_dilated_attention(model, **PATTERN)
+    ids, positions = ids_of(2, 301).cuda(), torch.cat((torch.arange(120), torch.arange(181)))[None].cuda()
+    with torch.device("cuda"):
+        close(model(ids).logits, with_oracle(lambda: model(ids).logits), 1e-3)
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    close(packed, torch.cat((model(ids[:, :120]).logits, model(ids[:, 120:]).logits), dim=1), 1e-3)
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    generated = model.generate(ids, **options)
+    close(model(generated[:, :-1]).logits[:, 300:].argmax(-1), generated[:, 301:], 0)
