@@ -9,7 +9,6 @@ each prompt in all four ways: with or without the document before it, with or wi
 """
 
 import json
-import math
 import random
 import sys
 from dataclasses import asdict, dataclass, field
@@ -52,7 +51,7 @@ class Arguments:
     )
     entries: int = field(default=24, metadata={"help": "Length of the list that is made up, at most 48."})
     passes: float = field(default=40, metadata={"help": "How often every token of the document is met in training."})
-    shortest: int = field(default=64, metadata={"help": "Tokens in the shortest stretches to train on."})
+    shortest: int = field(default=32, metadata={"help": "Tokens in the shortest stretches to train on."})
     longest: int = field(default=8192, metadata={"help": "Tokens in the longest."})
     segment_lengths: list[int] = field(
         default_factory=lambda: [2048],
@@ -86,13 +85,13 @@ def make_list(entries: int) -> tuple[str, list[tuple[str, str]]]:
 
 
 def cut_stretches(ids: list[int], args: Arguments) -> list[dict]:
-    """Random stretches, short and long, that meet each token `passes` times on average. The document begins again
-    where it ends, so that its sentences are met with and without all of it before them."""
+    """Random stretches that meet each token `passes` times on average, as often in short ones as in long ones. The
+    document begins again where it ends, so that its sentences are met with and without all of it before them."""
     rng = random.Random(0)
     longest = min(args.longest, 2 * len(ids))
     shortest, rows, missing = min(args.shortest, longest), [], args.passes * len(ids)
     while missing > 0:
-        length = round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))
+        length = round(1 / rng.uniform(1 / longest, 1 / shortest))
         start = rng.randrange(len(ids))
         stretch = (ids * 3)[start : start + length]
         rows.append({"input_ids": stretch, "labels": stretch})

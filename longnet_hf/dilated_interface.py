@@ -252,9 +252,8 @@ def dilated_attention_forward(
             options["cu_seq_lens"] = kwargs["cu_seq_lens_k"]
         elif position_ids is not None and position_ids.dim() == 2 and 1 < query.shape[2] == key.shape[2]:
             # Transformers finds packed documents only where there is neither a mask nor an empty cache
-            key_tensor = position_ids if attention_mask is None else attention_mask
-            shape = key.shape[0], key.shape[2]
-            options["document_ids"] = _once(key_tensor, shape, _documents, attention_mask, position_ids, *shape)
+            given, shape = position_ids if attention_mask is None else attention_mask, (key.shape[0], key.shape[2])
+            options["document_ids"] = _once(given, shape, _documents, attention_mask, position_ids, *shape)
         else:
             options["document_ids"] = attention_mask
         return dilated_attention(query, key, value, pattern, **options).transpose(1, 2), None
@@ -291,11 +290,10 @@ def _split_documents(split: ActiveSplit, batch_size: int, length: int, position_
 
 
 def _documents(mask: torch.Tensor | None, position_ids: torch.Tensor, batch_size: int, length: int):
-    if mask is None:
-        return find_documents(batch_size, length, position_ids=position_ids)
-    packed = find_documents(batch_size, length, attention_mask=mask + 1, position_ids=position_ids)
-    # What either keeps apart
-    return mask if packed is None else (mask * (length + 1) + packed).to(torch.int32).masked_fill(mask < 0, -1)
+    if mask is not None and not torch.compiler.is_compiling() and bool((mask > 0).any()):
+        return mask  # which keeps documents apart already
+    real = None if mask is None else mask >= 0
+    return find_documents(batch_size, length, attention_mask=real, position_ids=position_ids)
 
 
 def dilated_attention_mask(
