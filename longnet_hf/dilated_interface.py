@@ -5,11 +5,14 @@ that Transformers has for that. The pattern lies in the model's configuration, a
 This module does not travel with weights: whoever loads such a model imports `longnet_hf`.
 """
 
+import contextlib
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
@@ -32,6 +35,7 @@ _NOT_COMPUTED = {
     "s_aux": "attention sinks",
     "position_bias": "biases by position",
     "head_mask": "a mask of heads",
+    "output_attentions": "the weights of attention",
     "cache": "continuous batching",
 }
 
@@ -51,7 +55,7 @@ def set_dilated_attention(
 
     Saved and loaded again, the model has its pattern, wherever `longnet_hf` is imported. It decodes with its ordinary
     cache, which grows with the sequence; a Llama-family model can become a [`LongNetForCausalLM`] in place of that
-    (`from_llama`), whose cache does not.
+    (`from_llama`), whose cache does not. Of a model for text and images, the text model is exchanged.
 
     Args:
         model: any model with self-attention alone whose attention Transformers can exchange; changed in place. Of a
@@ -75,33 +79,36 @@ def set_dilated_attention(
     ```"""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"`model` must be a model of Transformers, got {type(model).__name__}.")
+    if not isinstance(segment_shift, bool):
+        raise ValueError(f"`segment_shift` must be True or False, got {segment_shift!r}.")
     config = model.config.get_text_config()
     _check_model(model, config)
     fields = dict(
-        segment_lengths=list(segment_lengths),
-        dilation_rates=list(dilation_rates),
-        branch_types=branch_types and list(branch_types),
+        segment_lengths=segment_lengths,
+        dilation_rates=dilation_rates,
+        branch_types=branch_types,
         head_offset=head_offset,
         segment_shift=segment_shift,
-        full_attention_layers=full_attention_layers and list(full_attention_layers),
+        full_attention_layers=full_attention_layers,
     )
     patterns = layer_patterns(config.num_hidden_layers, **fields)
+    fields = {name: list(x) if isinstance(x, (list, tuple)) else x for name, x in fields.items()}  # as JSON has them
 
-    before, old = model.config._attn_implementation, getattr(config, "dilated_attention", None)
+    before, old = config._attn_implementation, getattr(config, "dilated_attention", None)
     try:
         if probe:
             _probe(model, config)
-        else:
-            model.set_attn_implementation(DILATED)
+        _set_implementation(model, config, DILATED)
     except Exception:
-        model.set_attn_implementation(before)
+        _set_implementation(model, config, before)
         _set_pattern(config, old)
         raise
     _set_pattern(config, fields)
-    _note_implementation(model.config)
-    if fields != old:
+    if old is None or layer_patterns(config.num_hidden_layers, **old) != patterns:
         # PEFT would write the model's name into adapters, and load them on what is saved there
         model.name_or_path = None
+        for adapter in getattr(model, "peft_config", {}).values():
+            adapter.base_model_name_or_path = None
     for text in pattern_warnings(patterns, getattr(config, "num_key_value_heads", config.num_attention_heads)):
         logger.warning(text)
     return model
@@ -110,16 +117,14 @@ def set_dilated_attention(
 def _set_pattern(config: PreTrainedConfig, fields: dict | None) -> None:
     if fields is not None:
         config.dilated_attention = fields
-        return
-    for name in ("dilated_attention", "attn_implementation"):
-        vars(config).pop(name, None)
+    else:
+        vars(config).pop("dilated_attention", None)
 
 
-def _note_implementation(config: PreTrainedConfig) -> None:
-    """Transformers does not save the name of an implementation, but reads it: so a model that was saved dilated does
-    not come back dense."""
-    if getattr(config, "attn_implementation", None) != DILATED:
-        config.attn_implementation = DILATED
+def _set_implementation(model: PreTrainedModel, config: PreTrainedConfig, name: str | None) -> None:
+    """For the text model alone, if there are others."""
+    part = [key for key in model.config.sub_configs if getattr(model.config, key, None) is config]
+    model.set_attn_implementation({part[0]: name} if part else name)
 
 
 def _check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -127,23 +132,29 @@ def _check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     name = type(model).__name__
     if hasattr(config, "layer_patterns"):
         raise ValueError(f"{name} is dilated already: its pattern is in its configuration.")
-    if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder with a decoder, and dilated attention has no cross-attention.")
+    if getattr(config, "vocab_size", None) is None:
+        raise ValueError(f"{name} is no model of text: its configuration has no `vocab_size`.")
+    crossing = [x for x, _ in model.named_modules() if "cross" in x.lower() or x.endswith("encoder_attn")]
+    if config.is_encoder_decoder or crossing:
+        raise ValueError(f"{name} has cross-attention, which dilated attention has not.")
     layer_types = getattr(config, "layer_types", None)
-    sliding_window = getattr(config, "sliding_window", None) if layer_types is None else None
-    others = set(layer_types or ()) - {"full_attention"}
-    if sliding_window or others:
-        kinds = f"layers of type {sorted(others)}" if others else f"`sliding_window={sliding_window}`"
+    if layer_types is None and getattr(config, "sliding_window", None):
         raise ValueError(
-            f"{name} has {kinds}, which the pattern would replace. To let it, load the model with a configuration "
-            'that has full attention only (`sliding_window=None`, `layer_types` of "full_attention").'
+            f"{name} has `sliding_window={config.sliding_window}`, which the pattern would replace. To let it, load "
+            "the model with a configuration that has none (`sliding_window=None`)."
+        )
+    limited = {x for x in layer_types or () if "attention" in x} - {"attention", "full_attention", "linear_attention"}
+    if limited:
+        raise ValueError(
+            f"{name} has layers of type {sorted(limited)}, which the pattern would replace. To let it, load the model "
+            'with a configuration whose `layer_types` are "full_attention" there.'
         )
 
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Switch the model to our function, and see that it is called and computes what the model's own does."""
-    name, training = type(model).__name__, model.training
+    """See that our function is called and computes what the model's own does."""
+    name = type(model).__name__
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             "The weights are on the meta device, where they cannot be tried: load them, or `probe=False`."
@@ -152,24 +163,23 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     called = set()
 
     def counted(module, *args, **kwargs):
-        called.add(module.layer_idx)
+        called.add(getattr(module, "layer_idx", None))
         return dilated_attention_forward(module, *args, **kwargs)
 
-    if model.config._attn_implementation == DILATED:
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    model.eval()
-    try:
+    if config._attn_implementation == DILATED:
+        _set_implementation(model, config, "sdpa" if model._supports_sdpa else "eager")
+    with _evaluation(model):
         expected = model.base_model(input_ids=ids, use_cache=False)[0]
         _set_pattern(config, dict(segment_lengths=[None], dilation_rates=[1], branch_types=["window"]))
         try:
-            model.set_attn_implementation(DILATED)
+            _set_implementation(model, config, DILATED)
         except (KeyError, ValueError) as error:
             raise ValueError(f"The attention of {name} cannot be exchanged: {error}") from error
         AttentionInterface.register(DILATED, counted)
-        output = model.base_model(input_ids=ids, use_cache=False)[0]
-    finally:
-        AttentionInterface.register(DILATED, dilated_attention_forward)
-        model.train(training)
+        try:
+            output = model.base_model(input_ids=ids, use_cache=False)[0]
+        finally:
+            AttentionInterface.register(DILATED, dilated_attention_forward)
     if not called:
         raise ValueError(
             f"{name} does not call the attention function that is set (`attn_implementation`), and would go on with "
@@ -189,10 +199,28 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         )
 
 
-@torch.compiler.disable
+@contextlib.contextmanager
+def _evaluation(model: torch.nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def pattern_of(module: torch.nn.Module) -> DilatedPattern:
     """The pattern of an attention module, from its configuration."""
     fields = getattr(module.config, "dilated_attention", None)
+    known = vars(module).get("_dilated_pattern")
+    if known is None or known[0] != fields:
+        known = _find_pattern(module, fields)
+    return known[1]
+
+
+@torch.compiler.disable
+def _find_pattern(module: torch.nn.Module, fields: dict | None) -> tuple[dict, DilatedPattern]:
     if fields is None:
         raise ValueError(
             f'`attn_implementation="{DILATED}"` needs a pattern, and the configuration of this model '
@@ -200,15 +228,13 @@ def pattern_of(module: torch.nn.Module) -> DilatedPattern:
             "segment_lengths=..., dilation_rates=...)`."
         )
     if getattr(module, "layer_idx", None) is None:
-        raise ValueError(f"{type(module).__name__} does not know its layer (`layer_idx`).")
-    _note_implementation(module.config)  # which loading takes away
-    values = tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in fields.items())
-    return _layer_patterns(module.config.num_hidden_layers, values)[module.layer_idx]
-
-
-@functools.lru_cache(maxsize=64)
-def _layer_patterns(num_layers: int, fields: tuple[tuple[str, Any], ...]) -> list[DilatedPattern]:
-    return [pattern.canonical() for pattern in layer_patterns(num_layers, **dict(fields))]
+        raise ValueError(f"{type(module).__name__} does not know which layer it is in (it has no `layer_idx`).")
+    try:
+        pattern = layer_patterns(module.config.num_hidden_layers, **fields)[module.layer_idx].canonical()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`dilated_attention` of the configuration is {fields!r}, and no pattern: {error}") from error
+    module._dilated_pattern = copy.deepcopy(fields), pattern
+    return module._dilated_pattern
 
 
 def dilated_attention_forward(
@@ -227,73 +253,110 @@ def dilated_attention_forward(
     Args:
         module: an attention module, with `config` and `layer_idx`.
         query: `[B, H, Nq, D]`, the last Nq <= N tokens.
-        key, value: `[B, Hkv, N, D]`, of all tokens, cached ones included.
-        attention_mask: documents `[B, N]` from [`dilated_attention_mask`].
+        key: `[B, Hkv, N, D]`, of all tokens, cached ones included.
+        value: `[B, Hkv, N, Dv]`.
+        attention_mask: documents `[B, 1, 1, N]` from [`dilated_attention_mask`].
 
     Returns:
-        `[B, Nq, H, D]`, and `None` for the weights.
+        `[B, Nq, H, Dv]`, and `None` for the weights.
     """
     for name, meaning in _NOT_COMPUTED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"Dilated attention does not compute {meaning} (`{name}`), which this model asks for.")
-    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.dtype != torch.int32):
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise ValueError(f"Dilated attention does not compute {meaning} (`{name}`), which this call asks for.")
+    batch_size, queries, keys = key.shape[0], query.shape[2], key.shape[2]
+    documents = _unwrap(attention_mask, batch_size, keys)
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not is_causal and queries != keys:
+        raise ValueError("Dilated attention has no cross-attention, and no cache where it is not causal.")
+    scaling, size = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
+    query, key, value = _same_size(query, key, value)
+    pattern, position_ids = pattern_of(module), kwargs.get("position_ids")
+    split = active_split() if is_distributed() else None
+    if split is not None:
+        if not is_causal or dropout > 0 or queries != keys:
+            raise ValueError(
+                "A sequence can be split over processes in causal attention only, without dropout or a cache."
+            )
+        if position_ids is None:
+            raise ValueError(
+                "This model does not tell its attention function the `position_ids`, without which the documents of "
+                "a sequence that is split over processes are not known."
+            )
+        batch = _once(position_ids, _split_batch, split, batch_size, queries)
+        output = split_attention(query, key, value, pattern, batch, scaling)
+        return output[..., :size].transpose(1, 2), None
+
+    options = dict(is_causal=is_causal, scale=scaling, dropout=dropout, document_ids=documents)
+    if documents is None and kwargs.get("cu_seq_lens_k") is not None:
+        options["cu_seq_lens"] = kwargs["cu_seq_lens_k"]
+    elif position_ids is not None and position_ids.dim() == 2:
+        # Transformers looks for packed documents only where there is neither a mask nor a cache, be it empty
+        if queries == keys > 1:
+            options["document_ids"] = _once(position_ids, _find_documents, documents, batch_size)
+        elif queries < keys and not torch.compiler.is_compiling():
+            _once(position_ids, _check_continuation, documents, keys)
+    return dilated_attention(query, key, value, pattern, **options)[..., :size].transpose(1, 2), None
+
+
+def _unwrap(attention_mask: torch.Tensor | None, batch_size: int, keys: int) -> torch.Tensor | None:
+    """`[B, 1, 1, N]` -> `[B, N]`"""
+    if attention_mask is None:
+        return None
+    if attention_mask.dtype != torch.int32 or attention_mask.dim() != 4:
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}. Dilated attention takes padding masks, given "
             "to the model in two dimensions: the pattern decides who attends to whom."
         )
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not is_causal and query.shape[2] != key.shape[2]:
-        raise ValueError("Dilated attention has no cross-attention, and no cache where it is not causal.")
-    pattern, position_ids = pattern_of(module), kwargs.get("position_ids")
-    split = active_split() if is_distributed() else None
-    if split is None:
-        options = dict(is_causal=is_causal, scale=scaling, dropout=dropout)
-        if attention_mask is None and kwargs.get("cu_seq_lens_k") is not None:
-            options["cu_seq_lens"] = kwargs["cu_seq_lens_k"]
-        elif position_ids is not None and position_ids.dim() == 2 and 1 < query.shape[2] == key.shape[2]:
-            # Transformers finds packed documents only where there is neither a mask nor an empty cache
-            given, shape = position_ids if attention_mask is None else attention_mask, (key.shape[0], key.shape[2])
-            options["document_ids"] = _once(given, shape, _documents, attention_mask, position_ids, *shape)
-        else:
-            options["document_ids"] = attention_mask
-        return dilated_attention(query, key, value, pattern, **options).transpose(1, 2), None
-    if not is_causal or dropout > 0 or query.shape[2] != key.shape[2]:
+    if attention_mask.shape[-1] == 0:
         raise ValueError(
-            "A sequence can be split over processes in causal attention only, without dropout and without a cache."
+            "This layer asks for a mask that does more than to hide later tokens and to keep documents apart (a "
+            "sliding window, chunks, blocks that see each other both ways). Dilated attention would not honour it."
         )
-    if position_ids is None:
+    if attention_mask.shape != (batch_size, 1, 1, keys):
         raise ValueError(
-            "This model does not tell its attention function the `position_ids`, without which the documents of a "
-            "sequence that is split over processes are not known."
+            f"`attention_mask` must have shape {(batch_size, keys)} (batch, cached and new tokens), got "
+            f"{(attention_mask.shape[0], attention_mask.shape[-1])}."
         )
-    shape = query.shape[0], query.shape[2]
-    batch = _once(position_ids, (split, *shape), _split_documents, split, *shape, position_ids)
-    return split_attention(query, key, value, pattern, batch, scaling).transpose(1, 2), None
+    return attention_mask[:, 0, 0]
+
+
+def _same_size(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Heads of one size: zeros change neither scores nor outputs. Multi-head latent attention has smaller values."""
+    size = max(x.shape[-1] for x in tensors)
+    return (x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in tensors)
 
 
 # Every layer asks for the documents of one batch
 _known = WeakTensorKeyDictionary()
 
 
-def _once(tensor: torch.Tensor, key: tuple, function: Callable, *args):
-    """`function(*args)`, kept as long as `tensor` lives and stays what it is."""
-    if torch.compiler.is_compiling() or tensor.is_inference():
-        return function(*args)
-    key = tensor._version, *key
-    if tensor not in _known or _known[tensor][0] != key:
-        _known[tensor] = key, function(*args)
-    return _known[tensor][1]
+def _once(position_ids: torch.Tensor, function: Callable, *args):
+    """`function(position_ids, *args)`, kept until the next call has other positions."""
+    if torch.compiler.is_compiling() or position_ids.is_inference():
+        return function(position_ids, *args)
+    mask = next((x for x in args if torch.is_tensor(x)), None)
+    key = position_ids._version, None if mask is None else mask.data_ptr(), *(x for x in args if x is not mask)
+    if position_ids not in _known or _known[position_ids][0] != key:
+        _known[position_ids] = key, function(position_ids, *args)
+    return _known[position_ids][1]
 
 
-def _split_documents(split: ActiveSplit, batch_size: int, length: int, position_ids: torch.Tensor) -> SplitBatch:
+def _split_batch(position_ids: torch.Tensor, split: ActiveSplit, batch_size: int, length: int) -> SplitBatch:
     return split.sequence(length, position_ids.device).find_documents(batch_size, position_ids=position_ids)
 
 
-def _documents(mask: torch.Tensor | None, position_ids: torch.Tensor, batch_size: int, length: int):
-    if mask is not None and not torch.compiler.is_compiling() and bool((mask > 0).any()):
-        return mask  # which keeps documents apart already
-    real = None if mask is None else mask >= 0
-    return find_documents(batch_size, length, attention_mask=real, position_ids=position_ids)
+def _find_documents(position_ids: torch.Tensor, documents: torch.Tensor | None, batch_size: int):
+    real = None if documents is None else documents >= 0
+    return find_documents(batch_size, position_ids.shape[1], attention_mask=real, position_ids=position_ids)
+
+
+def _check_continuation(position_ids: torch.Tensor, documents: torch.Tensor | None, keys: int) -> None:
+    count = keys if documents is None else (documents >= 0).sum(1)
+    if bool((position_ids[:, -1] + 1 < count).any()):
+        raise ValueError(
+            f"`position_ids` end at {int(position_ids[:, -1].min())}, and the cache and the new tokens are {keys}. "
+            "Packed documents cannot be continued from a cache, nor can rows that are padded on the right."
+        )
 
 
 def dilated_attention_mask(
@@ -315,16 +378,18 @@ def dilated_attention_mask(
         attention_mask: `[B, N]`, nonzero at real tokens.
 
     Returns:
-        int32 `[B, N]`: the document of every token, numbered in each row, and -1 at padding. `None` if every row is
-        one document without padding.
+        int32 `[B, 1, 1, N]`: the document of every token, numbered in each row, and -1 at padding. (Of four
+        dimensions, since models take two for a padding mask to make another mask of.) `None` if every row is one
+        document without padding. Empty, `[B, 1, 1, 0]`, if the mask asks for anything else: many models make masks
+        that no layer uses, so that it is for the layer to refuse it.
 
     Raises:
-        ValueError: if the mask, or a cache that does not hold all keys, asks for anything else.
+        ValueError: if a cache does not hold all keys.
     """
     if torch.is_tensor(q_offset) or kv_offset != 0 or kv_length != q_offset + q_length:
         raise ValueError(
             'Dilated attention takes a cache that holds all keys and nothing else (`cache_implementation="dynamic"`): '
-            "static and sliding-window caches are not supported."
+            "static and sliding-window caches are not supported, nor any in a model that is not causal."
         )
     if is_distributed() and active_split() is not None:
         if attention_mask is not None:
@@ -333,39 +398,45 @@ def dilated_attention_mask(
                 "which needs no mask, and use `ContextParallelTrainerMixin` with Trainer."
             )
         return None  # attention finds the documents itself, together with the other processes
-    real = None
-    if attention_mask is not None:
-        real = attention_mask[:, :kv_length] != 0
-        if not torch.compiler.is_compiling() and bool(real.all()):
-            real = None
     documents = None
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        documents = _documents_of(mask_function, batch_size, kv_length, q_offset, use_vmap, device)
-    if real is None:
-        return documents
-    documents = torch.zeros_like(real, dtype=torch.int32) if documents is None else documents
-    return documents.masked_fill(~real, -1)
+        is_causal = "allow_is_bidirectional_skip" not in kwargs
+        documents = _documents_of(mask_function, is_causal, batch_size, kv_length, q_offset, use_vmap, device)
+        if documents is None:
+            return torch.empty(batch_size, 1, 1, 0, dtype=torch.int32, device=device)
+    real = None
+    if attention_mask is not None:
+        real = attention_mask != 0
+        if not torch.compiler.is_compiling() and real.shape[-1] == kv_length and bool(real.all()):
+            real = None
+    if real is not None:
+        documents = torch.zeros_like(real, dtype=torch.int32) if documents is None else documents
+        documents = documents.masked_fill(~real, -1)
+    return None if documents is None else documents[:, None, None]
 
 
-def _documents_of(mask_function, batch_size, length, q_offset, use_vmap, device) -> torch.Tensor:
-    """The documents that a mask keeps apart, from a few of its entries per token."""
-    if not use_vmap:
-        row = torch.arange(batch_size, device=device)[:, None]
-        index = torch.arange(length, device=device)[None]
-        head = torch.zeros((), dtype=torch.int64, device=device)
-        size = batch_size, length - 1
-        sees_last = mask_function(row, head, index[:, 1:], index[:, :-1]).expand(size)
-        sees_next = mask_function(row, head, index[:, :-1], index[:, 1:]).expand(size)
-        starts = torch.nn.functional.pad(~sees_last, (1, 0))
-        first = index.masked_fill(~starts, 0).cummax(dim=1).values
-        sees_first = mask_function(row, head, index.expand(batch_size, -1), first).expand(batch_size, length)
-        is_whole = sees_first[:, q_offset:].all() & (~sees_next.any() | (sees_next == sees_last).all())
-        if torch.compiler.is_compiling() or bool(is_whole):
-            return starts.cumsum(1, dtype=torch.int32)
-    raise ValueError(
-        "This model asks for a mask that does more than to keep documents apart and later tokens hidden (a sliding "
-        "window, chunks, blocks that see each other both ways). Dilated attention would not honour it."
-    )
+def _documents_of(
+    mask_function, is_causal: bool, batch_size: int, length: int, q_offset: int, use_vmap: bool, device
+) -> torch.Tensor | None:
+    """The documents that a mask keeps apart, from a few of its entries per token; `None` if it does anything else."""
+    if use_vmap:  # a function of the user's, which may not take tensors
+        return None
+    row = torch.arange(batch_size, device=device)[:, None]
+    index = torch.arange(length, device=device)[None]
+    head = torch.zeros((), dtype=torch.int64, device=device)
+    size = batch_size, length - 1
+    sees_last = mask_function(row, head, index[:, 1:], index[:, :-1]).expand(size)
+    sees_next = mask_function(row, head, index[:, :-1], index[:, 1:]).expand(size)
+    starts = F.pad(~sees_last, (1, 0))
+    first = index.masked_fill(~starts, 0).cummax(dim=1).values
+    sees_first = mask_function(row, head, index.expand(batch_size, -1), first).expand(batch_size, length)
+    is_whole = sees_first[:, q_offset:].all()
+    is_whole &= ~sees_next.any() if is_causal else (sees_next == sees_last).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(is_whole, "a mask does more than to keep documents apart, see `dilated_attention_mask`")
+    elif not bool(is_whole):
+        return None
+    return starts.cumsum(1, dtype=torch.int32)
 
 
 class ContextParallelTrainerMixin:
@@ -407,7 +478,25 @@ class ContextParallelTrainerMixin:
         return loss, *others
 
 
+def _with_implementation(to_dict: Callable) -> Callable:
+    """Transformers reads the name of an implementation in a configuration, but does not write it. With it, a dilated
+    model does not come back dense."""
+
+    @functools.wraps(to_dict)
+    def wrapped(self) -> dict[str, Any]:
+        output, parts = to_dict(self), {key: getattr(self, key, None) for key in self.sub_configs}
+        dilated = [key for key, x in parts.items() if getattr(x, "_attn_implementation", None) == DILATED]
+        if self._attn_implementation == DILATED:
+            output["attn_implementation"] = DILATED
+        elif dilated:
+            output["attn_implementation"] = dict.fromkeys(dilated, DILATED)
+        return output
+
+    return wrapped
+
+
 AttentionInterface.register(DILATED, dilated_attention_forward)
 AttentionMaskInterface.register(DILATED, dilated_attention_mask)
+PreTrainedConfig.to_dict = _with_implementation(PreTrainedConfig.to_dict)
 
 __all__ = ["ContextParallelTrainerMixin", "set_dilated_attention"]

@@ -301,6 +301,8 @@ def layer_patterns(
     full_attention_layers: Sequence[int] | None = None,
 ) -> list[DilatedPattern]:
     """The pattern of every layer, first layer first, from what a configuration says (see [`LongNetConfig`])."""
+    if not isinstance(full_attention_layers, (Sequence, type(None))) or isinstance(full_attention_layers, str):
+        raise ValueError(f"`full_attention_layers` must be a list of layer indices, got {full_attention_layers!r}.")
     full = set(full_attention_layers or ())
     outside = sorted(full - set(range(num_layers)))
     if outside:

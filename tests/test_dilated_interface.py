@@ -48,8 +48,15 @@ ARCHITECTURES = {
     "granite": GROUPED,
     "cohere": GROUPED,
     "smollm3": GROUPED | {"no_rope_layers": [1, 0, 1]},
+    "deepseek_v3": {  # values smaller than keys
+        "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+        "first_k_dense_replace": 3, "num_key_value_heads": 4,
+    },
+    "olmo3": GROUPED | {  # makes a mask of sliding windows that no layer uses
+        "head_dim": 8, "layer_types": ["full_attention"] * 3, "sliding_window": 16,
+    },
     "qwen3_moe": GROUPED | {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
-}
+}  # fmt: skip
 
 
 # Experts are computed in float32, or some of the attention or the logits are
@@ -122,16 +129,12 @@ def test_every_architecture_gives_what_its_own_attention_gives(model_type, with_
         cache = outputs.get("cache", outputs.get("past_key_values"))
         pieces.append(outputs.logits)
     close(torch.cat(pieces, dim=1), output, atol)
-    generated = model.generate(
-        ids, attention_mask=mask.flip(1), max_new_tokens=12, min_new_tokens=12, do_sample=False
-    )  # left-padded
-    alone = model.generate(ids[:1, 13:], max_new_tokens=12, min_new_tokens=12, do_sample=False)
-    assert generated.shape == (2, 73) and alone.shape == (1, 60)
-    rows = torch.stack([torch.cat((ids[0, :13] * 0, ids[0, 13:])), ids[1]])
-    rows_mask = torch.ones_like(ids)
-    rows_mask[0, :13] = 0
-    together = model.generate(rows, attention_mask=rows_mask, max_new_tokens=12, min_new_tokens=12, do_sample=False)
-    assert together[0, 61:].tolist() == alone[0, 48:].tolist()
+    options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    left_mask = torch.ones_like(ids)
+    left_mask[0, :13] = 0
+    together = model.generate(ids, attention_mask=left_mask, **options)
+    assert together[0, 61:].tolist() == model.generate(ids[:1, 13:], **options)[0, 48:].tolist()
+    assert together[1].tolist() == model.generate(ids[1:], **options)[0].tolist()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "olmo2", "gpt_neox"])
@@ -182,16 +185,42 @@ def test_an_encoder_attends_both_ways(with_oracle):
 def test_a_saved_model_comes_back_with_its_pattern(tmp_path):
     model, ids = set_dilated_attention(build("qwen3"), **PATTERN), ids_of(1, 61)
     expected = model(ids).logits
-    for folder in (tmp_path / "once", tmp_path / "twice"):
-        model.save_pretrained(folder)
+    for folder in (tmp_path / "once", tmp_path / "twice", tmp_path / "three times"):
+        model.save_pretrained(folder)  # also if nothing was computed since it was loaded
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
         assert model.config._attn_implementation == "dilated"
-        close(model(ids).logits, expected)
+    close(model(ids).logits, expected)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
     assert (dense(ids).logits - expected).abs().max() > 1e-3
     # And it can be given another
     set_dilated_attention(model, segment_lengths=[None], dilation_rates=[1], branch_types=["window"])
     close(model(ids).logits, dense(ids).logits)
+    # Or made dense again
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path / "dense")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense").config._attn_implementation == "sdpa"
+
+
+def test_of_text_and_images_the_text_model_is_dilated(tmp_path):
+    text = SHAPE | GROUPED | {"model_type": "llama"}
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    vision |= dict(image_size=8, patch_size=4, model_type="clip_vision_model")
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=90, vision_feature_layer=-1
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).double().eval()
+    ids = torch.cat((ids_of(1, 20) % 90, torch.full((1, 4), 90), ids_of(1, 20) % 90), dim=1)
+    inputs = dict(input_ids=ids, pixel_values=torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    dense = model(**inputs).logits
+    set_dilated_attention(model, segment_lengths=[None], dilation_rates=[1], branch_types=["window"])
+    close(model(**inputs).logits, dense)
+    set_dilated_attention(model, **PATTERN)
+    expected = model(**inputs).logits
+    assert (expected - dense).abs().max() > 1e-4
+    model.save_pretrained(tmp_path)
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64)
+    close(again(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +232,8 @@ def test_a_saved_model_comes_back_with_its_pattern(tmp_path):
         ("gpt_oss", GROUPED | {"head_dim": 8, "layer_types": ["full_attention"] * 3, "num_local_experts": 4}, "sinks"),
         ("bloom", {"n_head": 4}, "does not call|cannot be exchanged"),
         ("gpt_neo", {"attention_types": [[["global"], 3]], "num_heads": 4}, "cannot be exchanged|call"),
-        ("mamba", {}, "linear_attention"),
+        ("mamba", {}, "does not call|cannot be exchanged"),
+        ("gpt2", {"add_cross_attention": True}, "cross-attention"),
     ],
 )
 def test_what_would_be_wrong_is_refused(model_type, changes, words):
@@ -217,7 +247,7 @@ def test_what_would_be_wrong_is_refused(model_type, changes, words):
     with pytest.raises(ValueError, match=words):
         set_dilated_attention(model, **PATTERN)
     assert model.config._attn_implementation == before
-    assert not {"dilated_attention", "attn_implementation"} & set(vars(model.config))
+    assert not hasattr(model.config, "dilated_attention") and "attn_implementation" not in model.config.to_dict()
     close(model(ids).logits, expected, 0)
 
 
@@ -234,8 +264,9 @@ def test_other_models_are_refused():
     with pytest.raises(ValueError, match="meta device"):
         set_dilated_attention(model, **PATTERN)
     assert set_dilated_attention(model, **PATTERN, probe=False).config._attn_implementation == "dilated"
-    with pytest.raises(ValueError, match="`full_attention_layers`"):
-        set_dilated_attention(build("llama"), **PATTERN, full_attention_layers=[3])
+    for wrong in (dict(full_attention_layers=[3]), dict(full_attention_layers=1), dict(segment_shift="no")):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
+            set_dilated_attention(build("llama"), **PATTERN | wrong)
 
 
 def test_what_a_call_asks_beyond_the_pattern_is_refused():
@@ -246,9 +277,18 @@ def test_what_a_call_asks_beyond_the_pattern_is_refused():
         model(ids, past_key_values=StaticCache(model.config, max_cache_len=32))
     with pytest.raises(ValueError, match="static"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="weights of attention"):
+        model(ids, output_attentions=True)
+    cache = model(ids, position_ids=torch.tensor([[*range(5), *range(4)]]), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="Packed documents cannot be continued"):
+        model(ids[:, :1], position_ids=torch.tensor([[4]]), past_key_values=cache)
     bare = AutoModelForCausalLM.from_config(model.config.__class__(**SHAPE), attn_implementation="dilated")
     with pytest.raises(ValueError, match="set_dilated_attention"):
         bare(ids)
+    for wrong in ({"dilation": 2}, True, {"segment_lengths": 8, "dilation_rates": [1]}):
+        bare.config.dilated_attention = wrong
+        with pytest.raises(ValueError, match="`dilated_attention` of the configuration"):
+            bare(ids)
 
 
 def test_a_model_compiles():
@@ -256,7 +296,7 @@ def test_a_model_compiles():
     positions = torch.cat((torch.arange(23), torch.arange(38)))[None]
     expected = model(ids).logits, model(ids, position_ids=positions).logits
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # it knows its patterns by now
     close(compiled(ids).logits, expected[0], 1e-4)
     close(compiled(ids, position_ids=positions).logits, expected[1], 1e-4)
 
@@ -268,15 +308,17 @@ def test_masks_that_do_more_than_keep_documents_apart_are_refused():
     model.config.sliding_window = 4
     refused = (
         lambda: create_causal_mask(*inputs, block_sequence_ids=blocks),
+        lambda: create_causal_mask(*inputs, block_sequence_ids=torch.zeros(1, 9, dtype=torch.long)),
         lambda: create_causal_mask(*inputs, or_mask_function=lambda b, h, q, k: k < 3),
         lambda: create_sliding_window_causal_mask(*inputs),
     )
+    attention, states = model.model.layers[0].self_attn, torch.zeros(1, 4, 9, 8, dtype=torch.float64)
     for make in refused:
-        with pytest.raises(ValueError, match="more than to keep documents apart"):
-            make()
+        with pytest.raises(ValueError, match="more than to hide later tokens"):
+            dilated_attention_forward(attention, states, states, states, make())
     restarting = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 4]])
     documents = create_causal_mask(*inputs, position_ids=restarting)
-    assert documents.diff(dim=1).tolist() == [[0, 0, 1, 1, 0, 0, 0, 0]]
+    assert documents.shape == (1, 1, 1, 9) and documents.diff().tolist() == [[[[0, 0, 1, 1, 0, 0, 0, 0]]]]
     assert create_causal_mask(*inputs, position_ids=torch.arange(9)[None]) is None
 
 
@@ -311,7 +353,7 @@ def test_attention_that_computes_something_else_is_found_out(monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", biased)
     with pytest.raises(ValueError, match="differs by"):
         set_dilated_attention(model, **PATTERN)
-    assert not {"dilated_attention", "attn_implementation"} & set(vars(model.config))
+    assert not hasattr(model.config, "dilated_attention") and "attn_implementation" not in model.config.to_dict()
 
 
 @pytest.mark.gpu

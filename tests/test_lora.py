@@ -138,6 +138,10 @@ def test_an_adapter_does_not_name_a_base_with_other_attention(is_longnet, tmp_pa
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         if not is_longnet:  # which may be said again
             set_dilated_attention(base, **PATTERN)
+    wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), peft.LoraConfig())
+    set_dilated_attention(wrapped.get_base_model(), **PATTERN)
+    wrapped.save_pretrained(tmp_path / "wrapped")
+    assert peft.PeftConfig.from_pretrained(tmp_path / "wrapped").base_model_name_or_path is None
     assert peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved").config._attn_implementation == (
         "sdpa" if is_longnet else "dilated"
     )
