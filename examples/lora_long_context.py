@@ -157,6 +157,11 @@ def load_model(variant: str, args: Arguments) -> PreTrainedModel:
     native = config.max_position_embeddings
     positions = dict(max_position_embeddings=max(native, args.context_length))
     if variant != "native" and args.context_length > native:
+        if config.rope_parameters["rope_type"] != "default":
+            raise ValueError(
+                f"`--model` {args.model} scales its rotary positions already ({config.rope_parameters['rope_type']}): "
+                f"give a `--context_length` of at most {native}."
+            )
         positions["rope_parameters"] = {
             "rope_type": "yarn",
             "rope_theta": config.rope_parameters["rope_theta"],
@@ -286,7 +291,9 @@ def run_variant(variant: str, args: Arguments, training_args: TrainingArguments,
     if steps > 0:
         tokens = steps * args.context_length * training_args.train_batch_size
         tokens *= training_args.gradient_accumulation_steps
-        save(tokens_per_second=round(tokens / seconds), peak_gibibytes=round(peak_gibibytes(device), 2))
+        save(tokens_per_second=round(tokens / seconds))
+    if device == "cuda":
+        save(peak_gibibytes=round(peak_gibibytes(device), 2))
     trainer.save_model(str(folder / "adapter"))
     save(after=measure(model, *what, f"{variant}, after"), **environment(device))
 

@@ -160,10 +160,12 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             "The weights are on the meta device, where they cannot be tried: load them, or `probe=False`."
         )
     ids = torch.arange(1, 1 + _PROBE_LENGTH, device=model.device)[None] % config.vocab_size
-    called = set()
+    called, blind = set(), set()
 
     def counted(module, *args, **kwargs):
         called.add(getattr(module, "layer_idx", None))
+        if kwargs.get("position_ids") is None:
+            blind.add(getattr(module, "layer_idx", None))
         return dilated_attention_forward(module, *args, **kwargs)
 
     if config._attn_implementation == DILATED:
@@ -189,6 +191,11 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         logger.warning(
             f"{len(called)} of the {config.num_hidden_layers} layers of {name} are dilated: the others have no "
             "attention that can be exchanged."
+        )
+    if blind:
+        logger.warning(
+            f"{name} does not tell its attention the `position_ids`: packed documents are kept apart with "
+            "`use_cache=False` and without an attention mask only."
         )
     # Rounding alone gives a few units in the last place; some models compute parts in float32 whatever their dtype
     error = (output - expected).float().norm() / expected.float().norm()

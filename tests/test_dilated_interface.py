@@ -1,6 +1,7 @@
 """`attn_implementation="dilated"`: each architecture gives what its dense attention gives with log C for a mask."""
 
 import copy
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -370,3 +371,11 @@ def test_the_kernels_serve_other_models_too(model_type, with_oracle):
     options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
     generated = model.generate(ids, **options)
     close(model(generated[:, :-1]).logits[:, 300:].argmax(-1), generated[:, 301:], 0)
+
+
+def test_a_model_whose_attention_is_not_told_the_positions_says_so(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    set_dilated_attention(build("llama"), **PATTERN)
+    assert "position_ids" not in caplog.text
+    set_dilated_attention(build("persimmon", hidden_act="relu2", num_key_value_heads=4), **PATTERN)
+    assert "does not tell its attention the `position_ids`" in caplog.text
