@@ -27,12 +27,13 @@ from record import environment, peak_gibibytes
 from tqdm.auto import tqdm
 from train import (
     RESUME_WITH_SAME,
+    DataArguments,
     bits_per_byte,
     check_settings,
     count_bytes,
     last_checkpoint,
     load_documents,
-    make_contexts,
+    split_contexts,
     split_documents,
     token_losses,
 )
@@ -66,23 +67,12 @@ VARIANTS = {
 
 
 @dataclass
-class Arguments:
+class Arguments(DataArguments):
     """What is compared, on what."""
 
     model: str = field(
         default="HuggingFaceTB/SmolLM2-135M", metadata={"help": "A Llama-family model: a folder or a name on the Hub."}
     )
-    data: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Files, folders and patterns such as 'src/**/*.py', or one dataset on the Hub as name or "
-            "name:config. Default: the sources of Python's standard library."
-        },
-    )
-    text_column: str = field(default="text", metadata={"help": "Column with the text, in a dataset on the Hub."})
-    context_length: int = field(default=32768, metadata={"help": "Tokens in a context."})
-    held_out: float = field(default=0.06, metadata={"help": "Share of the documents that is kept for evaluation."})
-    max_held_out_contexts: int = field(default=8, metadata={"help": "Evaluate on at most so many contexts."})
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS), metadata={"help": f"Of {', '.join(VARIANTS)}."}
     )
@@ -92,6 +82,8 @@ class Arguments:
 
 DEFAULTS = dict(
     output_dir="runs/lora_long_context",
+    context_length=32768,
+    max_held_out_contexts=8,
     max_steps=100,
     per_device_train_batch_size=1,
     learning_rate=2e-4,
@@ -357,14 +349,7 @@ def main():
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     documents = split_documents(load_documents(args), args.held_out)
-    contexts, held_out = (make_contexts(documents[x], tokenizer, args.context_length) for x in ("train", "test"))
-    if not len(contexts) or not len(held_out):
-        raise ValueError(
-            f"The data fills {len(contexts)} contexts of {args.context_length} tokens for training and "
-            f"{len(held_out)} for evaluation, where one is the least. Give more `--data`, a smaller "
-            "`--context_length` or another `--held_out`."
-        )
-    held_out = held_out.shuffle(seed=0).select(range(min(len(held_out), args.max_held_out_contexts)))
+    contexts, held_out = split_contexts(documents, tokenizer, args)
     settings = asdict(args) | {name: getattr(training_args, name) for name in RESUME_WITH_SAME}
     settings |= {"variants": None, "training_contexts": len(contexts)}
     check_settings(output_dir / "settings.json", settings)

@@ -87,7 +87,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The data, and what is compared on it."""
+    """What is read, and in which pieces."""
 
     data: list[str] | None = field(
         default=None,
@@ -100,6 +100,12 @@ class DataArguments:
     context_length: int = field(default=8192, metadata={"help": "Tokens in a training example."})
     held_out: float = field(default=0.06, metadata={"help": "Share of the documents that is kept for evaluation."})
     max_held_out_contexts: int = field(default=24, metadata={"help": "Evaluate on at most so many contexts."})
+
+
+@dataclass
+class DemoArguments(DataArguments):
+    """What is compared on it."""
+
     baseline: bool = field(
         default=True, metadata={"help": "Also train the same model with nothing but its first branch, to compare."}
     )
@@ -215,6 +221,20 @@ def make_contexts(documents: Dataset, tokenizer: PreTrainedTokenizerFast, length
 
     tokens = documents.map(tokenize, batched=True, remove_columns="text", desc="Tokenize")
     return tokens.map(cut, batched=True, desc=f"Cut into contexts of {length} tokens")
+
+
+def split_contexts(
+    documents: DatasetDict, tokenizer: PreTrainedTokenizerFast, args: DataArguments
+) -> tuple[Dataset, Dataset]:
+    """Contexts to train on, and others to evaluate on."""
+    contexts, held_out = (make_contexts(documents[name], tokenizer, args.context_length) for name in ("train", "test"))
+    if not len(contexts) or not len(held_out):
+        raise ValueError(
+            f"The data fills {len(contexts)} contexts of {args.context_length} tokens for training and "
+            f"{len(held_out)} for evaluation, where one is the least. Give more `--data`, a smaller "
+            "`--context_length` or another `--held_out`."
+        )
+    return contexts, held_out.shuffle(seed=0).select(range(min(len(held_out), args.max_held_out_contexts)))
 
 
 # Training
@@ -353,7 +373,7 @@ def check_settings(path: Path, settings: dict) -> None:
 
 
 def main():
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    parser = HfArgumentParser((ModelArguments, DemoArguments, TrainingArguments))
     parser.set_defaults(**DEMO_DEFAULTS)
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
     output_dir = Path(training_args.output_dir)
@@ -361,16 +381,7 @@ def main():
     with training_args.main_process_first():
         documents = split_documents(load_documents(data_args), data_args.held_out)
         tokenizer = train_tokenizer(documents["train"], model_args.vocab_size)
-        contexts, held_out = (
-            make_contexts(documents[name], tokenizer, data_args.context_length) for name in ("train", "test")
-        )
-    if not len(contexts) or not len(held_out):
-        raise ValueError(
-            f"The data fills {len(contexts)} contexts of {data_args.context_length} tokens for training and "
-            f"{len(held_out)} for evaluation, where one is the least. Give more `--data`, a smaller "
-            "`--context_length` or another `--held_out`."
-        )
-    held_out = held_out.shuffle(seed=0).select(range(min(len(held_out), data_args.max_held_out_contexts)))
+        contexts, held_out = split_contexts(documents, tokenizer, data_args)
 
     settings = asdict(model_args) | asdict(data_args)
     settings |= {name: getattr(training_args, name) for name in RESUME_WITH_SAME}

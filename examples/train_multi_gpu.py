@@ -19,7 +19,7 @@ from train import (
     ModelArguments,
     last_checkpoint,
     load_documents,
-    make_contexts,
+    split_contexts,
     split_documents,
     train_tokenizer,
 )
@@ -67,15 +67,7 @@ def main():
     with training_args.main_process_first():
         documents = split_documents(load_documents(data_args), data_args.held_out)
         tokenizer = train_tokenizer(documents["train"], model_args.vocab_size)
-        contexts, held_out = (
-            make_contexts(documents[name], tokenizer, data_args.context_length) for name in ("train", "test")
-        )
-    if not len(contexts) or not len(held_out):
-        raise ValueError(
-            f"The data fills {len(contexts)} contexts of {data_args.context_length} tokens for training and "
-            f"{len(held_out)} for evaluation, where one is the least. Give more `--data`, a smaller "
-            "`--context_length` or another `--held_out`."
-        )
+        contexts, held_out = split_contexts(documents, tokenizer, data_args)
 
     set_seed(training_args.seed)
     config = LongNetConfig(
@@ -88,7 +80,7 @@ def main():
         model=LongNetForCausalLM(config),
         args=training_args,
         train_dataset=contexts,
-        eval_dataset=held_out.select(range(min(len(held_out), data_args.max_held_out_contexts))),
+        eval_dataset=held_out,
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
