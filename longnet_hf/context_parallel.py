@@ -520,14 +520,10 @@ class _SplitAttention(torch.autograd.Function):
             grads = torch.cat((dk, dv), dim=-1)[:, :, 0]
             # Branches, and both chunks, may have asked for the same key
             grad_received.index_put_((run.received,), grads, accumulate=True)
+        grad_received = grad_received.to(received.dtype)  # named, so that it lives until the exchange is over
         grad_rows = received.new_empty(sum(plan.send_splits), received.shape[1])
         work = dist.all_to_all_single(
-            grad_rows,
-            grad_received.to(received.dtype),
-            plan.send_splits,
-            plan.receive_splits,
-            group=split.group,
-            async_op=True,
+            grad_rows, grad_received, plan.send_splits, plan.receive_splits, group=split.group, async_op=True
         )
         parts = []
         for run, grad in zip(plan.runs, query_grads, strict=True):

@@ -289,7 +289,8 @@ def dilated_attention_forward(
                 "This model does not tell its attention function the `position_ids`, without which the documents of "
                 "a sequence that is split over processes are not known."
             )
-        batch = _once(position_ids, _split_batch, split, batch_size, queries)
+        shape = batch_size, queries
+        batch = _once(position_ids, (split, *shape), _split_batch, position_ids, split, *shape)
         output = split_attention(query, key, value, pattern, batch, scaling)
         return output[..., :size].transpose(1, 2), None
 
@@ -298,10 +299,12 @@ def dilated_attention_forward(
         options["cu_seq_lens"] = kwargs["cu_seq_lens_k"]
     elif position_ids is not None and position_ids.dim() == 2:
         # Transformers looks for packed documents only where there is neither a mask nor a cache, be it empty
+        of_batch = position_ids if attention_mask is None else attention_mask
+        which = id(position_ids), batch_size, keys
         if queries == keys > 1:
-            options["document_ids"] = _once(position_ids, _find_documents, documents, batch_size)
+            options["document_ids"] = _once(of_batch, which, _find_documents, position_ids, documents, batch_size)
         elif queries < keys and not torch.compiler.is_compiling():
-            _once(position_ids, _check_continuation, documents, keys)
+            _once(of_batch, which, _check_continuation, position_ids, documents, keys)
     return dilated_attention(query, key, value, pattern, **options)[..., :size].transpose(1, 2), None
 
 
@@ -337,15 +340,14 @@ def _same_size(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
 _known = WeakTensorKeyDictionary()
 
 
-def _once(position_ids: torch.Tensor, function: Callable, *args):
-    """`function(position_ids, *args)`, kept until the next call has other positions."""
-    if torch.compiler.is_compiling() or position_ids.is_inference():
-        return function(position_ids, *args)
-    mask = next((x for x in args if torch.is_tensor(x)), None)
-    key = position_ids._version, None if mask is None else mask.data_ptr(), *(x for x in args if x is not mask)
-    if position_ids not in _known or _known[position_ids][0] != key:
-        _known[position_ids] = key, function(position_ids, *args)
-    return _known[position_ids][1]
+def _once(of_batch: torch.Tensor, key: tuple, function: Callable, *args):
+    """`function(*args)`, kept for a `key` as long as `of_batch` lives: a tensor that all layers are given."""
+    if torch.compiler.is_compiling() or of_batch.is_inference():
+        return function(*args)
+    key = of_batch._version, *key
+    if of_batch not in _known or _known[of_batch][0] != key:
+        _known[of_batch] = key, function(*args)
+    return _known[of_batch][1]
 
 
 def _split_batch(position_ids: torch.Tensor, split: ActiveSplit, batch_size: int, length: int) -> SplitBatch:

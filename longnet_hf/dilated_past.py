@@ -17,6 +17,10 @@ from .dilated_operator import TileKernel, merge
 from .dilated_pattern import DilatedPattern
 
 
+# Rows that are cheaper to copy than to compute in several pieces
+_FEW_ROWS = 1 << 17
+
+
 class PastTile(NamedTuple):
     """Tiles of new queries over stored keys (see `Tile`), n at a time, of as many key/value heads or fewer."""
 
@@ -25,6 +29,7 @@ class PastTile(NamedTuple):
     heads: torch.Tensor  # [n, 1]
     columns: torch.Tensor  # [n, repeats * Kq], of the queries among the new tokens
     stored: tuple[torch.Tensor, torch.Tensor]  # indices of the keys, which broadcast to [n, repeats * Kk]
+    shares_keys: bool  # some key may come in several tiles
 
 
 def past_tiles(
@@ -58,15 +63,15 @@ def past_tiles(
     past = []
     for (branch, _, mask, num_queries, query_step, num_keys, key_step, repeats, period), begins in alike.items():
         repeat = np.arange(repeats)[:, None] * period
-        # Tiles are copies: a quarter as many rows at a time as there are new ones
-        size = max(1, num_heads * length // (4 * repeats * (num_queries + num_keys)))
+        # Tiles are copies: of a long sequence, a quarter as many rows at a time as there are new ones
+        size = max(1, max(_FEW_ROWS, num_heads * length // 4) // (repeats * (num_queries + num_keys)))
         for start in range(0, len(begins), size):
             heads, queries, keys = np.array(begins[start : start + size], dtype=np.int64).T[..., None]
             queries = queries + (repeat + np.arange(num_queries) * query_step).ravel()
             keys = keys + (repeat + np.arange(num_keys) * key_step).ravel()
-            indices = (heads, queries, *find(branch, heads, keys))
+            indices, shares_keys = (heads, queries, *find(branch, heads, keys)), len(np.unique(heads)) < len(heads)
             heads, queries, *stored = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in indices)
-            past.append(PastTile(mask, repeats, heads, queries, tuple(stored)))
+            past.append(PastTile(mask, repeats, heads, queries, tuple(stored), shares_keys))
     return past
 
 
@@ -128,9 +133,12 @@ def past_gradients(
             dq, dk, dv = kernel.backward(do, q, o.to(q.dtype), lse_of_rows, k, v, tile.mask)
         grad_query[rows] += _unfold(dq, tile, group)
         for grad, x in ((grads[1], dk), (grads[2], dv)):
-            # Queries of several rests may ask for one key
-            index = torch.arange(len(grad), device=grad.device)[:, None, None], *tile.stored
-            grad.index_put_(index, _unfold(x, tile, group).sum(3).to(grad.dtype), accumulate=True)
+            x = _unfold(x, tile, group).sum(3)
+            if tile.shares_keys:
+                index = torch.arange(len(grad), device=grad.device)[:, None, None], *tile.stored
+                grad.index_put_(index, x.to(grad.dtype), accumulate=True)
+            else:
+                grad[(slice(None), *tile.stored)] += x
     return tuple(grads)
 
 

@@ -160,6 +160,17 @@ def test_packed_documents_give_what_they_give_alone(model_type):
         close(model(packed, **alone).logits, expected)
 
 
+def test_positions_that_serve_several_batches_are_looked_at_beside_each_mask():
+    model, positions = set_dilated_attention(build("llama"), **PATTERN), torch.arange(40)[None]
+    for start in (3, 11, 7, 0):
+        ids, mask = ids_of(1, 40), (torch.arange(40) >= start).long()[None]
+        expected = model(ids[:, start:], position_ids=positions[:, start:]).logits
+        close(model(ids, attention_mask=mask, position_ids=positions).logits[:, start:], expected)
+    positions[0, 20:] -= 20  # in place
+    expected = torch.cat((model(ids[:, :20]).logits, model(ids[:, 20:]).logits), dim=1)
+    close(model(ids, position_ids=positions).logits, expected)
+
+
 @pytest.mark.parametrize("pattern", [PATTERN, WINDOWS])
 def test_gradients_equal_those_of_the_oracle(pattern, with_oracle):
     model, ids = set_dilated_attention(build("qwen3"), **pattern), ids_of(1, 45)
