@@ -31,6 +31,8 @@ from .dilated_pattern import Branch, DilatedPattern
 
 
 _UNBOUNDED = 1 << 60
+# Most new tokens that attend to all slots at once where there is no GPU, which would rather do more work in one go
+_BLOCK_ON_CPU = 1
 
 # Of a file with a cache
 _FORMAT = "longnet_hf.DilatedCache 1"
@@ -445,8 +447,9 @@ class DilatedCache(Cache):
             `[B, H, L, D]`, zeros at padding and at queries that no branch joins to any key.
         """
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        longest_block = self.reserve + 1 if query.is_cuda else min(self.reserve + 1, _BLOCK_ON_CPU)
         with torch.no_grad():
-            if query.shape[2] > self.reserve + 1:
+            if query.shape[2] > longest_block:
                 output = self._attend_to_parts(query, key, value, layer_idx, step.on(query.device), scale, dropout)
                 self.update(key, value, layer_idx, step)
             else:

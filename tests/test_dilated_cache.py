@@ -12,7 +12,14 @@ from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
-from longnet_hf import DilatedCache, LongNetConfig, LongNetForCausalLM, LongNetModel, dilated_attention_reference
+from longnet_hf import (
+    DilatedCache,
+    LongNetConfig,
+    LongNetForCausalLM,
+    LongNetModel,
+    dilated_attention_reference,
+    dilated_cache,
+)
 
 
 def random_case(seed, length=90):
@@ -55,7 +62,14 @@ def assert_attended(output, qkv, pattern, mask, columns):
     torch.testing.assert_close(output * real, expected * real, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.fixture
+def seed(request, monkeypatch):
+    """Blocks of tokens attend to all slots at once, as on a GPU, or branch by branch."""
+    monkeypatch.setattr(dilated_cache, "_BLOCK_ON_CPU", request.param % 2 << 10)
+    return request.param
+
+
+@pytest.mark.parametrize("seed", range(120), indirect=True)
 def test_any_chunks_attend_as_the_whole(seed):
     rng, pattern, qkv, mask = random_case(seed)
     reserve, done, slots = rng.choice([0, 1, 3, 10, 40]), 0, None
@@ -74,7 +88,7 @@ def test_any_chunks_attend_as_the_whole(seed):
         assert cache.layers[0].keys.shape[2] - 1 == pattern.max_live_keys()
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(60), indirect=True)
 def test_tokens_are_taken_back_and_replaced(seed):
     """As assisted decoding does; and then by a mask, in every row another number."""
     rng, pattern, qkv, mask = random_case(seed)

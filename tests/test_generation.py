@@ -7,7 +7,7 @@ from models import KINDS, build, random_ids
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
-from longnet_hf import DilatedCache, LongNetForCausalLM
+from longnet_hf import DilatedCache, LongNetForCausalLM, dilated_cache
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -33,8 +33,10 @@ def left_padded(rows):
 
 
 @pytest.mark.parametrize("reserve", [0, 6, 255])
+@pytest.mark.parametrize("block", [1, 1000])
 @pytest.mark.parametrize("chunks", [[1] * 70, [70], [7, 1, 1, 30, 2, 29], [39, 2, 29]])
-def test_cached_logits_equal_uncached_logits(model, chunks, reserve):
+def test_cached_logits_equal_uncached_logits(model, chunks, block, reserve, monkeypatch):
+    monkeypatch.setattr(dilated_cache, "_BLOCK_ON_CPU", block)
     ids = random_ids(2, 70)
     mask = torch.ones_like(ids)
     mask[0, :5] = mask[1, 20:30] = 0
