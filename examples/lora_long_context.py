@@ -329,6 +329,8 @@ def plot(results: dict[str, dict], args: Arguments, path: Path) -> None:
     by_depth.set(xlabel=f"depth in {args.context_length:,} tokens", ylabel="loss of a number (bits per digit)")
     by_length.set(xlabel="length of the text (tokens)", ylabel="loss of a number (bits per digit)")
     by_length.set_xscale("log", base=2)
+    for axes in (by_position, by_length):
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     for axes in (by_depth, by_length):
         axes.axhline(math.log2(10), color="gray", linewidth=0.8, linestyle=":")  # guessing
     for axes in (by_position, by_depth, by_length):
