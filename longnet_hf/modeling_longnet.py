@@ -542,9 +542,9 @@ class LongNetModel(LongNetPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
 
         batch_size, length, device = *inputs_embeds.shape[:2], inputs_embeds.device
-        split_batch = split = None
-        if is_distributed() and active_split() is not None:
-            split = active_split().sequence(length, device)
+        split_batch, active = None, active_split() if is_distributed() else None
+        split = None if active is None else active.sequence(length, device)
+        if split is not None:
             self.check_split(past_key_values, attention_mask, **kwargs)
             cu_seq_lens = [kwargs.pop(name, None) for name in ("cu_seq_lens_k", "cu_seq_lens_q")]
             split_batch = split.find_documents(
