@@ -11,17 +11,20 @@ import transformers
 import longnet_hf
 
 
+# Asked when the code is loaded: by the time that a record is written, another commit may be checked out
+_described = subprocess.run(
+    ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+)
+COMMIT = os.environ.get("COMMIT") or _described.stdout.strip() or "unknown"
+
+
 def environment(device: str) -> dict[str, str]:
     """Hardware, versions and commit."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    commit = os.environ.get("COMMIT") or described.stdout.strip() or "unknown"
     return {
         "hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "longnet_hf": f"{longnet_hf.__version__}, commit {commit}",
+        "longnet_hf": f"{longnet_hf.__version__}, commit {COMMIT}",
     }
 
 

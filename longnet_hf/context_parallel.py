@@ -281,11 +281,13 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-@torch.compiler.disable
 def active_split() -> ActiveSplit | None:
     """Whether models are given parts of sequences here; `None` if they are not."""
-    if not is_distributed():
-        return None
+    return _active_split() if is_distributed() else None
+
+
+@torch.compiler.disable  # a break that one process does not pay for
+def _active_split() -> ActiveSplit | None:
     if _explicit.get() is not None:
         return _explicit.get()
     # PyTorch's `context_parallel` replaces this function as long as it is active

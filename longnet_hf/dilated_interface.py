@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.utils import logging
 
-from .context_parallel import ActiveSplit, SplitBatch, active_split, is_distributed, split_attention
+from .context_parallel import ActiveSplit, SplitBatch, active_split, split_attention
 from .dilated_operator import dilated_attention, find_documents
 from .dilated_pattern import DilatedPattern, layer_patterns, pattern_warnings
 
@@ -98,7 +98,8 @@ def set_dilated_attention(
     try:
         if probe:
             _probe(model, config)
-        _set_implementation(model, config, DILATED)
+        else:
+            _set_implementation(model, config, DILATED)
     except Exception:
         _set_implementation(model, config, before)
         _set_pattern(config, old)
@@ -153,7 +154,7 @@ def _check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """See that our function is called and computes what the model's own does."""
+    """Switch the model to our function, and see that it is called and computes what the model's own does."""
     name = type(model).__name__
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
@@ -278,7 +279,7 @@ def dilated_attention_forward(
     scaling, size = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
     query, key, value = _same_size(query, key, value)
     pattern, position_ids = pattern_of(module), kwargs.get("position_ids")
-    split = active_split() if is_distributed() else None
+    split = active_split()
     if split is not None:
         if not is_causal or dropout > 0 or queries != keys:
             raise ValueError(
@@ -400,7 +401,7 @@ def dilated_attention_mask(
             'Dilated attention takes a cache that holds all keys and nothing else (`cache_implementation="dynamic"`): '
             "static and sliding-window caches are not supported, nor any in a model that is not causal."
         )
-    if is_distributed() and active_split() is not None:
+    if active_split() is not None:
         if attention_mask is not None:
             raise ValueError(
                 "`attention_mask` cannot be given for a sequence that is split over processes. Pad on the right, "

@@ -542,7 +542,7 @@ class LongNetModel(LongNetPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
 
         batch_size, length, device = *inputs_embeds.shape[:2], inputs_embeds.device
-        split_batch, active = None, active_split() if is_distributed() else None
+        split_batch, active = None, active_split()
         split = None if active is None else active.sequence(length, device)
         if split is not None:
             self.check_split(past_key_values, attention_mask, **kwargs)
@@ -765,7 +765,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         if num_items_in_batch is not None:
             loss_kwargs["num_items_in_batch"] = num_items_in_batch
         has_labels = labels is not None or shift_labels is not None
-        split = active_split() if has_labels and is_distributed() else None
+        split = active_split() if has_labels else None
         if split is not None and shift_labels is None:
             raise ValueError(
                 "`labels` of a sequence that is split over processes cannot be shifted on one of them: give "
@@ -935,7 +935,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
 
 def refuse_split(model: nn.Module, *args) -> None:
     """A hook for heads that look at a sequence as a whole."""
-    if is_distributed() and active_split() is not None:
+    if active_split() is not None:
         raise ValueError(f"{type(model).__name__} cannot take a sequence that is split over processes.")
 
 
