@@ -1,17 +1,21 @@
 """Tokens per second, bytes sent and memory of a training step whose one sequence is split over P processes.
 
     python benchmarks/context_parallel.py                                # P = 1, 2, 4, 8, as far as there are GPUs
+    python benchmarks/context_parallel.py --tokens 32768 131072 524288 --models longnet
+    python benchmarks/context_parallel.py --size 7b --lora --steps 0 --models longnet --tokens 131072 196608
     python benchmarks/context_parallel.py --size tiny --tokens 8192      # on a CPU (gloo): small, to see that it runs
     python benchmarks/context_parallel.py --plan                         # what travels, counted on one CPU
 
 The tokens per process stay the same, so the sequence grows with P: efficiency is tokens per second and process, over
-those of the first P. LongNet runs in `split_sequence`, beside a Llama of equal size in PyTorch's `context_parallel`,
-which is what Accelerate's `ParallelismConfig(cp_size=P)` calls (it has no CPU kernel). For both: bfloat16, weights
-sharded by FSDP2, AdamW, gradient checkpointing, the loss in chunks. "MiB sent" is what attention of all layers sends
-to other processes, forward and backward: the collectives of one step are counted, but for those of FSDP.
+those of the first P. LongNet runs in `split_sequence`, with w = 2048 * 4^k up to the longest sequence and r = 4^k,
+beside a Llama of equal size in PyTorch's `context_parallel`, which is what Accelerate's
+`ParallelismConfig(cp_size=P)` calls (it has no CPU kernel). For both: bfloat16, weights sharded by FSDP2, AdamW,
+gradient checkpointing, the loss in chunks. "MiB sent" is what attention of all layers sends to other processes,
+forward and backward: the collectives of one step are counted, but for those of FSDP.
 """
 
 import argparse
+import itertools
 import os
 import tempfile
 import time
@@ -20,9 +24,11 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from attention import environment
+from peft import LoraConfig, inject_adapter_in_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.experimental import context_parallel
+from torch.multiprocessing import ProcessRaisedException
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_step import SIZES, make_model
 
@@ -30,15 +36,19 @@ from longnet_hf import DilatedPattern, LongNetForCausalLM, SequenceSplit, split_
 from longnet_hf.context_parallel import LAYOUTS, whole_rows
 
 
+def pattern_for(length: int) -> dict[str, list[int]]:
+    """As sparse as they are long, up to the whole sequence: what travels does not grow with it."""
+    lengths = [w for w in (2048 << 2 * i for i in range(12)) if w < length] + [length]
+    return {"segment_lengths": lengths, "dilation_rates": [-(-w // 2048) for w in lengths]}
+
+
 def print_plan(tokens: int, processes: list[int]) -> None:
     """What a process gets from others in a layer, of the base model in bfloat16, as the sequence grows with P."""
-    segments = [2048 << 2 * i for i in range(12)]
     print("| processes | tokens | layout | MiB a process gets per layer and direction | full attention, ring |")
     print("|---|---|---|---|---|")
     for world_size in processes:
         length = tokens * world_size
-        lengths = [w for w in segments if w < length] + [length]
-        pattern = DilatedPattern(lengths, [w // 2048 for w in lengths])
+        pattern = DilatedPattern(*pattern_for(length).values())
         for layout in LAYOUTS:
             received = []
             for rank in range(world_size):
@@ -82,7 +92,7 @@ class WithLoss(torch.nn.Module):
         return LongNetForCausalLM.chunked_loss(self.model, hidden_states, input_ids)
 
 
-def measure(rank: int, world_size: int, name: str, options, store: str, result: str) -> None:
+def measure(rank: int, world_size: int, name: str, tokens: int, options, store: str, result: str) -> None:
     """A row of the table, which process 0 writes to the file `result`."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
@@ -94,18 +104,21 @@ def measure(rank: int, world_size: int, name: str, options, store: str, result: 
         "nccl" if on_gpu else "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
     )
     mesh = init_device_mesh(device.type, (world_size,))
-    model = make_model(name, options.size, options.chunk_size, device.type).train()
+    pattern = pattern_for(tokens * max(options.processes)) if name == "longnet" else {}
+    model = make_model(name, options.size, options.chunk_size, device.type, **pattern).train()
+    if options.lora:
+        inject_adapter_in_model(LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     module = fully_shard(WithLoss(model), mesh=mesh)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
-    length = options.tokens * world_size
+    optimizer = torch.optim.AdamW([x for x in module.parameters() if x.requires_grad], lr=1e-4)
+    length = tokens * world_size
     ids = torch.randint(model.config.vocab_size, (1, length), device=device)
 
     def step():
         if name == "longnet":
-            inputs, split = (ids[:, : options.tokens], None), split_sequence()
+            inputs, split = (ids[:, :tokens], None), split_sequence()
         else:
             inputs = ids.clone(), torch.arange(length, device=device)[None]
             split = nullcontext()
@@ -117,19 +130,19 @@ def measure(rank: int, world_size: int, name: str, options, store: str, result: 
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    with BytesSent(rank) as sent:
-        step()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(options.steps):
+    def seconds() -> float:
         dist.barrier()
         began = time.perf_counter()
         step()
         if on_gpu:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        return time.perf_counter() - began
+
+    with BytesSent(rank) as sent:
+        times = [seconds()]
+    if options.steps:
+        seconds()
+        times = [seconds() for _ in range(options.steps)]
     peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0, device=device)
     most = torch.tensor([float(sent.total), sorted(times)[len(times) // 2]], device=device)
     for x in (peak, most):
@@ -146,36 +159,43 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--models", nargs="+", default=["longnet", "llama"])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--tokens", type=int, default=2**17, help="per process")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2**17], help="per process")
     parser.add_argument("--chunk_size", type=int, default=2**15, help="of LongNet's MLPs, in tokens")
-    parser.add_argument("--steps", type=int, default=3, help="to take the median of")
+    parser.add_argument("--steps", type=int, default=3, help="to take the median of, after two; 0 times the first one")
+    parser.add_argument("--lora", action="store_true", help="train adapters of rank 16 on attention alone")
     parser.add_argument("--plan", action="store_true", help="only count what travels")
     options = parser.parse_args()
     if options.plan:
-        print_plan(options.tokens, options.processes)
+        for tokens in options.tokens:
+            print_plan(tokens, options.processes)
         return
 
     on_gpu, available = torch.cuda.is_available(), torch.cuda.device_count() or 8
-    print(f"{environment('cuda' if on_gpu else 'cpu')}; {options.size}, {options.tokens} tokens per process\n")
+    print(f"{environment('cuda' if on_gpu else 'cpu')}; {options.size}{', LoRA' * options.lora}\n")
     if not on_gpu:
         print(f"No GPU: the processes share {os.cpu_count()} CPU cores, so that times say little. Without Llama.\n")
     print("| processes | tokens | model | seconds per step | tokens per second | efficiency | MiB sent | peak GiB |")
     print("|---|---|---|---|---|---|---|---|")
-    for name in options.models if on_gpu else ["longnet"]:
+    for name, tokens in itertools.product(options.models if on_gpu else ["longnet"], options.tokens):
         first = None
         for world_size in (x for x in options.processes if x <= available):
+            print(f"| {world_size} | {tokens * world_size} | {name} | ", end="", flush=True)
             with tempfile.TemporaryDirectory() as folder:
                 files = os.path.join(folder, "store"), os.path.join(folder, "result")
-                torch.multiprocessing.spawn(measure, args=(world_size, name, options, *files), nprocs=world_size)
+                arguments = world_size, name, tokens, options, *files
+                try:
+                    torch.multiprocessing.spawn(measure, args=arguments, nprocs=world_size)
+                except ProcessRaisedException as error:
+                    if "OutOfMemoryError" not in str(error):
+                        raise
+                    print("out of memory |", flush=True)
+                    continue
                 with open(files[1]) as file:
                     sent, seconds, peak = map(float, file.read().split())
-            speed = options.tokens * world_size / seconds
+            speed = tokens * world_size / seconds
             first = first or speed / world_size
-            columns = (
-                *(world_size, options.tokens * world_size, name, f"{seconds:.3f}", f"{speed:.0f}"),
-                *(f"{speed / world_size / first:.2f}", f"{sent / 2**20:.2f}", f"{peak:.1f}" if on_gpu else "–"),
-            )
-            print(f"| {' | '.join(map(str, columns))} |", flush=True)
+            columns = f"{seconds:.3f}", f"{speed:.0f}", f"{speed / world_size / first:.2f}", f"{sent / 2**20:.2f}"
+            print(" | ".join((*columns, f"{peak:.1f}" if on_gpu else "–")), "|", flush=True)
 
 
 if __name__ == "__main__":

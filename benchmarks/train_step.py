@@ -22,16 +22,17 @@ VOCABULARY = 100288
 SIZES = {
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
     "1b": dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=16),
+    "7b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32),
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000),  # for a CPU
 }
 
 
-def make_model(name: str, size: str, chunk_size: int, device: str = "cuda") -> torch.nn.Module:
-    """A model with random weights in bfloat16."""
+def make_model(name: str, size: str, chunk_size: int, device: str = "cuda", **pattern) -> torch.nn.Module:
+    """A model with random weights in bfloat16. LongNet has the paper's pattern unless another is given."""
     shape = dict(vocab_size=VOCABULARY, tie_word_embeddings=True, use_cache=False) | SIZES[size]
     width = shape["hidden_size"]
     if name == "longnet":
-        config = LongNetConfig(**shape, intermediate_size=4 * width, chunk_size_feed_forward=chunk_size)
+        config = LongNetConfig(**shape, **pattern, intermediate_size=4 * width, chunk_size_feed_forward=chunk_size)
         model_class = LongNetForCausalLM
     else:  # three projections in place of two, hence 2/3 as wide
         config = LlamaConfig(**shape, intermediate_size=8 * width // 3, max_position_embeddings=2**20)

@@ -61,10 +61,10 @@ from longnet_hf.modeling_longnet import AUTO_MAP
 ROOT = Path(__file__).parent.parent
 
 
-def spawn(function, world_size, folder, *arguments):
+def spawn(function, world_size, folder, *arguments, backend="gloo"):
     """Run `function(rank, world_size, *arguments)` in processes that form a group."""
     store = str(folder / f"store{len(list(folder.glob('store*')))}")  # a used one would not do
-    arguments = function, world_size, store, arguments
+    arguments = function, world_size, store, backend, arguments
     processes = torch.multiprocessing.spawn(in_group, args=arguments, nprocs=world_size, join=False)
     deadline = time.monotonic() + 200
     while not processes.join(timeout=5):
@@ -74,9 +74,11 @@ def spawn(function, world_size, folder, *arguments):
             raise TimeoutError("the processes wait for one another")
 
 
-def in_group(rank, function, world_size, store, arguments):
+def in_group(rank, function, world_size, store, backend, arguments):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
     function(rank, world_size, *arguments)
     dist.barrier()  # a process that leaves early aborts the others' connections
     dist.destroy_process_group()
@@ -360,9 +362,9 @@ def word_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def train(folder, mesh=None, resume=None, use_lora=False, kind="longnet", **options):
-    """Four steps and an evaluation of a plain Trainer (or TRL's, or one for other models), which saves its model:
-    losses and norms of gradients."""
+def train(folder, mesh=None, resume=None, use_lora=False, kind="longnet", steps=4, length=64, shape=None, **options):
+    """Steps and an evaluation of a plain Trainer (or TRL's, or one for other models), which saves its model: losses
+    and norms of gradients."""
     if mesh is not None:
         layer = "Qwen3DecoderLayer" if kind == "other" else "LongNetDecoderLayer"
         fsdp = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": layer}
@@ -376,22 +378,23 @@ def train(folder, mesh=None, resume=None, use_lora=False, kind="longnet", **opti
         trainer_class, arguments_class, collate = trl.SFTTrainer, trl.SFTConfig, {"processing_class": word_tokenizer()}
         options |= dict(max_length=None, shuffle_dataset=False, bf16=False, gradient_checkpointing=use_lora)
     arguments = arguments_class(
-        str(folder), max_steps=4, per_device_train_batch_size=2 // (mesh or {}).get("dp_shard_size", 1),
-        gradient_accumulation_steps=2, learning_rate=1e-3, lr_scheduler_type="constant", use_cpu=True,
-        report_to="none", save_steps=2, logging_steps=1, disable_tqdm=True, **options,
+        str(folder), max_steps=steps, per_device_train_batch_size=2 // (mesh or {}).get("dp_shard_size", 1),
+        gradient_accumulation_steps=2, learning_rate=1e-3, lr_scheduler_type="constant",
+        report_to="none", save_steps=2, logging_steps=1, disable_tqdm=True, **{"use_cpu": True} | options,
     )  # fmt: skip
-    if mesh is not None:  # Accelerate allows this on GPUs only
+    if mesh is not None and arguments.use_cpu:  # Accelerate allows this on GPUs only
         arguments._setup_devices  # noqa: B018
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     torch.manual_seed(1)
-    data = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in random_ids(16, 64)]
+    data = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in random_ids(4 * steps, length)]
     for number, row in enumerate(data):
         if kind != "trl":  # some documents are packed
-            row["position_ids"] = [*range(64 - 9 * number), *range(9 * number)] if number < 7 else [*range(64)]
+            second = 9 * number if number < 7 else 0
+            row["position_ids"] = [*range(length - second), *range(second)]
         if kind == "other":  # and padded on the right
-            row["attention_mask"] = [1] * (64 - number) + [0] * number
-            row["labels"] = row["labels"][: 64 - number] + [-100] * number
-    model = build_other_model() if kind == "other" else build(LongNetForCausalLM, "llama").train()
+            row["attention_mask"] = [1] * (length - number) + [0] * number
+            row["labels"] = row["labels"][: length - number] + [-100] * number
+    model = build_other_model() if kind == "other" else build(LongNetForCausalLM, "llama", **shape or {}).train()
     if use_lora:
         model = get_peft_model(model, LoraConfig(init_lora_weights=False))
     data = datasets.Dataset.from_list(data)
@@ -406,7 +409,8 @@ def train(folder, mesh=None, resume=None, use_lora=False, kind="longnet", **opti
 def set_environment(rank, world_size, **variables):
     """As a launcher does; the group that is there already is used."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), **variables)
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500", ACCELERATE_USE_CPU="true")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")
+    os.environ["ACCELERATE_USE_CPU"] = str(dist.get_backend() == "gloo")
 
 
 def train_in_group(rank, world_size, runs):
@@ -461,6 +465,27 @@ def test_a_plain_trainer_with_fsdp2_equals_one_process(tmp_path):
     # Of evaluation data that two data-parallel processes cannot share evenly, Trainer repeats some
     assert_same_numbers(both, numbers[:-1])
     assert_same_weights(both, one)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_ten_steps_on_several_gpus_equal_one(tmp_path):
+    """Over NCCL, with the kernels."""
+    world_size = torch.cuda.device_count()
+    shape = dict(hidden_size=128, segment_lengths=[256, 1024, 4096], dilation_rates=[1, 2, 6])
+    options = dict(use_cpu=False, steps=10, length=4096, shape=shape)
+    split, bf16, one = folders = [tmp_path / name for name in ("split", "bf16", "one")]
+    for folder in folders:
+        folder.mkdir()
+    # A process of its own, which sees one GPU where Trainer would take them all
+    spawn(train_in_group, 1, tmp_path, [(one, options)], backend="nccl")
+    options["mesh"] = {"cp_size": world_size}
+    spawn(train_in_group, world_size, tmp_path, [(split, options), (bf16, options | {"bf16": True})], backend="nccl")
+    numbers = json.loads((one / "numbers.json").read_text())
+    assert len(numbers) == 11
+    assert_same_numbers(split, numbers, rel=1e-4)
+    assert_same_weights(split, one, atol=1e-4)
+    assert_same_numbers(bf16, numbers, rel=0.05)
 
 
 def run_example(rank, world_size, environment, arguments):
