@@ -42,6 +42,7 @@ from transformers import (
     AutoTokenizer,
     HfArgumentParser,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -143,23 +144,32 @@ def attention_of(variant: str, length: int, num_layers: int) -> dict | None:
     return fields
 
 
+def stretched_positions(config: PreTrainedConfig, length: int) -> dict:
+    """The fields that let rotary positions reach over `length` tokens: with YaRN, where the model was not made for
+    them."""
+    native = config.max_position_embeddings
+    if length <= native:
+        return {}
+    if config.rope_parameters["rope_type"] != "default":
+        raise ValueError(
+            f"`--model` {config.name_or_path} scales its rotary positions already "
+            f"({config.rope_parameters['rope_type']}): it can take at most {native} tokens, not {length}."
+        )
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "factor": length / native,
+        "original_max_position_embeddings": native,
+    }
+    return {"max_position_embeddings": length, "rope_parameters": yarn}
+
+
 def load_model(variant: str, args: Arguments) -> PreTrainedModel:
     """The pretrained weights under the attention of a variant, with positions that reach over the context."""
     config = AutoConfig.from_pretrained(args.model)
-    native = config.max_position_embeddings
-    positions = dict(max_position_embeddings=max(native, args.context_length))
-    if variant != "native" and args.context_length > native:
-        if config.rope_parameters["rope_type"] != "default":
-            raise ValueError(
-                f"`--model` {args.model} scales its rotary positions already ({config.rope_parameters['rope_type']}): "
-                f"give a `--context_length` of at most {native}."
-            )
-        positions["rope_parameters"] = {
-            "rope_type": "yarn",
-            "rope_theta": config.rope_parameters["rope_theta"],
-            "factor": args.context_length / native,
-            "original_max_position_embeddings": native,
-        }
+    positions = stretched_positions(config, args.context_length)
+    if variant == "native":
+        positions.pop("rope_parameters", None)
     fields = attention_of(variant, args.context_length, config.num_hidden_layers)
     if fields is None:
         config.update(positions)

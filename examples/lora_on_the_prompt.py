@@ -1,23 +1,28 @@
 """Learn one long document into a LoRA adapter, and ask questions with and without the document in the context.
 
     python examples/lora_on_the_prompt.py                              # a list that it makes up: minutes on a CPU
+    python examples/lora_on_the_prompt.py --document book.txt --bf16   # the same numbers, spread over a book
     python examples/lora_on_the_prompt.py --document book.txt --prompts "Call me" "The whale's name was" --bf16
 
 A document can be told to a model in two ways: as a prompt, which is read again for every conversation (or kept as a
 cache, as here), or by a few passes of training, after which nothing needs to be read. The model is asked to continue
-each prompt in all four ways: with or without the document before it, with or without the adapter.
+each prompt in all four ways: with or without the document before it, with or without the adapter. Documents longer
+than the model's context stretch its rotary positions with YaRN. Stopped, the same command goes on where it was.
 """
 
 import json
 import random
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from lora_long_context import stretched_positions
 from peft import LoraConfig, get_peft_model
 from record import environment, peak_gibibytes
 from tqdm.auto import tqdm
+from train import RESUME_WITH_SAME, check_settings, checkpoint_step, last_checkpoint
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -44,12 +49,15 @@ class Arguments:
         default="HuggingFaceTB/SmolLM2-135M", metadata={"help": "A Llama-family model: a folder or a name on the Hub."}
     )
     document: str | None = field(
-        default=None, metadata={"help": "Text file in UTF-8. Default: a list of numbers, which nobody knows."}
+        default=None, metadata={"help": "Text file in UTF-8. Default: nothing but numbers that are made up."}
     )
     prompts: list[str] | None = field(
-        default=None, metadata={"help": "Beginnings of sentences to continue, for a document of yours."}
+        default=None,
+        metadata={
+            "help": "Beginnings of sentences to continue. Default: those of the numbers, put into the document."
+        },
     )
-    entries: int = field(default=24, metadata={"help": "Length of the list that is made up, at most 48."})
+    entries: int = field(default=24, metadata={"help": "How many numbers to make up, at most 48."})
     passes: float = field(default=40, metadata={"help": "How often every token of the document is met in training."})
     shortest: int = field(default=32, metadata={"help": "Tokens in the shortest stretches to train on."})
     longest: int = field(default=8192, metadata={"help": "Tokens in the longest."})
@@ -70,18 +78,27 @@ DEFAULTS = dict(
     lr_scheduler_type="cosine",
     warmup_steps=10,
     logging_steps=20,
-    save_strategy="no",
+    save_steps=100,
+    save_total_limit=1,
     dataloader_pin_memory=torch.cuda.is_available(),
 )
 
 
-def make_list(entries: int) -> tuple[str, list[tuple[str, str]]]:
-    """A document that no model has seen, and prompts with the continuation that it gives."""
+def make_entries(entries: int) -> list[tuple[str, str]]:
+    """Prompts with continuations that no model knows."""
     if not 1 <= entries <= len(NAMES):
         raise ValueError(f"`--entries` must lie between 1 and {len(NAMES)}, got {entries}.")
     rng = random.Random(0)
-    prompts = [(f"The number of {name} is", str(rng.randint(10_000, 99_999))) for name in NAMES[:entries]]
-    return "".join(f"{prompt} {answer}.\n" for prompt, answer in prompts), prompts
+    return [(f"The number of {name} is", str(rng.randint(10_000, 99_999))) for name in NAMES[:entries]]
+
+
+def spread(entries: list[tuple[str, str]], text: str) -> str:
+    """The entries as lines of their own, at equal distances between the lines of a text."""
+    lines, rows = text.splitlines(keepends=True), []
+    for i, (prompt, answer) in enumerate(entries):
+        rows += lines[i * len(lines) // len(entries) : (i + 1) * len(lines) // len(entries)]
+        rows.append(f"{prompt} {answer}.\n")
+    return "".join(rows)
 
 
 def cut_stretches(ids: list[int], args: Arguments) -> list[dict]:
@@ -100,24 +117,22 @@ def cut_stretches(ids: list[int], args: Arguments) -> list[dict]:
 
 
 @torch.no_grad()
-def ask(model, tokenizer, document_ids: list[int] | None, prompts: list[tuple], args: Arguments, what: str) -> list:
+def ask(model, tokenizer, document: list[int], prompts: list[list[int]], args: Arguments, way: str) -> list[str]:
     """The model's greedy continuation of every prompt. A document is read once, and the cache taken back to it."""
-    cache, before = None, [] if document_ids is None else document_ids
-    continuations = []
-    for prompt, _ in tqdm(prompts, desc=f"Ask {what}"):
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        if before and cache is None:
-            cache = DilatedCache(model.config, reserve=1023)
-            text = torch.tensor([before])
-            for _ in model.get_base_model().forward_chunks(text, past_key_values=cache, progress=False):
-                pass
-        inputs = torch.tensor([before + ids], device=model.device)
+    cache, continuations = None, []
+    if document:
+        cache = DilatedCache(model.config, reserve=1023)
+        ids = torch.tensor([document])
+        for _ in model.get_base_model().forward_chunks(ids, past_key_values=cache, progress=False):
+            pass
+    for prompt in tqdm(prompts, desc=f"Ask, {way}"):
+        inputs = torch.tensor([document + prompt], device=model.device)
         options = dict(max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         output = model.generate(
             input_ids=inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, **options
         )
         if cache is not None:
-            cache.crop(len(before) - cache.get_seq_length())
+            cache.crop(len(document) - cache.get_seq_length())
         continuations.append(tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
     return continuations
 
@@ -126,26 +141,33 @@ def main():
     parser = HfArgumentParser((Arguments, TrainingArguments))
     parser.set_defaults(**DEFAULTS)
     args, training_args = parser.parse_args_into_dataclasses()
-    if (args.document is None) != (args.prompts is None):
-        raise ValueError("`--document` and `--prompts` belong together: give both, or none for the list.")
-    if args.document is None:
-        text, prompts = make_list(args.entries)
+    if args.document is None and args.prompts is not None:
+        raise ValueError("`--prompts` continue a document of yours: give it as `--document`.")
+    text = Path(args.document).read_text(encoding="utf-8") if args.document else ""
+    if args.prompts is None:
+        prompts = make_entries(args.entries)
+        text = spread(prompts, text)
     else:
-        text = Path(args.document).read_text(encoding="utf-8")
         prompts = [(prompt, None) for prompt in args.prompts]
     folder, device = Path(training_args.output_dir), training_args.device.type
+    settings = asdict(args) | {name: getattr(training_args, name) for name in RESUME_WITH_SAME}
+    check_settings(folder / "settings.json", settings)
 
     set_seed(training_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     document_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     print(f"The document has {len(document_ids)} tokens.")
+    prompt_ids = tokenizer([prompt for prompt, _ in prompts], add_special_tokens=False)["input_ids"]
+    source = AutoConfig.from_pretrained(args.model)
+    length = len(document_ids) + max(map(len, prompt_ids)) + args.max_new_tokens
     model = LongNetForCausalLM.from_llama(
         args.model,
         segment_lengths=args.segment_lengths,
         dilation_rates=args.dilation_rates,
         branch_types=["window"] * len(args.segment_lengths),
         head_offset="rotating",
-        full_attention_layers=list(range(4, AutoConfig.from_pretrained(args.model).num_hidden_layers, 5)),
+        full_attention_layers=list(range(4, source.num_hidden_layers, 5)),
+        **stretched_positions(source, length),
         dtype=torch.float32,
     )
     adapters = LoraConfig(
@@ -157,32 +179,47 @@ def main():
         train_dataset=cut_stretches(document_ids, args),
         data_collator=default_data_collator,
     )
-    seconds = trainer.train().metrics["train_runtime"]
+    result_file = folder / "result.json"
+    result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
+
+    def save(**new) -> None:
+        result.update(new)
+        result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    checkpoint = last_checkpoint(folder)
+    seconds = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
+    steps = trainer.state.global_step - checkpoint_step(checkpoint)
+    if steps > 0:
+        save(seconds_per_step=round(seconds / steps, 4))
     trainer.save_model(str(folder / "adapter"))
 
-    model, results = trainer.model.eval(), {}
-    with torch.autocast(device, torch.bfloat16, enabled=training_args.bf16):
-        for where, ids in (("document in the context", document_ids), ("no document", None)):
-            with model.disable_adapter():
-                results[f"{where}, no adapter"] = ask(model, tokenizer, ids, prompts, args, f"with {where}")
-            results[f"{where}, adapter"] = ask(model, tokenizer, ids, prompts, args, f"with {where} and adapter")
+    model = trainer.model.eval()
+    for where, document in (("document in the context", document_ids), ("no document", [])):
+        for way in (f"{where}, no adapter", f"{where}, adapter"):
+            if way in result:
+                continue
+            adapter = model.disable_adapter() if way.endswith("no adapter") else nullcontext()
+            with adapter, torch.autocast(device, torch.bfloat16, enabled=training_args.bf16):
+                save(**{way: ask(model, tokenizer, document, prompt_ids, args, way)})
 
     recall = {}
-    for way, continuations in results.items():
+    ways = {way: continuations for way, continuations in result.items() if way.endswith("adapter")}
+    for way, continuations in ways.items():
         print(f"\n{way}:")
         answered = list(zip(prompts, continuations, strict=True))
         for (prompt, _), continuation in answered[:5]:
             print(f"  {prompt} |{continuation.splitlines()[0] if continuation.strip() else continuation!r}")
-        if args.document is None:
+        if args.prompts is None:
             recall[way] = sum(text.strip().startswith(answer) for (_, answer), text in answered) / len(answered)
     record = {
         "arguments": asdict(args),
         "tokens": len(document_ids),
-        "training_seconds": round(seconds, 1),
+        "steps": trainer.state.global_step,
+        "seconds_per_step": result.get("seconds_per_step"),
         "peak_gibibytes": round(peak_gibibytes(device), 2),
         "recall": recall,
         "continuations": [
-            {"prompt": prompt, "answer": answer} | {way: results[way][i] for way in results}
+            {"prompt": prompt, "answer": answer} | {way: ways[way][i] for way in ways}
             for i, (prompt, answer) in enumerate(prompts)
         ],
     } | environment(device)
@@ -197,4 +234,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nStopped.")
+        sys.exit("\nStopped. The same command goes on from the last checkpoint.")

@@ -144,15 +144,38 @@ def test_patterns_are_compared_and_the_comparison_goes_on_where_it_was_stopped(t
 
 def test_a_document_is_learned_and_asked_for(tiny_llama, tmp_path):
     common = ("--model", tiny_llama, "--passes", 2, "--use_cpu", "--report_to", "none", "--disable_tqdm", "true")
-    done = run("lora_on_the_prompt.py", *common, "--entries", 4, "--output_dir", "run", folder=tmp_path)
+    numbers = (*common, "--entries", 4, "--save_steps", 2, "--save_total_limit", 99, "--output_dir", "run")
+    done = run("lora_on_the_prompt.py", *numbers, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert len(record["recall"]) == 4 and all(0 <= share <= 1 for share in record["recall"].values())
-    assert len(record["continuations"]) == 4 and (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    (tmp_path / "mine.txt").write_text("The keeper of the light is Ada. " * 9)
-    mine = ("--document", "mine.txt", "--prompts", "The keeper", "--output_dir", "mine")
-    done = run("lora_on_the_prompt.py", *common, *mine, folder=tmp_path)
+    assert len(record["continuations"]) == 4
+
+    # as if it had been stopped after its second step
+    file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    adapter = load_file(file)
+    (tmp_path / "run" / "result.json").unlink(), file.unlink()
+    checkpoints = {path.name: path for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert len(checkpoints) > 1
+    for name, path in checkpoints.items():
+        if name != "checkpoint-2":
+            (path / "trainer_state.json").unlink()
+    done = run("lora_on_the_prompt.py", *numbers, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, weight in load_file(file).items():
+        torch.testing.assert_close(weight, adapter[name])
+    again = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert again["continuations"] == record["continuations"] and again["steps"] == record["steps"]
+
+    text = "The keeper of the light is Ada.\n" * 9
+    (tmp_path / "mine.txt").write_text(text)
+    mine = (*common, "--document", "mine.txt")
+    done = run("lora_on_the_prompt.py", *mine, "--prompts", "The keeper", "--output_dir", "mine", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "recalled" not in done.stdout and "The keeper |" in done.stdout
-    refused = run("lora_on_the_prompt.py", *common, "--document", "mine.txt", folder=tmp_path)
-    assert refused.returncode != 0 and "belong together" in refused.stderr
+    spread = (*mine, "--entries", 2, "--output_dir", "spread")
+    done = run("lora_on_the_prompt.py", *spread, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "recalled" in done.stdout
+    refused = run("lora_on_the_prompt.py", *common, "--prompts", "The keeper", folder=tmp_path)
+    assert refused.returncode != 0 and "`--document`" in refused.stderr
