@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .dilated_operator import TileKernel, autocast_inputs, backward_op, dilated_attention
-from .dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
+from .dilated_past import PastTile, add_gradients, attend_to_past, past_gradients, past_tiles
 from .dilated_pattern import DilatedPattern, clip
 
 
@@ -313,6 +313,7 @@ class _Run(NamedTuple):
     """Tokens that attend to one another: of one document that began before their chunk, or of all that begin in it."""
 
     index: tuple  # into [B, H, N / P, ...]
+    overlaps: bool  # with a run before it, to which its tokens do not belong
     position: int  # of the first, in its document
     document_ids: torch.Tensor | None = None  # of tokens whose documents begin here; None: one per row
     received: torch.Tensor | None = None  # [rows of the batch, keys], among what was received; None: nothing is asked
@@ -408,8 +409,9 @@ class SplitBatch:
             alike: dict[tuple[int, int], list[int]] = {}
             for row, parts in enumerate(zip(self.before[chunk.start // len(chunk)], self.leads[number], strict=True)):
                 alike.setdefault(parts, []).append(row)
-            if min(self.leads[number]) < len(chunk):
-                runs.append(_Run((slice(None), slice(None), columns), 0, self.document_ids[number]))
+            something_begins = min(self.leads[number]) < len(chunk)
+            if something_begins:
+                runs.append(_Run((slice(None), slice(None), columns), False, 0, self.document_ids[number]))
             for (before, lead), rows in alike.items():
                 if lead == 0:
                     continue
@@ -428,7 +430,7 @@ class SplitBatch:
                 in_batch = slice(None) if len(rows) == len(self.leads[number]) else torch.tensor(rows, device=device)
                 index = in_batch, slice(None), slice(columns.start, columns.start + lead)
                 past = past_tiles(pattern, num_heads, before, lead, find, device)
-                runs.append(_Run(index, before, None, received, tuple(past)))
+                runs.append(_Run(index, something_begins, before, None, received, tuple(past)))
         receive_splits = np.bincount(owner, minlength=split.world_size).tolist()
         return _Exchange(
             list(map(len, send)), receive_splits, places, torch.from_numpy(place_of_sent).to(device), runs
@@ -494,11 +496,10 @@ class _SplitAttention(torch.autograd.Function):
         lse = torch.empty(query.shape[:3], dtype=parts[0][1].dtype, device=query.device)
         for run, (new_output, new_lse) in zip(plan.runs, parts, strict=True):
             if run.received is not None:
-                new_output, q = new_output.to(lse.dtype), query[run.index]
                 stored = received[run.received][:, :, None].chunk(2, dim=-1)
-                kernel = TileKernel(q, scale, 0.0, None)
-                attend_to_past(new_output, new_lse, q, *stored, run.past, heads, kernel)
-            output[run.index], lse[run.index] = new_output.to(output.dtype), new_lse
+                kernel = TileKernel(query, scale, 0.0, None)
+                attend_to_past(new_output, new_lse, query[run.index], *stored, run.past, heads, kernel)
+            output[run.index], lse[run.index] = new_output, new_lse
         ctx.save_for_backward(query, key, value, output, lse, received)
         ctx.options = plan, pattern, split, scale
         return output
@@ -508,17 +509,17 @@ class _SplitAttention(torch.autograd.Function):
         query, key, value, output, lse, received = ctx.saved_tensors
         plan, pattern, split, scale = ctx.options
         heads = key.shape[1]
-        query_grads = []  # of the runs, by way of what was received
+        query_grads = []  # of the runs' tiles
         grad_received = torch.zeros(received.shape, dtype=lse.dtype, device=received.device)
         for run in plan.runs:
             if run.received is None:
-                query_grads.append(None)
+                query_grads.append([])
                 continue
             saved = (x[run.index] for x in (grad_output, query, output, lse))
             stored = received[run.received][:, :, None].chunk(2, dim=-1)
             kernel = TileKernel(query, scale, 0.0, None)
-            dq, dk, dv = past_gradients(*saved, *stored, run.past, heads, kernel)
-            query_grads.append(dq)
+            of_tiles, dk, dv = past_gradients(*saved, *stored, run.past, heads, kernel)
+            query_grads.append(of_tiles)
             grads = torch.cat((dk, dv), dim=-1)[:, :, 0]
             # Branches, and both chunks, may have asked for the same key
             grad_received.index_put_((run.received,), grads, accumulate=True)
@@ -527,20 +528,17 @@ class _SplitAttention(torch.autograd.Function):
         work = dist.all_to_all_single(
             grad_rows, grad_received, plan.send_splits, plan.receive_splits, group=split.group, async_op=True
         )
-        parts = []
-        for run, grad in zip(plan.runs, query_grads, strict=True):
+        grads = [torch.empty_like(x) for x in (query, key, value)]
+        for run, of_tiles in zip(plan.runs, query_grads, strict=True):
             # Output and log-sum-exp of the whole softmax give each part its share
             saved = (x[run.index] for x in (grad_output, query, key, value, output, lse))
-            part = pattern.at(run.position).to_json()
-            dq, *others = backward_op(*saved, run.document_ids, part, True, scale, 0.0, None)
-            parts.append((dq if grad is None else grad.add_(dq).to(dq.dtype), *others))
-        if len(parts) == 1:
-            grads = parts[0]
-        else:
-            grads = [torch.zeros_like(x) for x in (query, key, value)]
-            for run, part in zip(plan.runs, parts, strict=True):
-                for grad, x in zip(grads, part, strict=True):
-                    grad[run.index] += x  # runs of packed documents have tokens in common, which belong to one of them
+            part = backward_op(*saved, run.document_ids, pattern.at(run.position).to_json(), True, scale, 0.0, None)
+            add_gradients(part[0], of_tiles, run.past, heads)
+            for grad, x in zip(grads, part, strict=True):
+                if run.overlaps:
+                    grad[run.index] += x
+                else:
+                    grad[run.index] = x
         work.wait()
         # A key may have gone to several processes
         sums = grad_rows.new_zeros(len(plan.places[0]), grad_rows.shape[1], dtype=lse.dtype)

@@ -88,7 +88,9 @@ def attend_to_past(
     """Continue the softmax of the new tokens over stored keys, in place.
 
     Args:
-        output: `[B, H, L, D]`, and `lse` `[B, H, L]`, of what was attended to so far; in the accumulators' dtype.
+        output: `[B, H, L, D]`, of what was attended to so far. Of any dtype: in a low one, rows that several tiles
+            have in common are rounded each time.
+        lse: `[B, H, L]`, likewise, in the accumulators' dtype.
         query: `[B, H, L, D]`.
         keys, values: what is stored, `[B, ..., D]` with two dimensions between.
     """
@@ -100,9 +102,9 @@ def attend_to_past(
         k, v = (_stored(x, tile, group).to(q.dtype) for x in (keys, values))
         with torch.autocast(query.device.type, enabled=False):
             new_output, new_lse = kernel.forward(q, k, v, tile.mask)
-        merged_output, merged_lse = output[rows], lse[rows]
+        merged_output, merged_lse = output[rows].to(lse.dtype), lse[rows]
         merge(merged_output, merged_lse, _unfold(new_output, tile, group), _unfold(new_lse[..., None], tile, group))
-        output[rows], lse[rows] = merged_output, merged_lse
+        output[rows], lse[rows] = merged_output.to(output.dtype), merged_lse
 
 
 def past_gradients(
@@ -115,13 +117,13 @@ def past_gradients(
     past: Sequence[PastTile],
     num_heads: int,
     kernel: TileKernel,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of `query`, `keys` and `values` by way of [`attend_to_past`], in the accumulators' dtype.
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The gradients of `query`, `keys` and `values` by way of [`attend_to_past`].
 
-    `output` and `lse` are those of the whole softmax."""
+    `output` and `lse` are those of the whole softmax. Of `query`, what every tile adds: see [`add_gradients`]. The
+    other two have the accumulators' dtype."""
     group = query.shape[1] // num_heads
-    grads = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, keys, values)]
-    grad_query = _side_by_side(grads[0], num_heads)
+    query_grads, grads = [], [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (keys, values)]
     grad_output, query, output, lse = (
         _side_by_side(x, num_heads) for x in (grad_output, query, output, lse[..., None])
     )
@@ -131,15 +133,24 @@ def past_gradients(
         k, v = (_stored(x, tile, group) for x in (keys, values))
         with torch.autocast(query.device.type, enabled=False):
             dq, dk, dv = kernel.backward(do, q, o.to(q.dtype), lse_of_rows, k, v, tile.mask)
-        grad_query[rows] += _unfold(dq, tile, group)
-        for grad, x in ((grads[1], dk), (grads[2], dv)):
+        query_grads.append(_unfold(dq, tile, group))
+        for grad, x in zip(grads, (dk, dv), strict=True):
             x = _unfold(x, tile, group).sum(3)
             if tile.shares_keys:
                 index = torch.arange(len(grad), device=grad.device)[:, None, None], *tile.stored
                 grad.index_put_(index, x.to(grad.dtype), accumulate=True)
             else:
                 grad[(slice(None), *tile.stored)] += x
-    return tuple(grads)
+    return query_grads, *grads
+
+
+def add_gradients(
+    grad: torch.Tensor, query_grads: Sequence[torch.Tensor], past: Sequence[PastTile], num_heads: int
+) -> None:
+    """Add what the tiles give to the gradient of `query` `[B, H, L, D]`, in place."""
+    grad = _side_by_side(grad, num_heads)
+    for tile, x in zip(past, query_grads, strict=True):
+        grad[:, tile.heads, tile.columns] += x.to(grad.dtype)
 
 
 def _side_by_side(x: torch.Tensor, num_heads: int) -> torch.Tensor:
