@@ -87,8 +87,8 @@ class WithLoss(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, position_ids):
-        hidden_states = self.model.model(input_ids, position_ids=position_ids).last_hidden_state
+    def forward(self, input_ids, **inputs):
+        hidden_states = self.model.model(input_ids, **inputs).last_hidden_state
         return LongNetForCausalLM.chunked_loss(self.model, hidden_states, input_ids)
 
 
@@ -118,15 +118,18 @@ def measure(rank: int, world_size: int, name: str, tokens: int, options, store: 
 
     def step():
         if name == "longnet":
-            inputs, split = (ids[:, :tokens], None), split_sequence()
+            with split_sequence():
+                module(ids[:, :tokens]).backward()
         else:
-            inputs = ids.clone(), torch.arange(length, device=device)[None]
+            whole, position_ids = ids.clone(), torch.arange(length, device=device)[None]
             split = nullcontext()
             if world_size > 1:
-                options_of_buffers = dict(buffer_seq_dims=[1, 1], no_restore_buffers=set(inputs))
-                split = context_parallel(mesh, buffers=list(inputs), **options_of_buffers)
-        with split:
-            module(*inputs).backward()
+                buffers = dict(buffers=[whole, position_ids], no_restore_buffers={whole, position_ids})
+                split = context_parallel(mesh, buffer_seq_dims=[1, 1], **buffers)
+            with split:
+                # Without a mask, Transformers takes parts of a sequence for packed documents, and makes one of N^2
+                mask = torch.ones_like(whole)
+                module(whole, position_ids=position_ids, attention_mask=mask).backward()
         optimizer.step()
         optimizer.zero_grad()
 
