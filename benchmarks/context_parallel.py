@@ -7,8 +7,8 @@
     python benchmarks/context_parallel.py --plan                         # what travels, counted on one CPU
 
 The tokens per process stay the same, so the sequence grows with P: efficiency is tokens per second and process, over
-those of the first P. LongNet runs in `split_sequence`, with w = 2048 * 4^k up to the longest sequence and r = 4^k,
-beside a Llama of equal size in PyTorch's `context_parallel`, which is what Accelerate's
+those of the first P. LongNet runs in `split_sequence`, with w = 2048 * 4^k and r = 4^k up to the longest sequence of
+its rows, beside a Llama of equal size in PyTorch's `context_parallel`, which is what Accelerate's
 `ParallelismConfig(cp_size=P)` calls (it has no CPU kernel). For both: bfloat16, weights sharded by FSDP2, AdamW,
 gradient checkpointing, the loss in chunks. "MiB sent" is what attention of all layers sends to other processes,
 forward and backward: the collectives of one step are counted, but for those of FSDP.
@@ -92,8 +92,8 @@ class WithLoss(torch.nn.Module):
         return LongNetForCausalLM.chunked_loss(self.model, hidden_states, input_ids)
 
 
-def measure(rank: int, world_size: int, name: str, tokens: int, options, store: str, result: str) -> None:
-    """A row of the table, which process 0 writes to the file `result`."""
+def measure(rank: int, world_size: int, name: str, tokens: int, longest: int, options, store: str, result: str):
+    """A row of the table, which process 0 writes to the file `result`. Rows up to `longest` have one pattern."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -104,7 +104,7 @@ def measure(rank: int, world_size: int, name: str, tokens: int, options, store: 
         "nccl" if on_gpu else "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
     )
     mesh = init_device_mesh(device.type, (world_size,))
-    pattern = pattern_for(tokens * max(options.processes)) if name == "longnet" else {}
+    pattern = pattern_for(longest) if name == "longnet" else {}
     model = make_model(name, options.size, options.chunk_size, device.type, **pattern).train()
     if options.lora:
         inject_adapter_in_model(LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), model)
@@ -112,6 +112,9 @@ def measure(rank: int, world_size: int, name: str, tokens: int, options, store: 
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     module = fully_shard(WithLoss(model), mesh=mesh)
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     optimizer = torch.optim.AdamW([x for x in module.parameters() if x.requires_grad], lr=1e-4)
     length = tokens * world_size
     ids = torch.randint(model.config.vocab_size, (1, length), device=device)
@@ -180,12 +183,12 @@ def main():
     print("| processes | tokens | model | seconds per step | tokens per second | efficiency | MiB sent | peak GiB |")
     print("|---|---|---|---|---|---|---|---|")
     for name, tokens in itertools.product(options.models if on_gpu else ["longnet"], options.tokens):
-        first = None
-        for world_size in (x for x in options.processes if x <= available):
+        first, processes = None, [x for x in options.processes if x <= available]
+        for world_size in processes:
             print(f"| {world_size} | {tokens * world_size} | {name} | ", end="", flush=True)
             with tempfile.TemporaryDirectory() as folder:
                 files = os.path.join(folder, "store"), os.path.join(folder, "result")
-                arguments = world_size, name, tokens, options, *files
+                arguments = world_size, name, tokens, tokens * max(processes), options, *files
                 try:
                     torch.multiprocessing.spawn(measure, args=arguments, nprocs=world_size)
                 except ProcessRaisedException as error:

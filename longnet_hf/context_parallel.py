@@ -313,7 +313,6 @@ class _Run(NamedTuple):
     """Tokens that attend to one another: of one document that began before their chunk, or of all that begin in it."""
 
     index: tuple  # into [B, H, N / P, ...]
-    overlaps: bool  # with a run before it, to which its tokens do not belong
     position: int  # of the first, in its document
     document_ids: torch.Tensor | None = None  # of tokens whose documents begin here; None: one per row
     received: torch.Tensor | None = None  # [rows of the batch, keys], among what was received; None: nothing is asked
@@ -409,9 +408,8 @@ class SplitBatch:
             alike: dict[tuple[int, int], list[int]] = {}
             for row, parts in enumerate(zip(self.before[chunk.start // len(chunk)], self.leads[number], strict=True)):
                 alike.setdefault(parts, []).append(row)
-            something_begins = min(self.leads[number]) < len(chunk)
-            if something_begins:
-                runs.append(_Run((slice(None), slice(None), columns), False, 0, self.document_ids[number]))
+            if min(self.leads[number]) < len(chunk):
+                runs.append(_Run((slice(None), slice(None), columns), 0, self.document_ids[number]))
             for (before, lead), rows in alike.items():
                 if lead == 0:
                     continue
@@ -430,7 +428,7 @@ class SplitBatch:
                 in_batch = slice(None) if len(rows) == len(self.leads[number]) else torch.tensor(rows, device=device)
                 index = in_batch, slice(None), slice(columns.start, columns.start + lead)
                 past = past_tiles(pattern, num_heads, before, lead, find, device)
-                runs.append(_Run(index, something_begins, before, None, received, tuple(past)))
+                runs.append(_Run(index, before, None, received, tuple(past)))
         receive_splits = np.bincount(owner, minlength=split.world_size).tolist()
         return _Exchange(
             list(map(len, send)), receive_splits, places, torch.from_numpy(place_of_sent).to(device), runs
@@ -492,12 +490,11 @@ class _SplitAttention(torch.autograd.Function):
             options = dict(scale=scale, document_ids=run.document_ids, return_lse=True)
             parts.append(dilated_attention(q, k, v, pattern.at(run.position), **options))
         work.wait()
-        output = torch.empty_like(query)
+        kernel, output = TileKernel(query, scale, 0.0, None), torch.empty_like(query)
         lse = torch.empty(query.shape[:3], dtype=parts[0][1].dtype, device=query.device)
         for run, (new_output, new_lse) in zip(plan.runs, parts, strict=True):
             if run.received is not None:
                 stored = received[run.received][:, :, None].chunk(2, dim=-1)
-                kernel = TileKernel(query, scale, 0.0, None)
                 attend_to_past(new_output, new_lse, query[run.index], *stored, run.past, heads, kernel)
             output[run.index], lse[run.index] = new_output, new_lse
         ctx.save_for_backward(query, key, value, output, lse, received)
@@ -508,7 +505,7 @@ class _SplitAttention(torch.autograd.Function):
     def backward(ctx, grad_output):
         query, key, value, output, lse, received = ctx.saved_tensors
         plan, pattern, split, scale = ctx.options
-        heads = key.shape[1]
+        heads, kernel = key.shape[1], TileKernel(query, scale, 0.0, None)
         query_grads = []  # of the runs' tiles
         grad_received = torch.zeros(received.shape, dtype=lse.dtype, device=received.device)
         for run in plan.runs:
@@ -517,12 +514,10 @@ class _SplitAttention(torch.autograd.Function):
                 continue
             saved = (x[run.index] for x in (grad_output, query, output, lse))
             stored = received[run.received][:, :, None].chunk(2, dim=-1)
-            kernel = TileKernel(query, scale, 0.0, None)
             of_tiles, dk, dv = past_gradients(*saved, *stored, run.past, heads, kernel)
             query_grads.append(of_tiles)
-            grads = torch.cat((dk, dv), dim=-1)[:, :, 0]
             # Branches, and both chunks, may have asked for the same key
-            grad_received.index_put_((run.received,), grads, accumulate=True)
+            grad_received.index_put_((run.received,), torch.cat((dk, dv), dim=-1)[:, :, 0], accumulate=True)
         grad_received = grad_received.to(received.dtype)  # named, so that it lives until the exchange is over
         grad_rows = received.new_empty(sum(plan.send_splits), received.shape[1])
         work = dist.all_to_all_single(
@@ -535,10 +530,7 @@ class _SplitAttention(torch.autograd.Function):
             part = backward_op(*saved, run.document_ids, pattern.at(run.position).to_json(), True, scale, 0.0, None)
             add_gradients(part[0], of_tiles, run.past, heads)
             for grad, x in zip(grads, part, strict=True):
-                if run.overlaps:
-                    grad[run.index] += x
-                else:
-                    grad[run.index] = x
+                grad[run.index] = x  # tokens that go on with a document have another run before, which gives them 0
         work.wait()
         # A key may have gone to several processes
         sums = grad_rows.new_zeros(len(plan.places[0]), grad_rows.shape[1], dtype=lse.dtype)

@@ -132,7 +132,7 @@ def past_gradients(
         do, q, o, lse_of_rows = (_fold(x[rows], tile.repeats) for x in (grad_output, query, output, lse))
         k, v = (_stored(x, tile, group) for x in (keys, values))
         with torch.autocast(query.device.type, enabled=False):
-            dq, dk, dv = kernel.backward(do, q, o.to(q.dtype), lse_of_rows, k, v, tile.mask)
+            dq, dk, dv = kernel.backward(do, q, o, lse_of_rows, k, v, tile.mask)
         query_grads.append(_unfold(dq, tile, group))
         for grad, x in zip(grads, (dk, dv), strict=True):
             x = _unfold(x, tile, group).sum(3)
