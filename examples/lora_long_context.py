@@ -7,12 +7,15 @@
 Each variant starts from the same weights, is measured, trained with LoRA on the same documents, and measured again:
 held-out loss by position in the context, and how well it retrieves a number from every depth of a long text. "native"
 is the model as it was published; all others stretch its rotary positions to the context with YaRN (arXiv 2309.00071),
-which needs no training. As in LongLoRA (arXiv 2309.12307), embeddings and norms are trained beside the adapters.
+which needs no training. "hybrid-measured" first finds out, on training text, which layers miss full attention most:
+each in turn is put under the windows alone. As in LongLoRA (arXiv 2309.12307), embeddings and norms are trained beside
+the adapters.
 
 Ends with a table, a plot and a record in JSON. Stopped, the same command goes on where it was.
 """
 
 import gc
+import itertools
 import json
 import math
 import sys
@@ -21,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from record import environment, peak_gibibytes
@@ -64,6 +68,7 @@ VARIANTS = {
     "shifted": "the paper's pattern, segments shifted in odd layers",
     "windows": "three dilated windows",
     "hybrid": "the windows, and full attention in every fifth layer",
+    "hybrid-measured": "the windows, and full attention in the fifth of the layers that miss it most",
 }
 
 
@@ -124,7 +129,8 @@ def window_of_equal_work(pattern: DilatedPattern, length: int) -> int:
 
 
 def attention_of(variant: str, length: int, num_layers: int) -> dict | None:
-    """The fields of a LongNet for a variant, scaled to a context; `None` for the source's own full attention."""
+    """The fields of a LongNet for a variant, scaled to a context; `None` for the source's own full attention. Which
+    layers of "hybrid-measured" have it is left open."""
     if variant in ("native", "full"):
         return None
     paper = dict(segment_lengths=[length >> i for i in range(4, -1, -1)], dilation_rates=[1, 2, 4, 6, 12])
@@ -164,17 +170,13 @@ def stretched_positions(config: PreTrainedConfig, length: int) -> dict:
     return {"max_position_embeddings": length, "rope_parameters": yarn}
 
 
-def load_model(variant: str, args: Arguments) -> PreTrainedModel:
-    """The pretrained weights under the attention of a variant, with positions that reach over the context."""
-    config = AutoConfig.from_pretrained(args.model)
-    positions = stretched_positions(config, args.context_length)
-    if variant == "native":
-        positions.pop("rope_parameters", None)
-    fields = attention_of(variant, args.context_length, config.num_hidden_layers)
-    if fields is None:
+def load_model(attention: dict | None, positions: dict, args: Arguments) -> PreTrainedModel:
+    """The pretrained weights under other attention (`None`: their own full one) and positions."""
+    if attention is None:
+        config = AutoConfig.from_pretrained(args.model)
         config.update(positions)
         return LlamaWithChunkedLoss.from_pretrained(args.model, config=config, dtype=torch.float32)
-    return LongNetForCausalLM.from_llama(args.model, **fields, **positions, dtype=torch.float32)
+    return LongNetForCausalLM.from_llama(args.model, **attention, **positions, dtype=torch.float32)
 
 
 def add_adapters(model: PreTrainedModel, args: Arguments):
@@ -192,31 +194,65 @@ def add_adapters(model: PreTrainedModel, args: Arguments):
 # Measurements
 
 
-def make_needles(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor, args: Arguments) -> list[dict]:
-    """Texts with a number in them that the end asks for: lengths from an eighth of the context on, five depths."""
-    generator = torch.Generator().manual_seed(0)
+def make_needles(
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Dataset,
+    lengths: list[int],
+    depths: list[float],
+    number: int,
+    seed: int,
+) -> list[dict]:
+    """Texts cut out of contexts, with a number in them that the end asks for: so many of every length and depth."""
+    tokens, generator = torch.tensor(contexts["input_ids"][:]).flatten(), torch.Generator().manual_seed(seed)
 
     def ids_of(text: str) -> torch.Tensor:
         return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     needles = []
-    for length in (args.context_length >> i for i in (3, 2, 1, 0)):
-        for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
-            for _ in range(args.needles):
-                number = str(int(torch.randint(10**6, 10**7, (), generator=generator)))
-                needle, question = ids_of(f"\nThe secret number is {number}.\n"), ids_of("\nThe secret number is")
-                answer = ids_of(f" {number}")
-                room = length - sum(map(len, (needle, question, answer)))
-                if room < 1:
-                    raise ValueError(
-                        f"`--context_length` must be longer: an eighth of it, {length} tokens, holds no text around "
-                        f"a number, which takes {length - room}."
-                    )
-                start = int(torch.randint(max(1, len(tokens) - room), (), generator=generator))
-                before, after = tokens[start : start + room].split((round(depth * room), room - round(depth * room)))
-                ids = torch.cat((before, needle, after, question, answer))
-                needles.append({"length": length, "depth": depth, "ids": ids, "answer": len(answer)})
+    for length, depth, _ in itertools.product(lengths, depths, range(number)):
+        secret = str(int(torch.randint(10**6, 10**7, (), generator=generator)))
+        needle, question = ids_of(f"\nThe secret number is {secret}.\n"), ids_of("\nThe secret number is")
+        answer = ids_of(f" {secret}")
+        room = length - sum(map(len, (needle, question, answer)))
+        if room < 1:
+            raise ValueError(
+                f"`--context_length` must be longer: a text of {length} tokens, an eighth or a quarter of it, has no "
+                f"room around a number, which takes {length - room}."
+            )
+        start = int(torch.randint(max(1, len(tokens) - room), (), generator=generator))
+        before, after = tokens[start : start + room].split((round(depth * room), room - round(depth * room)))
+        ids = torch.cat((before, needle, after, question, answer))
+        needles.append({"length": length, "depth": depth, "ids": ids, "answer": len(answer)})
     return needles
+
+
+def layers_that_miss_full_attention(
+    model: LongNetForCausalLM, needles: list[dict], local: int, args: TrainingArguments
+) -> list[int]:
+    """Layers, first the one that costs most when it alone attends by its pattern, and all others to everything. The
+    cost is the loss of the texts from token `local` on, and again that of the numbers, in bits per token."""
+    layers, texts = model.model.layers, Dataset.from_list([{"input_ids": x["ids"].tolist()} for x in needles])
+    answer = min(x["answer"] for x in needles)
+    patterns = [layer.self_attn.pattern for layer in layers]
+    full = DilatedPattern.full().canonical()
+    costs = []
+    for number in range(len(layers)):
+        for i, layer in enumerate(layers):
+            layer.self_attn.pattern = patterns[i] if i == number else full
+        bits = token_losses(model, texts, args, f"with the pattern in layer {number}")
+        costs.append((bits[:, local:].mean() + bits[:, -answer:].mean()).item())
+    return sorted(range(len(layers)), key=costs.__getitem__, reverse=True)
+
+
+def choose_layers(attention: dict, positions: dict, args: Arguments, training_args: TrainingArguments, data) -> list:
+    """A fifth of the layers, those that miss full attention most, in texts of a quarter of the context."""
+    length, depths = args.context_length >> 2, [0.0, 0.25, 0.5]
+    texts = make_needles(data["tokenizer"], data["contexts"].select(range(1)), [length], depths, args.needles, seed=1)
+    model = load_model(attention, positions, args).to(training_args.device).eval()
+    ranked = layers_that_miss_full_attention(model, texts, attention["segment_lengths"][0], training_args)
+    chosen = sorted(ranked[: len(ranked) // 5])
+    print(f"Full attention stays in layers {chosen}.")
+    return chosen
 
 
 @torch.no_grad()
@@ -264,16 +300,23 @@ def run_variant(variant: str, args: Arguments, training_args: TrainingArguments,
     print(f"\n{variant}: {VARIANTS[variant]}")
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(training_args.seed)
-    model = load_model(variant, args).to(training_args.device)
-    what = data["held_out"], data["num_bytes"], data["needles"], training_args
 
     def save(**new) -> None:
         result.update(new)
         result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
+    config = AutoConfig.from_pretrained(args.model)
+    native = {"max_position_embeddings": max(config.max_position_embeddings, args.context_length)}
+    positions = native if variant == "native" else stretched_positions(config, args.context_length)
+    if "attention" not in result:
+        attention = attention_of(variant, args.context_length, config.num_hidden_layers)
+        if variant == "hybrid-measured":
+            attention["full_attention_layers"] = choose_layers(attention, positions, args, training_args, data)
+        save(attention=attention)
+    model = load_model(result["attention"], positions, args).to(training_args.device)
+    what = data["held_out"], data["num_bytes"], data["needles"], training_args
     if "before" not in result:
-        attention = attention_of(variant, args.context_length, model.config.num_hidden_layers)
-        save(attention=attention, before=measure(model, *what, f"{variant}, before"))
+        save(before=measure(model, *what, f"{variant}, before"))
     if not is_trained:
         return
     training_args.output_dir = str(folder)
@@ -365,12 +408,13 @@ def main():
     settings = asdict(args) | {name: getattr(training_args, name) for name in RESUME_WITH_SAME}
     settings |= {"variants": None, "training_contexts": len(contexts)}
     check_settings(output_dir / "settings.json", settings)
-    tokens = torch.tensor(held_out["input_ids"][:]).flatten()
+    lengths, depths = [args.context_length >> i for i in (3, 2, 1, 0)], [0.0, 0.25, 0.5, 0.75, 1.0]
     data = {
+        "tokenizer": tokenizer,
         "contexts": contexts,
         "held_out": held_out,
         "num_bytes": count_bytes(held_out, tokenizer),
-        "needles": make_needles(tokenizer, tokens, args),
+        "needles": make_needles(tokenizer, held_out, lengths, depths, args.needles, seed=0),
     }
     for variant in args.variants:
         run_variant(variant, args, training_args, data)

@@ -10,6 +10,7 @@ each prompt in all four ways: with or without the document before it, with or wi
 than the model's context stretch its rotary positions with YaRN. Stopped, the same command goes on where it was.
 """
 
+import hashlib
 import json
 import random
 import sys
@@ -93,24 +94,24 @@ def make_entries(entries: int) -> list[tuple[str, str]]:
 
 
 def spread(entries: list[tuple[str, str]], text: str) -> str:
-    """The entries as lines of their own, at equal distances between the lines of a text."""
-    lines, rows = text.splitlines(keepends=True), []
+    """The entries as lines of their own, with about as many lines of a text before each of them."""
+    lines, rows = text.split("\n") if text else [], []
     for i, (prompt, answer) in enumerate(entries):
         rows += lines[i * len(lines) // len(entries) : (i + 1) * len(lines) // len(entries)]
-        rows.append(f"{prompt} {answer}.\n")
-    return "".join(rows)
+        rows.append(f"{prompt} {answer}.")
+    return "\n".join(rows) + "\n"
 
 
 def cut_stretches(ids: list[int], args: Arguments) -> list[dict]:
     """Random stretches that meet each token `passes` times on average, as often in short ones as in long ones. The
     document begins again where it ends, so that its sentences are met with and without all of it before them."""
-    rng = random.Random(0)
+    rng, thrice = random.Random(0), ids * 3
     longest = min(args.longest, 2 * len(ids))
     shortest, rows, missing = min(args.shortest, longest), [], args.passes * len(ids)
     while missing > 0:
         length = round(1 / rng.uniform(1 / longest, 1 / shortest))
         start = rng.randrange(len(ids))
-        stretch = (ids * 3)[start : start + length]
+        stretch = thrice[start : start + length]
         rows.append({"input_ids": stretch, "labels": stretch})
         missing -= length
     return rows
@@ -149,9 +150,9 @@ def main():
         text = spread(prompts, text)
     else:
         prompts = [(prompt, None) for prompt in args.prompts]
+    if not text.strip():
+        raise ValueError(f"`--document` {args.document} is empty.")
     folder, device = Path(training_args.output_dir), training_args.device.type
-    settings = asdict(args) | {name: getattr(training_args, name) for name in RESUME_WITH_SAME}
-    check_settings(folder / "settings.json", settings)
 
     set_seed(training_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -159,7 +160,8 @@ def main():
     print(f"The document has {len(document_ids)} tokens.")
     prompt_ids = tokenizer([prompt for prompt, _ in prompts], add_special_tokens=False)["input_ids"]
     source = AutoConfig.from_pretrained(args.model)
-    length = len(document_ids) + max(map(len, prompt_ids)) + args.max_new_tokens
+    asked, trained = len(document_ids) + max(map(len, prompt_ids)) + args.max_new_tokens, 2 * len(document_ids)
+    positions = stretched_positions(source, max(asked, min(trained, args.longest)))
     model = LongNetForCausalLM.from_llama(
         args.model,
         segment_lengths=args.segment_lengths,
@@ -167,12 +169,15 @@ def main():
         branch_types=["window"] * len(args.segment_lengths),
         head_offset="rotating",
         full_attention_layers=list(range(4, source.num_hidden_layers, 5)),
-        **stretched_positions(source, length),
+        **positions,
         dtype=torch.float32,
     )
     adapters = LoraConfig(
         task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear"
     )
+    settings = asdict(args) | {name: getattr(training_args, name) for name in RESUME_WITH_SAME}
+    settings["document_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    check_settings(folder / "settings.json", settings)
     trainer = Trainer(
         model=get_peft_model(model, adapters),
         args=training_args,
@@ -190,7 +195,7 @@ def main():
     seconds = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
     steps = trainer.state.global_step - checkpoint_step(checkpoint)
     if steps > 0:
-        save(seconds_per_step=round(seconds / steps, 4))
+        save(seconds_per_step=round(seconds / steps, 4), peak_gibibytes=round(peak_gibibytes(device), 2))
     trainer.save_model(str(folder / "adapter"))
 
     model = trainer.model.eval()
@@ -216,7 +221,7 @@ def main():
         "tokens": len(document_ids),
         "steps": trainer.state.global_step,
         "seconds_per_step": result.get("seconds_per_step"),
-        "peak_gibibytes": round(peak_gibibytes(device), 2),
+        "peak_gibibytes": result.get("peak_gibibytes"),
         "recall": recall,
         "continuations": [
             {"prompt": prompt, "answer": answer} | {way: ways[way][i] for way in ways}

@@ -112,24 +112,28 @@ def test_patterns_are_compared_and_the_comparison_goes_on_where_it_was_stopped(t
         *("--max_steps", 3, "--save_steps", 2, "--output_dir", "run", "--use_cpu", "--report_to", "none"),
         *("--disable_tqdm", "true"),
     )
-    variants = ("native", "full", "sliding", "shifted", "hybrid")
+    variants = ("native", "full", "sliding", "shifted", "hybrid-measured")
     done = run("lora_long_context.py", *common, "--variants", *variants, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(f"| {variant} |" in done.stdout for variant in variants)
     results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
     assert set(results) == set(variants) and "after" not in results["native"]
-    before, after = (results["hybrid"][x] for x in ("before", "after"))
+    before, after = (results["hybrid-measured"][x] for x in ("before", "after"))
     assert before["bits_per_byte"]["all"] > 0 and before != after
     assert len(after["retrieval"]) == 4 * 5  # lengths and depths
     assert "commit" in results["full"]["longnet_hf"] and results["full"]["tokens_per_second"] > 0
     assert (tmp_path / "run" / "lora_long_context.png").stat().st_size > 10_000
+    attention = results["hybrid-measured"]["attention"]
+    assert attention["dilation_rates"] == [1, 4, 16] and len(attention["full_attention_layers"]) == 1  # of five
     # YaRN stretches positions beyond the 64 of the model, in all but the model as it was published
     assert results["native"]["before"] != results["full"]["before"]
 
-    result_file = tmp_path / "run" / "hybrid" / "result.json"  # as if it had been stopped after its second step
+    result_file = (
+        tmp_path / "run" / "hybrid-measured" / "result.json"
+    )  # as if it had been stopped after its second step
     stopped = {name: x for name, x in json.loads(result_file.read_text()).items() if name in ("attention", "before")}
     result_file.write_text(json.dumps(stopped))
-    for path in (tmp_path / "run" / "hybrid" / "checkpoint-3").iterdir():
+    for path in (tmp_path / "run" / "hybrid-measured" / "checkpoint-3").iterdir():
         path.unlink()
     done = run("lora_long_context.py", *common, "--variants", *variants, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -174,8 +178,13 @@ def test_a_document_is_learned_and_asked_for(tiny_llama, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "recalled" not in done.stdout and "The keeper |" in done.stdout
     spread = (*mine, "--entries", 2, "--output_dir", "spread")
+    refused = run("lora_on_the_prompt.py", *spread, "--model", "nowhere", folder=tmp_path)
+    assert refused.returncode != 0 and not (tmp_path / "spread" / "settings.json").exists()
     done = run("lora_on_the_prompt.py", *spread, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "recalled" in done.stdout
+    (tmp_path / "mine.txt").write_text(text * 2)
+    refused = run("lora_on_the_prompt.py", *spread, folder=tmp_path)
+    assert refused.returncode != 0 and "document_sha256 was" in refused.stderr
     refused = run("lora_on_the_prompt.py", *common, "--prompts", "The keeper", folder=tmp_path)
     assert refused.returncode != 0 and "`--document`" in refused.stderr
