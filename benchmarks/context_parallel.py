@@ -121,7 +121,7 @@ def measure(rank: int, world_size: int, name: str, tokens: int, longest: int, op
 
     def step():
         if name == "longnet":
-            with split_sequence():
+            with split_sequence(layout=options.layout):
                 module(ids[:, :tokens]).backward()
         else:
             whole, position_ids = ids.clone(), torch.arange(length, device=device)[None]
@@ -166,6 +166,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=["longnet", "llama"])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**17], help="per process")
+    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of LongNet's sequences")
     parser.add_argument("--chunk_size", type=int, default=2**15, help="of LongNet's MLPs, in tokens")
     parser.add_argument("--steps", type=int, default=3, help="to take the median of, after two; 0 times the first one")
     parser.add_argument("--lora", action="store_true", help="train adapters of rank 16 on attention alone")
@@ -177,7 +178,7 @@ def main():
         return
 
     on_gpu, available = torch.cuda.is_available(), torch.cuda.device_count() or 8
-    print(f"{environment('cuda' if on_gpu else 'cpu')}; {options.size}{', LoRA' * options.lora}\n")
+    print(f"{environment('cuda' if on_gpu else 'cpu')}; {options.size}{', LoRA' * options.lora}, {options.layout}\n")
     if not on_gpu:
         print(f"No GPU: the processes share {os.cpu_count()} CPU cores, so that times say little. Without Llama.\n")
     print("| processes | tokens | model | seconds per step | tokens per second | efficiency | MiB sent | peak GiB |")
