@@ -64,9 +64,16 @@ class Arguments:
     longest: int = field(default=8192, metadata={"help": "Tokens in the longest."})
     segment_lengths: list[int] = field(
         default_factory=lambda: [2048],
-        metadata={"help": "Windows w of the attention, in tokens; every fifth layer attends to everything."},
+        metadata={"help": "Windows w of the attention, in tokens."},
     )
     dilation_rates: list[int] = field(default_factory=lambda: [1], metadata={"help": "Their dilation rates r."})
+    full_attention_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that attend to everything. Default: every fifth; better for documents longer than a "
+            "window: those that `lora_long_context.py --variants hybrid-measured` finds."
+        },
+    )
     lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})
     max_new_tokens: int = field(default=8, metadata={"help": "Length of a continuation."})
 
@@ -162,13 +169,14 @@ def main():
     source = AutoConfig.from_pretrained(args.model)
     asked, trained = len(document_ids) + max(map(len, prompt_ids)) + args.max_new_tokens, 2 * len(document_ids)
     positions = stretched_positions(source, max(asked, min(trained, args.longest)))
+    full = args.full_attention_layers
     model = LongNetForCausalLM.from_llama(
         args.model,
         segment_lengths=args.segment_lengths,
         dilation_rates=args.dilation_rates,
         branch_types=["window"] * len(args.segment_lengths),
         head_offset="rotating",
-        full_attention_layers=list(range(4, source.num_hidden_layers, 5)),
+        full_attention_layers=list(range(4, source.num_hidden_layers, 5)) if full is None else full,
         **positions,
         dtype=torch.float32,
     )
