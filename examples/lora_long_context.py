@@ -226,33 +226,25 @@ def make_needles(
     return needles
 
 
-def layers_that_miss_full_attention(
-    model: LongNetForCausalLM, needles: list[dict], local: int, args: TrainingArguments
-) -> list[int]:
-    """Layers, first the one that costs most when it alone attends by its pattern, and all others to everything. The
-    cost is the loss of the texts from token `local` on, and again that of the numbers, in bits per token."""
-    layers, texts = model.model.layers, Dataset.from_list([{"input_ids": x["ids"].tolist()} for x in needles])
-    answer = min(x["answer"] for x in needles)
-    patterns = [layer.self_attn.pattern for layer in layers]
-    full = DilatedPattern.full().canonical()
+def costs_of_layers(attention: dict, positions: dict, args: Arguments, training_args: TrainingArguments, data) -> list:
+    """What it costs to take full attention from each layer alone: the loss of texts of a quarter of the context with a
+    number in them, beyond the local branch, and again that of the number, in bits per token."""
+    length, depths = args.context_length >> 2, [0.0, 0.25, 0.5]
+    needles = make_needles(
+        data["tokenizer"], data["contexts"].select(range(1)), [length], depths, args.needles, seed=1
+    )
+    texts = Dataset.from_list([{"input_ids": x["ids"].tolist()} for x in needles])
+    local, answer = attention["segment_lengths"][0], min(x["answer"] for x in needles)
+    model = load_model(attention, positions, args).to(training_args.device).eval()
+    layers = model.model.layers
+    patterns, full = [layer.self_attn.pattern for layer in layers], DilatedPattern.full().canonical()
     costs = []
     for number in range(len(layers)):
         for i, layer in enumerate(layers):
             layer.self_attn.pattern = patterns[i] if i == number else full
-        bits = token_losses(model, texts, args, f"with the pattern in layer {number}")
+        bits = token_losses(model, texts, training_args, f"with the pattern in layer {number}")
         costs.append((bits[:, local:].mean() + bits[:, -answer:].mean()).item())
-    return sorted(range(len(layers)), key=costs.__getitem__, reverse=True)
-
-
-def choose_layers(attention: dict, positions: dict, args: Arguments, training_args: TrainingArguments, data) -> list:
-    """A fifth of the layers, those that miss full attention most, in texts of a quarter of the context."""
-    length, depths = args.context_length >> 2, [0.0, 0.25, 0.5]
-    texts = make_needles(data["tokenizer"], data["contexts"].select(range(1)), [length], depths, args.needles, seed=1)
-    model = load_model(attention, positions, args).to(training_args.device).eval()
-    ranked = layers_that_miss_full_attention(model, texts, attention["segment_lengths"][0], training_args)
-    chosen = sorted(ranked[: len(ranked) // 5])
-    print(f"Full attention stays in layers {chosen}.")
-    return chosen
+    return costs
 
 
 @torch.no_grad()
@@ -311,7 +303,11 @@ def run_variant(variant: str, args: Arguments, training_args: TrainingArguments,
     if "attention" not in result:
         attention = attention_of(variant, args.context_length, config.num_hidden_layers)
         if variant == "hybrid-measured":
-            attention["full_attention_layers"] = choose_layers(attention, positions, args, training_args, data)
+            costs = costs_of_layers(attention, positions, args, training_args, data)
+            dearest = sorted(range(len(costs)), key=costs.__getitem__)[-max(1, len(costs) // 5) :]
+            attention["full_attention_layers"] = sorted(dearest)
+            print(f"Full attention stays in layers {sorted(dearest)}.")
+            save(costs_of_layers=costs)
         save(attention=attention)
     model = load_model(result["attention"], positions, args).to(training_args.device)
     what = data["held_out"], data["num_bytes"], data["needles"], training_args
