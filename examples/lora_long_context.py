@@ -16,7 +16,6 @@ Ends with a table, a plot and a record in JSON. Stopped, the same command goes o
 
 import gc
 import itertools
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from record import environment, peak_gibibytes
+from record import Results, environment, peak_gibibytes, write
 from tqdm.auto import tqdm
 from train import (
     RESUME_WITH_SAME,
@@ -35,11 +34,11 @@ from train import (
     bits_per_byte,
     check_settings,
     count_bytes,
-    last_checkpoint,
     load_documents,
     split_contexts,
     split_documents,
     token_losses,
+    train_on,
 )
 from transformers import (
     AutoConfig,
@@ -283,8 +282,7 @@ def measure(model, held_out, num_bytes, needles, args: TrainingArguments, name: 
 def run_variant(variant: str, args: Arguments, training_args: TrainingArguments, data: dict) -> None:
     """Measure a variant before and after training, into `result.json` in its folder."""
     folder, device = Path(training_args.output_dir) / variant, training_args.device.type
-    result_file = folder / "result.json"
-    result = json.loads(result_file.read_text()) if result_file.exists() else {}
+    result = Results(folder / "result.json")
     is_trained = variant != "native"
     if "after" in result or ("before" in result and not is_trained):
         print(f"{variant} is measured already.")
@@ -292,10 +290,6 @@ def run_variant(variant: str, args: Arguments, training_args: TrainingArguments,
     print(f"\n{variant}: {VARIANTS[variant]}")
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(training_args.seed)
-
-    def save(**new) -> None:
-        result.update(new)
-        result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     config = AutoConfig.from_pretrained(args.model)
     native = {"max_position_embeddings": max(config.max_position_embeddings, args.context_length)}
@@ -307,12 +301,12 @@ def run_variant(variant: str, args: Arguments, training_args: TrainingArguments,
             dearest = sorted(range(len(costs)), key=costs.__getitem__)[-max(1, len(costs) // 5) :]
             attention["full_attention_layers"] = sorted(dearest)
             print(f"Full attention stays in layers {sorted(dearest)}.")
-            save(costs_of_layers=costs)
-        save(attention=attention)
+            result.save(costs_of_layers=costs)
+        result.save(attention=attention)
     model = load_model(result["attention"], positions, args).to(training_args.device)
     what = data["held_out"], data["num_bytes"], data["needles"], training_args
     if "before" not in result:
-        save(before=measure(model, *what, f"{variant}, before"))
+        result.save(before=measure(model, *what, f"{variant}, before"))
     if not is_trained:
         return
     training_args.output_dir = str(folder)
@@ -323,20 +317,17 @@ def run_variant(variant: str, args: Arguments, training_args: TrainingArguments,
         data_collator=default_data_collator,
     )
     trainer.model.print_trainable_parameters()
-    checkpoint = last_checkpoint(folder)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    began = 0 if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-    seconds = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
-    steps = trainer.state.global_step - began
+    metrics, steps = train_on(trainer, folder)
     if steps > 0:
         tokens = steps * args.context_length * training_args.train_batch_size
         tokens *= training_args.gradient_accumulation_steps
-        save(tokens_per_second=round(tokens / seconds))
+        result.save(tokens_per_second=round(tokens / metrics["train_runtime"]))
     if device == "cuda":
-        save(peak_gibibytes=round(peak_gibibytes(device), 2))
+        result.save(peak_gibibytes=round(peak_gibibytes(device), 2))
     trainer.save_model(str(folder / "adapter"))
-    save(after=measure(model, *what, f"{variant}, after"), **environment(device))
+    result.save(after=measure(model, *what, f"{variant}, after"), **environment(device))
 
 
 def print_table(results: dict[str, dict], args: Arguments) -> None:
@@ -419,9 +410,9 @@ def main():
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    files = {name: output_dir / name / "result.json" for name in VARIANTS}
-    results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    (output_dir / "record.json").write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+    results = {name: Results(output_dir / name / "result.json") for name in VARIANTS}
+    results = {name: result for name, result in results.items() if result}
+    write(output_dir / "record.json", {"settings": settings, "results": results})
     print_table(results, args)
     plot(results, args, output_dir / "lora_long_context.png")
     print(f"The plot lora_long_context.png and record.json are in {output_dir}.")

@@ -11,7 +11,6 @@ than the model's context stretch its rotary positions with YaRN. Stopped, the sa
 """
 
 import hashlib
-import json
 import random
 import sys
 from contextlib import nullcontext
@@ -21,9 +20,9 @@ from pathlib import Path
 import torch
 from lora_long_context import stretched_positions
 from peft import LoraConfig, get_peft_model
-from record import environment, peak_gibibytes
+from record import Results, environment, peak_gibibytes, write
 from tqdm.auto import tqdm
-from train import RESUME_WITH_SAME, check_settings, checkpoint_step, last_checkpoint
+from train import RESUME_WITH_SAME, check_settings, train_on
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -192,32 +191,25 @@ def main():
         train_dataset=cut_stretches(document_ids, args),
         data_collator=default_data_collator,
     )
-    result_file = folder / "result.json"
-    result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists() else {}
-
-    def save(**new) -> None:
-        result.update(new)
-        result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-    checkpoint = last_checkpoint(folder)
-    seconds = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
-    steps = trainer.state.global_step - checkpoint_step(checkpoint)
+    result = Results(folder / "result.json")
+    metrics, steps = train_on(trainer, folder)
     if steps > 0:
-        save(seconds_per_step=round(seconds / steps, 4), peak_gibibytes=round(peak_gibibytes(device), 2))
+        seconds = metrics["train_runtime"] / steps
+        result.save(seconds_per_step=round(seconds, 4), peak_gibibytes=round(peak_gibibytes(device), 2))
     trainer.save_model(str(folder / "adapter"))
 
-    model = trainer.model.eval()
+    model, answers = trainer.model.eval(), result.get("answers", {})
     for where, document in (("document in the context", document_ids), ("no document", [])):
         for way in (f"{where}, no adapter", f"{where}, adapter"):
-            if way in result:
+            if way in answers:
                 continue
             adapter = model.disable_adapter() if way.endswith("no adapter") else nullcontext()
             with adapter, torch.autocast(device, torch.bfloat16, enabled=training_args.bf16):
-                save(**{way: ask(model, tokenizer, document, prompt_ids, args, way)})
+                answers[way] = ask(model, tokenizer, document, prompt_ids, args, way)
+            result.save(answers=answers)
 
     recall = {}
-    ways = {way: continuations for way, continuations in result.items() if way.endswith("adapter")}
-    for way, continuations in ways.items():
+    for way, continuations in answers.items():
         print(f"\n{way}:")
         answered = list(zip(prompts, continuations, strict=True))
         for (prompt, _), continuation in answered[:5]:
@@ -232,11 +224,11 @@ def main():
         "peak_gibibytes": result.get("peak_gibibytes"),
         "recall": recall,
         "continuations": [
-            {"prompt": prompt, "answer": answer} | {way: ways[way][i] for way in ways}
+            {"prompt": prompt, "answer": answer} | {way: texts[i] for way, texts in answers.items()}
             for i, (prompt, answer) in enumerate(prompts)
         ],
     } | environment(device)
-    (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write(folder / "record.json", record)
     if recall:
         print("\n| | recalled |\n|---|---|")
         print("\n".join(f"| {way} | {share:.0%} |" for way, share in recall.items()))

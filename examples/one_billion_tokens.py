@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from record import environment, peak_gibibytes
+from record import environment, peak_gibibytes, write
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
 
@@ -57,12 +57,6 @@ def make_config(args: Arguments, tokens: int) -> LongNetConfig:
         max_position_embeddings=whole,
         chunk_size_feed_forward=args.mlp_chunk_size,
     )
-
-
-def write(file: Path, content: dict) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(file)
 
 
 def main():

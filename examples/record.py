@@ -1,5 +1,6 @@
-"""What a record has to say beside its figures."""
+"""Records: how they are kept, and what they have to say beside their figures."""
 
+import json
 import os
 import resource
 import subprocess
@@ -16,6 +17,25 @@ _described = subprocess.run(
     ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
 )
 COMMIT = os.environ.get("COMMIT") or _described.stdout.strip() or "unknown"
+
+
+def write(file: Path, content: dict) -> None:
+    """As JSON, and whole: an interruption leaves what was there before."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(file)
+
+
+class Results(dict):
+    """What was found so far, in a JSON file with which an interrupted run goes on."""
+
+    def __init__(self, file: Path):
+        super().__init__(json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
+        self.file = file
+
+    def save(self, **new) -> None:
+        self.update(new)
+        write(self.file, self)
 
 
 def environment(device: str) -> dict[str, str]:

@@ -250,6 +250,15 @@ def checkpoint_step(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
+def train_on(trainer: Trainer, folder: Path) -> tuple[dict, int]:
+    """Train, from the last checkpoint on if there is one: Trainer's metrics, and the steps that they are of."""
+    checkpoint = last_checkpoint(folder)
+    if checkpoint and trainer.is_world_process_zero():
+        print(f"Going on from {checkpoint}")
+    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    return metrics, trainer.state.global_step - checkpoint_step(checkpoint)
+
+
 def train(config: LongNetConfig, args: TrainingArguments, folder: Path, tokenizer, contexts, held_out) -> None:
     """Train a model into `folder`, from its last checkpoint on if there is one."""
     if (folder / "train_results.json").exists():
@@ -267,14 +276,11 @@ def train(config: LongNetConfig, args: TrainingArguments, folder: Path, tokenize
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    checkpoint = last_checkpoint(folder)
-    if checkpoint:
-        print(f"Going on from {checkpoint}")
-    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    metrics, steps_now = train_on(trainer, folder)
     trainer.save_model()
     # The time of all steps, those before an interruption included
     steps = trainer.state.global_step
-    seconds = metrics["train_runtime"] * steps / max(1, steps - checkpoint_step(checkpoint))
+    seconds = metrics["train_runtime"] * steps / max(1, steps_now)
     trainer.save_metrics("train", metrics | {"steps": steps, "seconds": seconds})
 
 

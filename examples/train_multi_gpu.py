@@ -17,10 +17,10 @@ from pathlib import Path
 from train import (
     DataArguments,
     ModelArguments,
-    last_checkpoint,
     load_documents,
     split_contexts,
     split_documents,
+    train_on,
     train_tokenizer,
 )
 from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
@@ -84,8 +84,7 @@ def main():
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    checkpoint = last_checkpoint(Path(training_args.output_dir))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train_on(trainer, Path(training_args.output_dir))
     trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_model()
 

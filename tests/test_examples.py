@@ -128,9 +128,8 @@ def test_patterns_are_compared_and_the_comparison_goes_on_where_it_was_stopped(t
     # YaRN stretches positions beyond the 64 of the model, in all but the model as it was published
     assert results["native"]["before"] != results["full"]["before"]
 
-    result_file = (
-        tmp_path / "run" / "hybrid-measured" / "result.json"
-    )  # as if it had been stopped after its second step
+    # as if it had been stopped after its second step
+    result_file = tmp_path / "run" / "hybrid-measured" / "result.json"
     stopped = {name: x for name, x in json.loads(result_file.read_text()).items() if name in ("attention", "before")}
     result_file.write_text(json.dumps(stopped))
     for path in (tmp_path / "run" / "hybrid-measured" / "checkpoint-3").iterdir():
