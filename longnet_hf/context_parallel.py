@@ -514,10 +514,10 @@ class _SplitAttention(torch.autograd.Function):
                 continue
             saved = (x[run.index] for x in (grad_output, query, output, lse))
             stored = received[run.received][:, :, None].chunk(2, dim=-1)
-            of_tiles, dk, dv = past_gradients(*saved, *stored, run.past, heads, kernel)
+            of_tiles, of_stored = past_gradients(*saved, *stored, run.past, heads, kernel)
             query_grads.append(of_tiles)
             # Branches, and both chunks, may have asked for the same key
-            grad_received.index_put_((run.received,), torch.cat((dk, dv), dim=-1)[:, :, 0], accumulate=True)
+            grad_received.index_add_(0, run.received.flatten(), of_stored.flatten(0, 2))
         grad_received = grad_received.to(received.dtype)  # named, so that it lives until the exchange is over
         grad_rows = received.new_empty(sum(plan.send_splits), received.shape[1])
         work = dist.all_to_all_single(
@@ -534,7 +534,7 @@ class _SplitAttention(torch.autograd.Function):
         work.wait()
         # A key may have gone to several processes
         sums = grad_rows.new_zeros(len(plan.places[0]), grad_rows.shape[1], dtype=lse.dtype)
-        sums.index_put_((plan.send,), grad_rows.to(lse.dtype), accumulate=True)
+        sums.index_add_(0, plan.send, grad_rows.to(lse.dtype))
         for grad, x in zip(grads[1:], sums.chunk(2, dim=-1), strict=True):
             grad[plan.places] = (grad[plan.places] + x).to(grad.dtype)
         return *grads, None, None, None

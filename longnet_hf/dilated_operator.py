@@ -638,4 +638,5 @@ class TileKernel:
 
 def _pad_head(x: torch.Tensor) -> torch.Tensor:
     """Flash attention on a GPU wants head sizes that are multiples of 8."""
-    return F.pad(x, (0, -x.shape[-1] % 8))
+    missing = -x.shape[-1] % 8
+    return F.pad(x, (0, missing)) if missing else x  # padding by nothing would copy

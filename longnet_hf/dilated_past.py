@@ -26,9 +26,9 @@ class PastTile(NamedTuple):
 
     mask: str
     repeats: int
-    heads: torch.Tensor  # [n, 1]
-    columns: torch.Tensor  # [n, repeats * Kq], of the queries among the new tokens
-    stored: tuple[torch.Tensor, torch.Tensor]  # indices of the keys, which broadcast to [n, repeats * Kk]
+    heads: torch.Tensor  # [n, repeats * Kq], of the queries
+    columns: torch.Tensor  # likewise, among the new tokens
+    stored: tuple[torch.Tensor, torch.Tensor]  # [n, repeats * Kk] each, indices of the keys
     shares_keys: bool  # some key may come in several tiles
 
 
@@ -69,7 +69,9 @@ def past_tiles(
             heads, queries, keys = np.array(begins[start : start + size], dtype=np.int64).T[..., None]
             queries = queries + (repeat + np.arange(num_queries) * query_step).ravel()
             keys = keys + (repeat + np.arange(num_keys) * key_step).ravel()
-            indices, shares_keys = (heads, queries, *find(branch, heads, keys)), len(np.unique(heads)) < len(heads)
+            shares_keys = len(np.unique(heads)) < len(heads)
+            # Of one layout, or indexing on a GPU would copy them each time
+            indices = *np.broadcast_arrays(heads, queries), *np.broadcast_arrays(*find(branch, heads, keys))
             heads, queries, *stored = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in indices)
             past.append(PastTile(mask, repeats, heads, queries, tuple(stored), shares_keys))
     return past
@@ -117,13 +119,13 @@ def past_gradients(
     past: Sequence[PastTile],
     num_heads: int,
     kernel: TileKernel,
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The gradients of `query`, `keys` and `values` by way of [`attend_to_past`].
 
-    `output` and `lse` are those of the whole softmax. Of `query`, what every tile adds: see [`add_gradients`]. The
-    other two have the accumulators' dtype."""
+    `output` and `lse` are those of the whole softmax. Of `query`, what every tile adds: see [`add_gradients`]. Of keys
+    and values, one behind the other, `[B, ..., 2 D]` in the accumulators' dtype."""
     group = query.shape[1] // num_heads
-    query_grads, grads = [], [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (keys, values)]
+    query_grads, grad = [], torch.zeros(*keys.shape[:-1], 2 * keys.shape[-1], dtype=lse.dtype, device=keys.device)
     grad_output, query, output, lse = (
         _side_by_side(x, num_heads) for x in (grad_output, query, output, lse[..., None])
     )
@@ -134,14 +136,13 @@ def past_gradients(
         with torch.autocast(query.device.type, enabled=False):
             dq, dk, dv = kernel.backward(do, q, o, lse_of_rows, k, v, tile.mask)
         query_grads.append(_unfold(dq, tile, group))
-        for grad, x in zip(grads, (dk, dv), strict=True):
-            x = _unfold(x, tile, group).sum(3)
-            if tile.shares_keys:
-                index = torch.arange(len(grad), device=grad.device)[:, None, None], *tile.stored
-                grad.index_put_(index, x.to(grad.dtype), accumulate=True)
-            else:
-                grad[(slice(None), *tile.stored)] += x
-    return query_grads, *grads
+        x = _unfold(torch.cat((dk, dv), dim=-1), tile, group).sum(3, dtype=grad.dtype)
+        if tile.shares_keys:
+            index = torch.arange(len(grad), device=grad.device)[:, None, None], *tile.stored
+            grad.index_put_(index, x, accumulate=True)
+        else:
+            grad[(slice(None), *tile.stored)] += x
+    return query_grads, grad
 
 
 def add_gradients(
