@@ -315,8 +315,7 @@ class _Run(NamedTuple):
     index: tuple  # into [B, H, N / P, ...]
     position: int  # of the first, in its document
     document_ids: torch.Tensor | None = None  # of tokens whose documents begin here; None: one per row
-    received: torch.Tensor | None = None  # [rows of the batch, keys], among what was received; None: nothing is asked
-    past: tuple[PastTile, ...] = ()
+    past: tuple[PastTile, ...] = ()  # over what was received
 
 
 class _Exchange(NamedTuple):
@@ -414,21 +413,15 @@ class SplitBatch:
                 if lead == 0:
                     continue
 
-                def find(branch: int, heads: np.ndarray, positions: np.ndarray, number=number, row=rows[0]):
-                    fields = [begin[number, row, branch, int(head)] for head in heads[:, 0]]
-                    key, start, step = np.array(fields).T[..., None]
-                    index = key - begin[number, row, 0, 0][0] + (positions - start) // step
-                    return index, np.zeros((1, 1), dtype=np.int64)
+                def find(branch: int, heads: np.ndarray, positions: np.ndarray, number=number, rows=rows):
+                    asked = [[begin[number, row, branch, int(head)] for head in heads[:, 0]] for row in rows]
+                    first, start, step = np.moveaxis(np.array(asked), -1, 0)[..., None]  # [rows, n, 1] each
+                    return (row_of[first + (positions - start) // step],)
 
-                firsts = [begin[number, row, 0, 0][0] for row in rows]
-                last, _, _ = begin[number, rows[0], len(pattern.branches) - 1, num_heads - 1]
-                keys = pattern.past_keys(pattern.branches[-1], num_heads - 1, num_heads, before)
-                length = last + len(keys) - firsts[0]
-                received = torch.from_numpy(np.stack([row_of[first : first + length] for first in firsts])).to(device)
                 in_batch = slice(None) if len(rows) == len(self.leads[number]) else torch.tensor(rows, device=device)
                 index = in_batch, slice(None), slice(columns.start, columns.start + lead)
                 past = past_tiles(pattern, num_heads, before, lead, find, device)
-                runs.append(_Run(index, before, None, received, tuple(past)))
+                runs.append(_Run(index, before, None, tuple(past)))
         receive_splits = np.bincount(owner, minlength=split.world_size).tolist()
         return _Exchange(
             list(map(len, send)), receive_splits, places, torch.from_numpy(place_of_sent).to(device), runs
@@ -493,9 +486,8 @@ class _SplitAttention(torch.autograd.Function):
         kernel, output = TileKernel(query, scale, 0.0, None), torch.empty_like(query)
         lse = torch.empty(query.shape[:3], dtype=parts[0][1].dtype, device=query.device)
         for run, (new_output, new_lse) in zip(plan.runs, parts, strict=True):
-            if run.received is not None:
-                stored = received[run.received][:, :, None].chunk(2, dim=-1)
-                attend_to_past(new_output, new_lse, query[run.index], *stored, run.past, heads, kernel)
+            stored = received.chunk(2, dim=-1)
+            attend_to_past(new_output, new_lse, query[run.index], *stored, run.past, heads, kernel)
             output[run.index], lse[run.index] = new_output, new_lse
         ctx.save_for_backward(query, key, value, output, lse, received)
         ctx.options = plan, pattern, split, scale
@@ -509,26 +501,22 @@ class _SplitAttention(torch.autograd.Function):
         query_grads = []  # of the runs' tiles
         grad_received = torch.zeros(received.shape, dtype=lse.dtype, device=received.device)
         for run in plan.runs:
-            if run.received is None:
-                query_grads.append([])
-                continue
             saved = (x[run.index] for x in (grad_output, query, output, lse))
-            stored = received[run.received][:, :, None].chunk(2, dim=-1)
-            of_tiles, of_stored = past_gradients(*saved, *stored, run.past, heads, kernel)
-            query_grads.append(of_tiles)
-            # Branches, and both chunks, may have asked for the same key
-            grad_received.index_add_(0, run.received.flatten(), of_stored.flatten(0, 2))
+            of_queries, of_stored = past_gradients(*saved, *received.chunk(2, dim=-1), run.past, heads, kernel)
+            query_grads.append(of_queries)
+            for tile, x in zip(run.past, of_stored, strict=True):  # which may have asked for the same keys
+                grad_received.index_add_(0, tile.stored[0].flatten(), x.flatten(0, 2))
         grad_received = grad_received.to(received.dtype)  # named, so that it lives until the exchange is over
         grad_rows = received.new_empty(sum(plan.send_splits), received.shape[1])
         work = dist.all_to_all_single(
             grad_rows, grad_received, plan.send_splits, plan.receive_splits, group=split.group, async_op=True
         )
         grads = [torch.empty_like(x) for x in (query, key, value)]
-        for run, of_tiles in zip(plan.runs, query_grads, strict=True):
+        for run, of_queries in zip(plan.runs, query_grads, strict=True):
             # Output and log-sum-exp of the whole softmax give each part its share
             saved = (x[run.index] for x in (grad_output, query, key, value, output, lse))
             part = backward_op(*saved, run.document_ids, pattern.at(run.position).to_json(), True, scale, 0.0, None)
-            add_gradients(part[0], of_tiles, run.past, heads)
+            add_gradients(part[0], of_queries, run.past, heads)
             for grad, x in zip(grads, part, strict=True):
                 grad[run.index] = x  # tokens that go on with a document have another run before, which gives them 0
         work.wait()

@@ -619,11 +619,12 @@ def _slots_seen(layer: DilatedLayer, step: Step) -> tuple[torch.Tensor, torch.Te
 def _past(layer: DilatedLayer, step: Step, position: int, length: int) -> list[PastTile]:
     """What `length` new tokens from `position` on see of the slots."""
 
-    def find(branch: int, heads: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def find(branch: int, heads: np.ndarray, positions: np.ndarray) -> tuple[slice, np.ndarray, np.ndarray]:
         fields = np.array(layer.rings.of_branch[branch], dtype=np.int64)[heads]  # [n, 1, fields]
         _, _, grid, rate, shift, phase, kept, capacity, start = np.moveaxis(fields, -1, 0)
         segment, inside = np.divmod(positions + shift, grid)
-        return heads, start + (segment * kept + (inside - phase) // rate) % capacity
+        slots = start + (segment * kept + (inside - phase) // rate) % capacity
+        return slice(None), *np.broadcast_arrays(heads, slots)
 
     return past_tiles(layer.pattern, layer.num_heads, position, length, find, layer.device)
 

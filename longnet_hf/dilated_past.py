@@ -28,8 +28,7 @@ class PastTile(NamedTuple):
     repeats: int
     heads: torch.Tensor  # [n, repeats * Kq], of the queries
     columns: torch.Tensor  # likewise, among the new tokens
-    stored: tuple[torch.Tensor, torch.Tensor]  # [n, repeats * Kk] each, indices of the keys
-    shares_keys: bool  # some key may come in several tiles
+    stored: tuple  # index of the keys among those that are stored: gives [B, n, repeats * Kk, D]
 
 
 def past_tiles(
@@ -37,15 +36,15 @@ def past_tiles(
     num_heads: int,
     position: int,
     length: int,
-    find: Callable[[int, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    find: Callable[[int, np.ndarray, np.ndarray], tuple[np.ndarray | slice, ...]],
     device: torch.device,
 ) -> list[PastTile]:
     """What `length` tokens from `position` on see of the keys before them.
 
     Args:
         num_heads: number of key/value heads.
-        find: of a branch (its number), heads `[n, 1]` and positions `[n, K]` of keys, their indices in the first two
-            dimensions of what is stored, after the batch.
+        find: of a branch (its number), heads `[n, 1]` and positions `[n, K]` of keys, where these are stored: an index
+            that gives `[B, n, K]`.
     """
     back = min(position, max(position if w is None else w for w in pattern.segment_lengths))
     alike: dict[tuple, list[tuple[int, int, int]]] = {}  # tiles that differ in heads and in where they begin
@@ -69,11 +68,12 @@ def past_tiles(
             heads, queries, keys = np.array(begins[start : start + size], dtype=np.int64).T[..., None]
             queries = queries + (repeat + np.arange(num_queries) * query_step).ravel()
             keys = keys + (repeat + np.arange(num_keys) * key_step).ravel()
-            shares_keys = len(np.unique(heads)) < len(heads)
-            # Of one layout, or indexing on a GPU would copy them each time
-            indices = *np.broadcast_arrays(heads, queries), *np.broadcast_arrays(*find(branch, heads, keys))
-            heads, queries, *stored = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in indices)
-            past.append(PastTile(mask, repeats, heads, queries, tuple(stored), shares_keys))
+            # Of one shape and layout, or indexing on a GPU would copy them each time
+            indices = *np.broadcast_arrays(heads, queries), *find(branch, heads, keys)
+            heads, queries, *stored = (
+                x if isinstance(x, slice) else torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in indices
+            )
+            past.append(PastTile(mask, repeats, heads, queries, tuple(stored)))
     return past
 
 
@@ -94,7 +94,7 @@ def attend_to_past(
             have in common are rounded each time.
         lse: `[B, H, L]`, likewise, in the accumulators' dtype.
         query: `[B, H, L, D]`.
-        keys, values: what is stored, `[B, ..., D]` with two dimensions between.
+        keys, values: what is stored, `[..., D]`.
     """
     group = query.shape[1] // num_heads
     query, output, lse = (_side_by_side(x, num_heads) for x in (query, output, lse[..., None]))
@@ -119,13 +119,14 @@ def past_gradients(
     past: Sequence[PastTile],
     num_heads: int,
     kernel: TileKernel,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The gradients of `query`, `keys` and `values` by way of [`attend_to_past`].
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The gradients by way of [`attend_to_past`], with output and log-sum-exp of the whole softmax.
 
-    `output` and `lse` are those of the whole softmax. Of `query`, what every tile adds: see [`add_gradients`]. Of keys
-    and values, one behind the other, `[B, ..., 2 D]` in the accumulators' dtype."""
+    What every tile adds to that of `query` (see [`add_gradients`]), and to those of its keys and values: the latter
+    `[B, n, K, 2 D]` in the accumulators' dtype.
+    """
     group = query.shape[1] // num_heads
-    query_grads, grad = [], torch.zeros(*keys.shape[:-1], 2 * keys.shape[-1], dtype=lse.dtype, device=keys.device)
+    query_grads, stored_grads, dtype = [], [], lse.dtype
     grad_output, query, output, lse = (
         _side_by_side(x, num_heads) for x in (grad_output, query, output, lse[..., None])
     )
@@ -136,13 +137,8 @@ def past_gradients(
         with torch.autocast(query.device.type, enabled=False):
             dq, dk, dv = kernel.backward(do, q, o, lse_of_rows, k, v, tile.mask)
         query_grads.append(_unfold(dq, tile, group))
-        x = _unfold(torch.cat((dk, dv), dim=-1), tile, group).sum(3, dtype=grad.dtype)
-        if tile.shares_keys:
-            index = torch.arange(len(grad), device=grad.device)[:, None, None], *tile.stored
-            grad.index_put_(index, x, accumulate=True)
-        else:
-            grad[(slice(None), *tile.stored)] += x
-    return query_grads, grad
+        stored_grads.append(_unfold(torch.cat((dk, dv), dim=-1), tile, group).sum(3, dtype=dtype))
+    return query_grads, stored_grads
 
 
 def add_gradients(
@@ -160,7 +156,7 @@ def _side_by_side(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def _stored(x: torch.Tensor, tile: PastTile, group: int) -> torch.Tensor:
-    return _fold(x[(slice(None), *tile.stored)][:, :, :, None].expand(-1, -1, -1, group, -1), tile.repeats)
+    return _fold(x[tile.stored][:, :, :, None].expand(-1, -1, -1, group, -1), tile.repeats)
 
 
 def _fold(x: torch.Tensor, repeats: int) -> torch.Tensor:
