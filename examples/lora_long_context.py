@@ -350,9 +350,10 @@ def print_table(results: dict[str, dict], args: Arguments) -> None:
 
 
 def plot(results: dict[str, dict], args: Arguments, path: Path) -> None:
-    """Loss by position, and retrieval from the longest text by depth and over all depths by length; after training."""
+    """Loss by position, and retrieval from the longest text by depth and over all depths by length; after training.
+    What was not trained may leave the axes, which the others would else be too close on to tell apart."""
     figure = Figure(figsize=(15, 5), layout="constrained")
-    by_position, by_depth, by_length = figure.subplots(1, 3)
+    by_position, by_depth, by_length = panels = figure.subplots(1, 3)
     for name, result in results.items():
         measured = result.get("after", result["before"])
         spans = [span for span in measured["bits_per_byte"] if span != "all"]
@@ -373,8 +374,11 @@ def plot(results: dict[str, dict], args: Arguments, path: Path) -> None:
         axes.xaxis.set_major_formatter("{x:,.0f}")
     for axes in (by_depth, by_length):
         axes.axhline(math.log2(10), color="gray", linewidth=0.8, linestyle=":")  # guessing
-    for axes in (by_position, by_depth, by_length):
+    for axes in panels:
         axes.grid(alpha=0.3)
+        trained = [y for line in axes.lines if line.get_linestyle() == "-" for y in line.get_ydata()]
+        if trained:
+            axes.set_ylim(0.9 * min(trained), 1.05 * max(trained))
     figure.savefig(path, dpi=150)
 
 
