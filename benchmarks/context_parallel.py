@@ -9,9 +9,10 @@
 The tokens per process stay the same, so the sequence grows with P: efficiency is tokens per second and process, over
 those of the first P. LongNet runs in `split_sequence`, with w = 2048 * 4^k and r = 4^k up to the longest sequence of
 its rows, beside a Llama of equal size in PyTorch's `context_parallel`, which is what Accelerate's
-`ParallelismConfig(cp_size=P)` calls (it has no CPU kernel). For both: bfloat16, weights sharded by FSDP2, AdamW,
-gradient checkpointing, the loss in chunks. "MiB sent" is what attention of all layers sends to other processes,
-forward and backward: the collectives of one step are counted, but for those of FSDP.
+`ParallelismConfig(cp_size=P)` calls (it has no CPU kernel). `--models apart` gives every process a sequence of its
+own, which shows what FSDP2 costs alone. For all: bfloat16, weights sharded by FSDP2, AdamW, gradient checkpointing,
+the loss in chunks. "MiB sent" is what attention of all layers of a LongNet sends to other processes, forward and
+backward: the collectives of one step are counted, but for those of FSDP.
 """
 
 import argparse
@@ -101,11 +102,16 @@ def measure(rank: int, world_size: int, name: str, tokens: int, longest: int, op
     else:
         torch.set_num_threads(max(1, os.cpu_count() // world_size))
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+        "nccl" if on_gpu else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        device_id=device if on_gpu else None,  # or NCCL warns, in the middle of the table
     )
     mesh = init_device_mesh(device.type, (world_size,))
-    pattern = pattern_for(longest) if name == "longnet" else {}
-    model = make_model(name, options.size, options.chunk_size, device.type, **pattern).train()
+    pattern = {} if name == "llama" else pattern_for(longest)
+    kind = "llama" if name == "llama" else "longnet"
+    model = make_model(kind, options.size, options.chunk_size, device.type, **pattern).train()
     if options.lora:
         inject_adapter_in_model(LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -120,8 +126,8 @@ def measure(rank: int, world_size: int, name: str, tokens: int, longest: int, op
     ids = torch.randint(model.config.vocab_size, (1, length), device=device)
 
     def step():
-        if name == "longnet":
-            with split_sequence(layout=options.layout):
+        if name != "llama":
+            with split_sequence(layout=options.layout) if name == "longnet" else nullcontext():
                 module(ids[:, :tokens]).backward()
         else:
             whole, position_ids = ids.clone(), torch.arange(length, device=device)[None]
@@ -144,7 +150,7 @@ def measure(rank: int, world_size: int, name: str, tokens: int, longest: int, op
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    with BytesSent(rank) as sent:
+    with BytesSent(rank) as sent:  # it does not see into the operators of PyTorch's context parallelism
         times = [seconds()]
     if options.steps:
         seconds()
@@ -163,7 +169,7 @@ def measure(rank: int, world_size: int, name: str, tokens: int, longest: int, op
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--models", nargs="+", default=["longnet", "llama"])
+    parser.add_argument("--models", nargs="+", choices=["longnet", "apart", "llama"], default=["longnet", "llama"])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**17], help="per process")
     parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of LongNet's sequences")
@@ -183,10 +189,11 @@ def main():
         print(f"No GPU: the processes share {os.cpu_count()} CPU cores, so that times say little. Without Llama.\n")
     print("| processes | tokens | model | seconds per step | tokens per second | efficiency | MiB sent | peak GiB |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, tokens in itertools.product(options.models if on_gpu else ["longnet"], options.tokens):
+    models = options.models if on_gpu else [name for name in options.models if name != "llama"]
+    for name, tokens in itertools.product(models, options.tokens):
         first, processes = None, [x for x in options.processes if x <= available]
         for world_size in processes:
-            print(f"| {world_size} | {tokens * world_size} | {name} | ", end="", flush=True)
+            row = [world_size, tokens * world_size, name]  # printed at once: processes have warnings to give
             with tempfile.TemporaryDirectory() as folder:
                 files = os.path.join(folder, "store"), os.path.join(folder, "result")
                 arguments = world_size, name, tokens, tokens * max(processes), options, *files
@@ -195,14 +202,15 @@ def main():
                 except ProcessRaisedException as error:
                     if "OutOfMemoryError" not in str(error):
                         raise
-                    print("out of memory |", flush=True)
+                    print(f"| {' | '.join(map(str, row))} | out of memory |", flush=True)
                     continue
                 with open(files[1]) as file:
                     sent, seconds, peak = map(float, file.read().split())
             speed = tokens * world_size / seconds
             first = first or speed / world_size
-            columns = f"{seconds:.3f}", f"{speed:.0f}", f"{speed / world_size / first:.2f}", f"{sent / 2**20:.2f}"
-            print(" | ".join((*columns, f"{peak:.1f}" if on_gpu else "–")), "|", flush=True)
+            row += [f"{seconds:.3f}", f"{speed:.0f}", f"{speed / world_size / first:.2f}"]
+            row += [f"{sent / 2**20:.2f}" if name != "llama" else "–", f"{peak:.1f}" if on_gpu else "–"]
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 if __name__ == "__main__":
