@@ -298,6 +298,26 @@ def assert_ddp_takes_the_gradient_of_the_whole_sequence(rank, world_size):
     torch.testing.assert_close(own.float(), expected, rtol=0, atol=1e-5)
 
 
+def assert_compiled_layers_equal_one_process(rank, world_size):
+    """Attention is a break in the graph. In a checkpoint there can be none: such layers run as they are."""
+    mine = SequenceSplit(48, world_size, rank).positions()
+    for is_checkpointed in (False, True):
+        model, ids = build(LongNetForCausalLM, "llama", torch.float64).train(), random_ids(2, 48)
+        labels = F.pad(ids[:, 1:], (0, 1), value=-100)
+        expected = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+        if is_checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch._dynamo.utils.counters.clear()
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager", dynamic=False)
+        with split_sequence():
+            model(ids[:, mine], shift_labels=labels[:, mine]).loss.backward()
+        assert is_checkpointed or torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        for parameter, grad in zip(model.parameters(), expected, strict=True):
+            dist.all_reduce(parameter.grad)
+            torch.testing.assert_close(parameter.grad / world_size, grad, rtol=0, atol=1e-6)
+
+
 def assert_packed_model_equals_one_process(rank, world_size):
     model = build(LongNetForCausalLM, "llama", torch.float64)
     ids, positions = random_ids(2, 48), torch.arange(48).repeat(2, 1)
@@ -337,6 +357,7 @@ def test_a_model_equals_one_process(tmp_path):
         assert_model_equals_one_process,
         assert_ddp_takes_the_gradient_of_the_whole_sequence,
         assert_packed_model_equals_one_process,
+        assert_compiled_layers_equal_one_process,
         assert_parts_that_do_not_fit_are_refused,
         assert_generation_goes_on,
     )
