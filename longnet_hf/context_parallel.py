@@ -485,8 +485,8 @@ class _SplitAttention(torch.autograd.Function):
         work.wait()
         kernel, output = TileKernel(query, scale, 0.0, None), torch.empty_like(query)
         lse = torch.empty(query.shape[:3], dtype=parts[0][1].dtype, device=query.device)
+        stored = received.chunk(2, dim=-1)
         for run, (new_output, new_lse) in zip(plan.runs, parts, strict=True):
-            stored = received.chunk(2, dim=-1)
             attend_to_past(new_output, new_lse, query[run.index], *stored, run.past, heads, kernel)
             output[run.index], lse[run.index] = new_output, new_lse
         ctx.save_for_backward(query, key, value, output, lse, received)
@@ -498,14 +498,11 @@ class _SplitAttention(torch.autograd.Function):
         query, key, value, output, lse, received = ctx.saved_tensors
         plan, pattern, split, scale = ctx.options
         heads, kernel = key.shape[1], TileKernel(query, scale, 0.0, None)
-        query_grads = []  # of the runs' tiles
+        query_grads, stored = [], received.chunk(2, dim=-1)
         grad_received = torch.zeros(received.shape, dtype=lse.dtype, device=received.device)
         for run in plan.runs:
             saved = (x[run.index] for x in (grad_output, query, output, lse))
-            of_queries, of_stored = past_gradients(*saved, *received.chunk(2, dim=-1), run.past, heads, kernel)
-            query_grads.append(of_queries)
-            for tile, x in zip(run.past, of_stored, strict=True):  # which may have asked for the same keys
-                grad_received.index_add_(0, tile.stored[0].flatten(), x.flatten(0, 2))
+            query_grads.append(past_gradients(*saved, *stored, run.past, heads, kernel, grad_received))
         grad_received = grad_received.to(received.dtype)  # named, so that it lives until the exchange is over
         grad_rows = received.new_empty(sum(plan.send_splits), received.shape[1])
         work = dist.all_to_all_single(

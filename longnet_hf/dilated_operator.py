@@ -264,9 +264,8 @@ def _uses_triton(query: torch.Tensor, dropout: float) -> bool:
 
 def merge(output: torch.Tensor, lse: torch.Tensor, new_output: torch.Tensor, new_lse: torch.Tensor) -> None:
     """Continue the softmax `output` `[..., D]`, `lse` `[..., 1]` over further keys, in place."""
-    merged_lse = torch.logaddexp(lse, new_lse)
-    output.mul_((lse - merged_lse).exp_()).add_(new_output * (new_lse - merged_lse).exp_())
-    lse.copy_(merged_lse)
+    output.lerp_(new_output.to(output.dtype), torch.sigmoid(new_lse - lse))
+    torch.logaddexp(lse, new_lse, out=lse)
 
 
 # The fast path is a custom operator: torch.compile, checkpointing and FSDP see one opaque node. The namespace is the

@@ -25,10 +25,9 @@ class PastTile(NamedTuple):
     """Tiles of new queries over stored keys (see `Tile`), n at a time, of as many key/value heads or fewer."""
 
     mask: str
-    repeats: int
-    heads: torch.Tensor  # [n, repeats * Kq], of the queries
+    heads: torch.Tensor  # [n, Kq], of the queries
     columns: torch.Tensor  # likewise, among the new tokens
-    stored: tuple  # index of the keys among those that are stored: gives [B, n, repeats * Kk, D]
+    stored: tuple  # index into what is stored, of the keys: gives [B, n, Kk, D]
 
 
 def past_tiles(
@@ -55,25 +54,26 @@ def past_tiles(
         queries, keys = tile.queries, tile.keys
         which = tile.branch, tile.heads, queries.start % pattern.dilation_rates[tile.branch]
         number_of_tile[which] = number_of_tile.get(which, -1) + 1
-        shape = len(queries), queries.step, len(keys), keys.step, tile.repeats, tile.period
+        assert (
+            tile.repeats == 1
+        )  # only one segment, or block of a window, has keys before `position` and queries after
+        shape = len(queries), queries.step, len(keys), keys.step
         begins = alike.setdefault((tile.branch, number_of_tile[which], tile.mask, *shape), [])
         begins.extend((head, queries.start - back, keys.start + position - back) for head in tile.heads)
 
     past = []
-    for (branch, _, mask, num_queries, query_step, num_keys, key_step, repeats, period), begins in alike.items():
-        repeat = np.arange(repeats)[:, None] * period
+    for (branch, _, mask, num_queries, query_step, num_keys, key_step), begins in alike.items():
         # Tiles are copies: of a long sequence, a quarter as many rows at a time as there are new ones
-        size = max(1, max(_FEW_ROWS, num_heads * length // 4) // (repeats * (num_queries + num_keys)))
+        size = max(1, max(_FEW_ROWS, num_heads * length // 4) // (num_queries + num_keys))
         for start in range(0, len(begins), size):
             heads, queries, keys = np.array(begins[start : start + size], dtype=np.int64).T[..., None]
-            queries = queries + (repeat + np.arange(num_queries) * query_step).ravel()
-            keys = keys + (repeat + np.arange(num_keys) * key_step).ravel()
+            queries, keys = queries + np.arange(num_queries) * query_step, keys + np.arange(num_keys) * key_step
             # Of one shape and layout, or indexing on a GPU would copy them each time
             indices = *np.broadcast_arrays(heads, queries), *find(branch, heads, keys)
             heads, queries, *stored = (
                 x if isinstance(x, slice) else torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in indices
             )
-            past.append(PastTile(mask, repeats, heads, queries, tuple(stored)))
+            past.append(PastTile(mask, heads, queries, tuple(stored)))
     return past
 
 
@@ -100,12 +100,12 @@ def attend_to_past(
     query, output, lse = (_side_by_side(x, num_heads) for x in (query, output, lse[..., None]))
     for tile in past:
         rows = slice(None), tile.heads, tile.columns
-        q = _fold(query[rows], tile.repeats)
+        q = _fold(query[rows])
         k, v = (_stored(x, tile, group).to(q.dtype) for x in (keys, values))
         with torch.autocast(query.device.type, enabled=False):
             new_output, new_lse = kernel.forward(q, k, v, tile.mask)
         merged_output, merged_lse = output[rows].to(lse.dtype), lse[rows]
-        merge(merged_output, merged_lse, _unfold(new_output, tile, group), _unfold(new_lse[..., None], tile, group))
+        merge(merged_output, merged_lse, _unfold(new_output, group), _unfold(new_lse[..., None], group))
         output[rows], lse[rows] = merged_output.to(output.dtype), merged_lse
 
 
@@ -119,26 +119,33 @@ def past_gradients(
     past: Sequence[PastTile],
     num_heads: int,
     kernel: TileKernel,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The gradients by way of [`attend_to_past`], with output and log-sum-exp of the whole softmax.
+    grad_stored: torch.Tensor,
+) -> list[torch.Tensor]:
+    """The gradients by way of [`attend_to_past`].
 
-    What every tile adds to that of `query` (see [`add_gradients`]), and to those of its keys and values: the latter
-    `[B, n, K, 2 D]` in the accumulators' dtype.
+    Args:
+        grad_output, query: `[B, H, L, D]`.
+        output, lse: of the whole softmax, `[B, H, L, D]` and `[B, H, L]`.
+        keys, values: what is stored, `[rows, D]`; tiles may have rows in common.
+        grad_stored: `[rows, 2 D]` in the accumulators' dtype; the gradients of keys and values are added to it.
+
+    Returns:
+        What every tile adds to the gradient of `query`, for [`add_gradients`].
     """
-    group = query.shape[1] // num_heads
-    query_grads, stored_grads, dtype = [], [], lse.dtype
+    group, query_grads = query.shape[1] // num_heads, []
     grad_output, query, output, lse = (
         _side_by_side(x, num_heads) for x in (grad_output, query, output, lse[..., None])
     )
     for tile in past:
         rows = slice(None), tile.heads, tile.columns
-        do, q, o, lse_of_rows = (_fold(x[rows], tile.repeats) for x in (grad_output, query, output, lse))
+        do, q, o, lse_of_rows = (_fold(x[rows]) for x in (grad_output, query, output, lse))
         k, v = (_stored(x, tile, group) for x in (keys, values))
         with torch.autocast(query.device.type, enabled=False):
             dq, dk, dv = kernel.backward(do, q, o, lse_of_rows, k, v, tile.mask)
-        query_grads.append(_unfold(dq, tile, group))
-        stored_grads.append(_unfold(torch.cat((dk, dv), dim=-1), tile, group).sum(3, dtype=dtype))
-    return query_grads, stored_grads
+        query_grads.append(_unfold(dq, group))
+        of_keys = torch.cat((dk, dv), dim=-1).unflatten(1, (-1, group)).sum(2, dtype=grad_stored.dtype)
+        grad_stored.index_add_(0, tile.stored[0].flatten(), of_keys.flatten(0, 2))
+    return query_grads
 
 
 def add_gradients(
@@ -156,13 +163,14 @@ def _side_by_side(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def _stored(x: torch.Tensor, tile: PastTile, group: int) -> torch.Tensor:
-    return _fold(x[tile.stored][:, :, :, None].expand(-1, -1, -1, group, -1), tile.repeats)
+    """A tile's keys for a kernel, repeated for every query head of a group."""
+    return x[tile.stored][:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
 
 
-def _fold(x: torch.Tensor, repeats: int) -> torch.Tensor:
-    """`[B, n, repeats * K, H / Hkv, D]` -> `[B * repeats, n * H / Hkv, K, D]`, as kernels ask for it."""
-    return x.unflatten(2, (repeats, -1)).permute(0, 2, 1, 4, 3, 5).flatten(2, 3).flatten(0, 1)
+def _fold(x: torch.Tensor) -> torch.Tensor:
+    """`[B, n, K, H / Hkv, D]` -> `[B, n * H / Hkv, K, D]`, as kernels ask for it."""
+    return x.transpose(2, 3).flatten(1, 2)
 
 
-def _unfold(x: torch.Tensor, tile: PastTile, group: int) -> torch.Tensor:
-    return x.unflatten(0, (-1, tile.repeats)).unflatten(2, (-1, group)).permute(0, 2, 1, 4, 3, 5).flatten(2, 3)
+def _unfold(x: torch.Tensor, group: int) -> torch.Tensor:
+    return x.unflatten(1, (-1, group)).transpose(2, 3)
