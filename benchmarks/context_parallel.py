@@ -10,9 +10,9 @@ The tokens per process stay the same, so the sequence grows with P: efficiency i
 those of the first P. LongNet runs in `split_sequence`, with w = 2048 * 4^k and r = 4^k up to the longest sequence of
 its rows, beside a Llama of equal size in PyTorch's `context_parallel`, which is what Accelerate's
 `ParallelismConfig(cp_size=P)` calls (it has no CPU kernel). `--models apart` gives every process a sequence of its
-own, which shows what FSDP2 costs alone. For all: bfloat16, weights sharded by FSDP2, AdamW, gradient checkpointing,
-the loss in chunks. "MiB sent" is what attention of all layers of a LongNet sends to other processes, forward and
-backward: the collectives of one step are counted, but for those of FSDP.
+own ("tokens" are then those of all), which shows what FSDP2 costs alone. For all: bfloat16, weights sharded by FSDP2,
+AdamW, gradient checkpointing, the loss in chunks. "MiB sent" is what attention of all layers of a LongNet sends to
+other processes in a step, forward and backward.
 """
 
 import argparse
@@ -61,23 +61,17 @@ def print_plan(tokens: int, processes: list[int]) -> None:
 
 
 class BytesSent(TorchDispatchMode):
-    """Counts what this process sends to others, but for the collectives of FSDP."""
+    """Counts what this process sends to others in exchanges of keys, values and their gradients."""
 
     def __init__(self, rank: int):
         super().__init__()
         self.rank, self.total = rank, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket._qualified_op_name
-        if name == "c10d::alltoall_base_":
+        if function.overloadpacket._qualified_op_name == "c10d::alltoall_base_":
             _, x, _, _, splits = args[:5]
             own = splits[self.rank] if splits else len(x) // dist.get_world_size()
             self.total += (x.numel() - own * x[:1].numel()) * x.element_size()
-        elif name == "_c10d_functional::all_to_all_single":
-            x, _, splits = args[:3]
-            self.total += (x.numel() - splits[self.rank] * x[:1].numel()) * x.element_size()
-        elif name == "_c10d_functional::all_gather_into_tensor":
-            self.total += args[0].numel() * args[0].element_size() * (args[1] - 1)
         return function(*args, **(kwargs or {}))
 
 
@@ -109,9 +103,10 @@ def measure(rank: int, world_size: int, name: str, tokens: int, longest: int, op
         device_id=device if on_gpu else None,  # or NCCL warns, in the middle of the table
     )
     mesh = init_device_mesh(device.type, (world_size,))
-    pattern = {} if name == "llama" else pattern_for(longest)
-    kind = "llama" if name == "llama" else "longnet"
-    model = make_model(kind, options.size, options.chunk_size, device.type, **pattern).train()
+    is_llama = name == "llama"
+    pattern = {} if is_llama else pattern_for(longest)
+    model = make_model("llama" if is_llama else "longnet", options.size, options.chunk_size, device.type, **pattern)
+    model.train()
     if options.lora:
         inject_adapter_in_model(LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -126,7 +121,7 @@ def measure(rank: int, world_size: int, name: str, tokens: int, longest: int, op
     ids = torch.randint(model.config.vocab_size, (1, length), device=device)
 
     def step():
-        if name != "llama":
+        if not is_llama:
             with split_sequence(layout=options.layout) if name == "longnet" else nullcontext():
                 module(ids[:, :tokens]).backward()
         else:
@@ -150,7 +145,7 @@ def measure(rank: int, world_size: int, name: str, tokens: int, longest: int, op
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    with BytesSent(rank) as sent:  # it does not see into the operators of PyTorch's context parallelism
+    with BytesSent(rank) as sent:
         times = [seconds()]
     if options.steps:
         seconds()

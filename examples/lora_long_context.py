@@ -226,8 +226,8 @@ def make_needles(
 
 
 def costs_of_layers(attention: dict, positions: dict, args: Arguments, training_args: TrainingArguments, data) -> list:
-    """What it costs to take full attention from each layer alone: the loss of texts of a quarter of the context with a
-    number in them, beyond the local branch, and again that of the number, in bits per token."""
+    """What it costs to take full attention from each layer alone: by how much the loss of texts of a quarter of the
+    context with a number in them grows, beyond the local branch, and again that of the number, in bits per token."""
     length, depths = args.context_length >> 2, [0.0, 0.25, 0.5]
     needles = make_needles(
         data["tokenizer"], data["contexts"].select(range(1)), [length], depths, args.needles, seed=1
@@ -237,13 +237,14 @@ def costs_of_layers(attention: dict, positions: dict, args: Arguments, training_
     model = load_model(attention, positions, args).to(training_args.device).eval()
     layers = model.model.layers
     patterns, full = [layer.self_attn.pattern for layer in layers], DilatedPattern.full().canonical()
-    costs = []
-    for number in range(len(layers)):
+    losses = []
+    for number in (None, *range(len(layers))):
         for i, layer in enumerate(layers):
             layer.self_attn.pattern = patterns[i] if i == number else full
-        bits = token_losses(model, texts, training_args, f"with the pattern in layer {number}")
-        costs.append((bits[:, local:].mean() + bits[:, -answer:].mean()).item())
-    return costs
+        where = "nowhere" if number is None else f"in layer {number}"
+        bits = token_losses(model, texts, training_args, f"with the pattern {where}")
+        losses.append((bits[:, local:].mean() + bits[:, -answer:].mean()).item())
+    return [loss - losses[0] for loss in losses[1:]]
 
 
 @torch.no_grad()
@@ -351,7 +352,7 @@ def print_table(results: dict[str, dict], args: Arguments) -> None:
 
 def plot(results: dict[str, dict], args: Arguments, path: Path) -> None:
     """Loss by position, and retrieval from the longest text by depth and over all depths by length; after training.
-    What was not trained may leave the axes, which the others would else be too close on to tell apart."""
+    What was not trained may leave the axes, so that the others can be told apart."""
     figure = Figure(figsize=(15, 5), layout="constrained")
     by_position, by_depth, by_length = panels = figure.subplots(1, 3)
     for name, result in results.items():

@@ -30,7 +30,10 @@ SIZES = {
 @dataclass
 class Arguments:
     tokens: str = field(default="1_000_000_000", metadata={"help": "Length of the stream."})
-    size: str = field(default="base", metadata={"help": "Of the model: base (125 M, the paper's), or small."})
+    size: str = field(
+        default="base",
+        metadata={"help": "Of the model: base (the paper's, 134 M parameters), or small; random weights."},
+    )
     chunk_size: int = field(default=1 << 20, metadata={"help": "Tokens per forward pass."})
     segment_length: int = field(default=2048, metadata={"help": "Of the first branch; each next is 4 times as long."})
     output_dir: str = field(default="runs/one_billion_tokens", metadata={"help": "For the record and what was read."})
@@ -122,7 +125,7 @@ def main():
         "keys_kept_per_head_and_layer": model.config.layer_patterns[0].max_live_keys(),
         "branches": list(branches),
         "parameters": model.num_parameters(),
-        "arguments": asdict(args),
+        "arguments": {name: value for name, value in asdict(args).items() if name != "output_dir"},
         "date": time.strftime("%Y-%m-%d"),
     } | environment(device)
     write(folder / "record.json", record)
