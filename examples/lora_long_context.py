@@ -7,8 +7,8 @@
 Each variant starts from the same weights, is measured, trained with LoRA on the same documents, and measured again:
 held-out loss by position in the context, and how well it retrieves a number from every depth of a long text. "native"
 is the model as it was published; all others stretch its rotary positions to the context with YaRN (arXiv 2309.00071),
-which needs no training. "hybrid-measured" first finds out, on training text, which layers miss full attention most:
-each in turn is put under the windows alone. As in LongLoRA (arXiv 2309.12307), embeddings and norms are trained beside
+which needs no training. The last two first find out, on training text, which layers miss full attention most: each in
+turn is put under the windows alone. As in LongLoRA (arXiv 2309.12307), embeddings and norms are trained beside
 the adapters.
 
 Ends with a table, a plot and a record in JSON. Stopped, the same command goes on where it was.
@@ -68,6 +68,7 @@ VARIANTS = {
     "windows": "three dilated windows",
     "hybrid": "the windows, and full attention in every fifth layer",
     "hybrid-measured": "the windows, and full attention in the fifth of the layers that miss it most",
+    "sliding-measured": "the wide sliding window, likewise",
 }
 
 
@@ -129,7 +130,7 @@ def window_of_equal_work(pattern: DilatedPattern, length: int) -> int:
 
 def attention_of(variant: str, length: int, num_layers: int) -> dict | None:
     """The fields of a LongNet for a variant, scaled to a context; `None` for the source's own full attention. Which
-    layers of "hybrid-measured" have it is left open."""
+    layers have it where this is measured is left open."""
     if variant in ("native", "full"):
         return None
     paper = dict(segment_lengths=[length >> i for i in range(4, -1, -1)], dilation_rates=[1, 2, 4, 6, 12])
@@ -297,7 +298,7 @@ def run_variant(variant: str, args: Arguments, training_args: TrainingArguments,
     positions = native if variant == "native" else stretched_positions(config, args.context_length)
     if "attention" not in result:
         attention = attention_of(variant, args.context_length, config.num_hidden_layers)
-        if variant == "hybrid-measured":
+        if variant.endswith("-measured"):
             costs = costs_of_layers(attention, positions, args, training_args, data)
             dearest = sorted(range(len(costs)), key=costs.__getitem__)[-max(1, len(costs) // 5) :]
             attention["full_attention_layers"] = sorted(dearest)
