@@ -8,8 +8,8 @@ Each variant starts from the same weights, is measured, trained with LoRA on the
 held-out loss by position in the context, and how well it retrieves a number from every depth of a long text. "native"
 is the model as it was published; all others stretch its rotary positions to the context with YaRN (arXiv 2309.00071),
 which needs no training. The last two first find out, on training text, which layers miss full attention most: each in
-turn is put under the windows alone. As in LongLoRA (arXiv 2309.12307), embeddings and norms are trained beside
-the adapters.
+turn is put under the windows alone. As in LongLoRA (arXiv 2309.12307), embeddings and norms are trained beside the
+adapters.
 
 Ends with a table, a plot and a record in JSON. Stopped, the same command goes on where it was.
 """

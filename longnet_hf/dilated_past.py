@@ -54,9 +54,8 @@ def past_tiles(
         queries, keys = tile.queries, tile.keys
         which = tile.branch, tile.heads, queries.start % pattern.dilation_rates[tile.branch]
         number_of_tile[which] = number_of_tile.get(which, -1) + 1
-        assert (
-            tile.repeats == 1
-        )  # only one segment, or block of a window, has keys before `position` and queries after
+        # Only one segment, or block of a window, has keys before `position` and queries after
+        assert tile.repeats == 1
         shape = len(queries), queries.step, len(keys), keys.step
         begins = alike.setdefault((tile.branch, number_of_tile[which], tile.mask, *shape), [])
         begins.extend((head, queries.start - back, keys.start + position - back) for head in tile.heads)
