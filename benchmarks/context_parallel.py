@@ -197,14 +197,14 @@ def main():
                 except ProcessRaisedException as error:
                     if "OutOfMemoryError" not in str(error):
                         raise
-                    print(f"| {' | '.join(map(str, row))} | out of memory |", flush=True)
-                    continue
-                with open(files[1]) as file:
-                    sent, seconds, peak = map(float, file.read().split())
-            speed = tokens * world_size / seconds
-            first = first or speed / world_size
-            row += [f"{seconds:.3f}", f"{speed:.0f}", f"{speed / world_size / first:.2f}"]
-            row += [f"{sent / 2**20:.2f}" if name != "llama" else "–", f"{peak:.1f}" if on_gpu else "–"]
+                    row.append("out of memory")
+                else:
+                    with open(files[1]) as file:
+                        sent, seconds, peak = map(float, file.read().split())
+                    speed = tokens * world_size / seconds
+                    first = first or speed / world_size
+                    row += [f"{seconds:.3f}", f"{speed:.0f}", f"{speed / world_size / first:.2f}"]
+                    row += [f"{sent / 2**20:.2f}" if name != "llama" else "–", f"{peak:.1f}" if on_gpu else "–"]
             print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 

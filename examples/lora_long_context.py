@@ -300,9 +300,9 @@ def run_variant(variant: str, args: Arguments, training_args: TrainingArguments,
         attention = attention_of(variant, args.context_length, config.num_hidden_layers)
         if variant.endswith("-measured"):
             costs = costs_of_layers(attention, positions, args, training_args, data)
-            dearest = sorted(range(len(costs)), key=costs.__getitem__)[-max(1, len(costs) // 5) :]
-            attention["full_attention_layers"] = sorted(dearest)
-            print(f"Full attention stays in layers {sorted(dearest)}.")
+            dearest = sorted(sorted(range(len(costs)), key=costs.__getitem__)[-max(1, len(costs) // 5) :])
+            attention["full_attention_layers"] = dearest
+            print(f"Full attention stays in layers {dearest}.")
             result.save(costs_of_layers=costs)
         result.save(attention=attention)
     model = load_model(result["attention"], positions, args).to(training_args.device)

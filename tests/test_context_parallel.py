@@ -232,6 +232,12 @@ def assert_parts_that_do_not_fit_are_refused(rank, world_size):
             split.find_documents(1, seq_idx=torch.tensor([numbers]))
 
 
+def assert_mean_gradients(model, expected, world_size):
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        dist.all_reduce(parameter.grad)
+        torch.testing.assert_close(parameter.grad / world_size, grad, rtol=0, atol=1e-6)
+
+
 def assert_model_equals_one_process(rank, world_size):
     for kind in KINDS:
         model = build(LongNetForCausalLM, kind, torch.float64)
@@ -252,9 +258,7 @@ def assert_model_equals_one_process(rank, world_size):
             # The loss takes logits in float32
             torch.testing.assert_close(split.loss, outputs.loss, rtol=0, atol=1e-5)
             split.loss.backward()
-            for parameter, grad in zip(model.parameters(), expected, strict=True):
-                dist.all_reduce(parameter.grad)
-                torch.testing.assert_close(parameter.grad / world_size, grad, rtol=0, atol=1e-6)
+            assert_mean_gradients(model, expected, world_size)
 
     # What cannot be split is refused by all processes together
     mine = SequenceSplit(48, world_size, rank).positions()
@@ -313,9 +317,7 @@ def assert_compiled_layers_equal_one_process(rank, world_size):
         with split_sequence():
             model(ids[:, mine], shift_labels=labels[:, mine]).loss.backward()
         assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == (not is_checkpointed)
-        for parameter, grad in zip(model.parameters(), expected, strict=True):
-            dist.all_reduce(parameter.grad)
-            torch.testing.assert_close(parameter.grad / world_size, grad, rtol=0, atol=1e-6)
+        assert_mean_gradients(model, expected, world_size)
 
 
 def assert_packed_model_equals_one_process(rank, world_size):
