@@ -122,7 +122,8 @@ def measure(rank: int, world_size: int, name: str, tokens: int, longest: int, op
 
     def step():
         if not is_llama:
-            with split_sequence(layout=options.layout) if name == "longnet" else nullcontext():
+            is_split = name == "longnet" and world_size > 1
+            with split_sequence(layout=options.layout) if is_split else nullcontext():
                 module(ids[:, :tokens]).backward()
         else:
             whole, position_ids = ids.clone(), torch.arange(length, device=device)[None]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .dilated_operator import TileKernel, autocast_inputs, backward_op, dilated_attention
-from .dilated_past import PastTile, add_gradients, attend_to_past, past_gradients, past_tiles
+from .dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
 from .dilated_pattern import DilatedPattern, clip
 
 
@@ -116,7 +116,7 @@ class SequenceSplit:
             )
         if position_ids is not None and position_ids.shape not in {(batch_size, local), (1, local)}:
             raise ValueError(f"`position_ids` must have shape {(batch_size, local)}, got {tuple(position_ids.shape)}.")
-        mine = self.positions().to(device)
+        mine = self.positions(device)
         growing = position_ids if seq_idx is None and position_ids is not None else mine[None]
         growing = growing.to(device).expand(batch_size, local)
         number = torch.zeros_like(growing)
@@ -197,9 +197,9 @@ class SequenceSplit:
         dist.all_reduce(found, group=self.group)
         return found
 
-    def positions(self) -> torch.Tensor:
+    def positions(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Of the tokens of this process, `[N / P]`."""
-        return torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in self.chunks(self.rank)])
+        return torch.cat([torch.arange(chunk.start, chunk.stop, device=device) for chunk in self.chunks(self.rank)])
 
 
 @dataclass(frozen=True)
@@ -498,22 +498,22 @@ class _SplitAttention(torch.autograd.Function):
         query, key, value, output, lse, received = ctx.saved_tensors
         plan, pattern, split, scale = ctx.options
         heads, kernel = key.shape[1], TileKernel(query, scale, 0.0, None)
-        query_grads, stored = [], received.chunk(2, dim=-1)
+        add_query_gradients, stored = [], received.chunk(2, dim=-1)
         grad_received = torch.zeros(received.shape, dtype=lse.dtype, device=received.device)
         for run in plan.runs:
             saved = (x[run.index] for x in (grad_output, query, output, lse))
-            query_grads.append(past_gradients(*saved, *stored, run.past, heads, kernel, grad_received))
+            add_query_gradients.append(past_gradients(*saved, *stored, run.past, heads, kernel, grad_received))
         grad_received = grad_received.to(received.dtype)  # named, so that it lives until the exchange is over
         grad_rows = received.new_empty(sum(plan.send_splits), received.shape[1])
         work = dist.all_to_all_single(
             grad_rows, grad_received, plan.send_splits, plan.receive_splits, group=split.group, async_op=True
         )
         grads = [torch.empty_like(x) for x in (query, key, value)]
-        for run, of_queries in zip(plan.runs, query_grads, strict=True):
+        for run, add_to_queries in zip(plan.runs, add_query_gradients, strict=True):
             # Output and log-sum-exp of the whole softmax give each part its share
             saved = (x[run.index] for x in (grad_output, query, key, value, output, lse))
             part = backward_op(*saved, run.document_ids, pattern.at(run.position).to_json(), True, scale, 0.0, None)
-            add_gradients(part[0], of_queries, run.past, heads)
+            add_to_queries(part[0])
             for grad, x in zip(grads, part, strict=True):
                 grad[run.index] = x  # tokens that go on with a document have another run before, which gives them 0
         work.wait()

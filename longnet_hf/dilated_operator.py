@@ -237,21 +237,21 @@ def _check_inputs(query, key, value, pattern, scale, dropout) -> None:
         raise ValueError(f"`dropout` must lie in [0, 1), got {dropout}.")
 
 
-def _whole_rows(x: torch.Tensor) -> torch.Tensor:
+def adjacent_rows(x: torch.Tensor) -> torch.Tensor:
     """All kernels read a row of D numbers as adjacent, and PyTorch's do not check."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
     """An empty tensor in the layout that results have: that of `x`, so that a model need not copy them."""
-    return torch.empty_like(_whole_rows(x))
+    return torch.empty_like(adjacent_rows(x))
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _uses_triton(query: torch.Tensor, dropout: float) -> bool:
+def uses_triton(query: torch.Tensor, dropout: float) -> bool:
     """Whether the Triton kernels compute this; `LONGNET_TRITON=0` in the environment switches them off."""
     return (
         query.device.type == "cuda"
@@ -286,8 +286,8 @@ def _forward_op(
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merged output `[B, H, Nq, D]` and log-sum-exp `[B, H, Nq]` of all tiles."""
-    query, key, value = map(_whole_rows, (query, key, value))
-    if _uses_triton(query, dropout):
+    query, key, value = map(adjacent_rows, (query, key, value))
+    if uses_triton(query, dropout):
         documents = _Documents.find(query, key, document_ids, in_place=True)
         q, k, v = documents.pack_queries(query), documents.pack_keys(key), documents.pack_keys(value)
         places = documents.places()
@@ -322,12 +322,12 @@ def backward_op(
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value from the merged output and log-sum-exp."""
-    grad_output, query, key, value = map(_whole_rows, (grad_output, query, key, value))
-    uses_triton = _uses_triton(query, dropout)
-    documents = _Documents.find(query, key, document_ids, in_place=uses_triton)
+    grad_output, query, key, value = map(adjacent_rows, (grad_output, query, key, value))
+    in_triton = uses_triton(query, dropout)
+    documents = _Documents.find(query, key, document_ids, in_place=in_triton)
     q, o, do, l = (documents.pack_queries(x) for x in (query, output, grad_output, lse[..., None]))
     k, v = documents.pack_keys(key), documents.pack_keys(value)
-    if uses_triton:
+    if in_triton:
         dq, dk, dv = triton_backward(
             do, q, k, v, o, l[..., 0], DilatedPattern.from_json(pattern), documents.places(), is_causal, scale
         )

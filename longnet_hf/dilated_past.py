@@ -13,8 +13,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .dilated_operator import TileKernel, merge
+from .dilated_operator import TileKernel, adjacent_rows, merge, uses_triton
 from .dilated_pattern import DilatedPattern
+
+
+try:
+    from .dilated_past_kernels import (
+        triton_add_query_gradients,
+        triton_add_stored_gradients,
+        triton_attend_to_past,
+    )
+except ImportError:  # PyTorch without Triton
+    pass
 
 
 # Rows that are cheaper to copy than to compute in several pieces
@@ -95,6 +105,9 @@ def attend_to_past(
         query: `[B, H, L, D]`.
         keys, values: what is stored, `[..., D]`.
     """
+    if _uses_kernels(query, keys, kernel):
+        query, keys, values = map(adjacent_rows, (query, keys, values))
+        return triton_attend_to_past(output, lse, query, keys, values, past, num_heads, kernel.scale)
     group = query.shape[1] // num_heads
     query, output, lse = (_side_by_side(x, num_heads) for x in (query, output, lse[..., None]))
     for tile in past:
@@ -119,7 +132,7 @@ def past_gradients(
     num_heads: int,
     kernel: TileKernel,
     grad_stored: torch.Tensor,
-) -> list[torch.Tensor]:
+) -> Callable[[torch.Tensor], None]:
     """The gradients by way of [`attend_to_past`].
 
     Args:
@@ -129,8 +142,15 @@ def past_gradients(
         grad_stored: `[rows, 2 D]` in the accumulators' dtype; the gradients of keys and values are added to it.
 
     Returns:
-        What every tile adds to the gradient of `query`, for [`add_gradients`].
+        A function that adds to the gradient of `query`, `[B, H, L, D]`.
     """
+    if _uses_kernels(query, keys, kernel):
+        tensors = map(adjacent_rows, (grad_output, output, query, keys, values))
+        grad_output, output, query, keys, values = tensors
+        inputs = grad_output, output, lse, query, keys, values, past, num_heads, kernel.scale
+        triton_add_stored_gradients(grad_stored, *inputs)
+        return lambda grad: triton_add_query_gradients(grad, *inputs)
+
     group, query_grads = query.shape[1] // num_heads, []
     grad_output, query, output, lse = (
         _side_by_side(x, num_heads) for x in (grad_output, query, output, lse[..., None])
@@ -144,16 +164,18 @@ def past_gradients(
         query_grads.append(_unfold(dq, group))
         of_keys = torch.cat((dk, dv), dim=-1).unflatten(1, (-1, group)).sum(2, dtype=grad_stored.dtype)
         grad_stored.index_add_(0, tile.stored[0].flatten(), of_keys.flatten(0, 2))
-    return query_grads
+
+    def add_query_gradients(grad: torch.Tensor) -> None:
+        grad = _side_by_side(grad, num_heads)
+        for tile, x in zip(past, query_grads, strict=True):
+            grad[:, tile.heads, tile.columns] += x.to(grad.dtype)
+
+    return add_query_gradients
 
 
-def add_gradients(
-    grad: torch.Tensor, query_grads: Sequence[torch.Tensor], past: Sequence[PastTile], num_heads: int
-) -> None:
-    """Add what the tiles give to the gradient of `query` `[B, H, L, D]`, in place."""
-    grad = _side_by_side(grad, num_heads)
-    for tile, x in zip(past, query_grads, strict=True):
-        grad[:, tile.heads, tile.columns] += x.to(grad.dtype)
+def _uses_kernels(query: torch.Tensor, keys: torch.Tensor, kernel: TileKernel) -> bool:
+    """Keys in a cache lie apart by more than rows; there, blocks of new tokens are long, and kernels spare little."""
+    return keys.dim() == 2 and uses_triton(query, kernel.dropout)
 
 
 def _side_by_side(x: torch.Tensor, num_heads: int) -> torch.Tensor:

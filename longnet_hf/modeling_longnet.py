@@ -470,7 +470,7 @@ class LongNetPreTrainedModel(PreTrainedModel):
         split = SequenceSplit(
             input_ids.shape[1] + padding, world_size, torch.distributed.get_rank(group), layout, group
         )
-        mine = F.pad(input_ids, (0, padding))[:, split.positions().to(input_ids.device)]
+        mine = F.pad(input_ids, (0, padding))[:, split.positions(input_ids.device)]
         cache = DilatedCache(self.config, reserve=max(255, padding + 1))
         with split_sequence(group, layout):
             self.base_model(mine.to(self.device), past_key_values=cache)
@@ -557,7 +557,7 @@ class LongNetModel(LongNetPreTrainedModel):
             if past_key_values is not None and split_batch is not whole_rows(split, batch_size):
                 raise ValueError("`past_key_values` cannot take a row of several packed documents: give one per row.")
             if position_ids is None:
-                position_ids = split.positions().to(device)[None]
+                position_ids = split.positions(device)[None]
             attention_mask, use_cache = None, False  # what follows a token does not change its output
         is_causal = self.config.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         if past_key_values is not None:

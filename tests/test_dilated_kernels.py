@@ -1,6 +1,7 @@
 """The Triton kernels against the dense oracle: without a GPU in Triton's interpreter, on a GPU as they are."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from test_dilated_operator import gradients, random_layout, random_tensors
 
 from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference
 from longnet_hf import dilated_operator as operator_module
+from longnet_hf import dilated_past as past_module
+from longnet_hf.dilated_past import attend_to_past, past_gradients, past_tiles
 
 
 kernels = pytest.importorskip("longnet_hf.dilated_kernels", reason="needs Triton", exc_type=ImportError)
@@ -25,7 +28,7 @@ def interpreted(monkeypatch):
     """Kernels that run on the CPU, in blocks small enough for short sequences to have many."""
     if torch.cuda.is_available():
         pytest.skip("on a GPU the kernels run as they are")
-    monkeypatch.setattr(operator_module, "_uses_triton", lambda query, dropout: True)
+    monkeypatch.setattr(operator_module, "uses_triton", lambda query, dropout: True)
     blocks = dict.fromkeys(("forward", "queries", "keys"), Blocks(16, 16, 4, 1))
     monkeypatch.setattr(kernels, "_FLOAT32_BLOCKS", {64: blocks})
 
@@ -200,3 +203,66 @@ def test_compiled_checkpointed_and_under_autocast_on_a_gpu():
         assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
         for ours, theirs in zip(gradients(output, inputs, grad.bfloat16()), expected_grads, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+class Past:
+    """New tokens, an attention that they continue, and stored keys: in rows that lie anywhere, some in the same."""
+
+    def __init__(self, pattern, position, length, batch, heads, group, size, device):
+        row_of = torch.randint(2 * position, (batch, heads, position)).numpy()
+
+        def find(branch, heads, positions):
+            return (row_of[:, heads, positions],)
+
+        self.heads, self.tiles = heads, past_tiles(pattern, heads, position, length, find, torch.device(device))
+        shape = batch, length, heads * group, size
+        tensors = *(torch.randn(shape).transpose(1, 2) for _ in range(3)), torch.randn(2 * position, 2 * size)
+        self.query, self.output, self.grad_output, self.stored = (x.to(device) for x in tensors)
+        self.lse = torch.randn(batch, heads * group, length, device=device)
+        self.lse[:, :, ::7] = -torch.inf  # no key so far
+
+    def attend(self, dtype, in_triton, monkeypatch):
+        """Output, log-sum-exp, and the gradients of the queries and of what is stored."""
+        monkeypatch.setattr(past_module, "uses_triton", lambda query, dropout: in_triton)
+        tensors = self.query, self.output, self.grad_output, self.stored
+        query, output, grad_output, stored = (x.to(dtype, copy=True) for x in tensors)
+        lse = self.lse.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
+        keys, values = stored.chunk(2, dim=-1)
+        kernel = operator_module.TileKernel(query, 0.3, 0.0, None)
+        attend_to_past(output, lse, query, keys, values, self.tiles, self.heads, kernel)
+        grad_stored, grad = torch.ones_like(stored, dtype=lse.dtype), torch.ones_like(query)
+        lse = lse.nan_to_num(nan=torch.nan, neginf=0.0)  # of tokens that no key is for
+        saved = grad_output, query, output, lse
+        past_gradients(*saved, keys, values, self.tiles, self.heads, kernel, grad_stored)(grad)
+        return output, lse, grad, grad_stored
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("seed", range(24))
+def test_kernels_for_keys_of_the_past_agree_with_the_tiles(seed, interpreted, monkeypatch):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    pattern = replace(random_pattern(rng), offset=0)
+    position, length = rng.choice([1, 5, rng.randint(1, 70)]), rng.choice([1, rng.randint(1, 70)])
+    sizes = rng.choice([1, 2]), rng.choice([1, 2, 3]), rng.choice([1, 2]), rng.choice([1, 3, 16])
+    past = Past(pattern, position, length, *sizes, "cpu")
+    expected = past.attend(torch.float32, False, monkeypatch)
+    for ours, theirs in zip(past.attend(torch.float32, True, monkeypatch), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float32, 64), (torch.float16, 64), *((torch.bfloat16, size) for size in (20, 64, 128, 256))],
+)
+def test_error_for_keys_of_the_past_on_a_gpu(dtype, size, monkeypatch):
+    """Against the tiles in float64: at most twice the error of the tiles in the same precision."""
+    torch.manual_seed(0)
+    windows = ["window"] * 3
+    for pattern in (DilatedPattern([64, 800, 2000], [1, 4, 7]), DilatedPattern([64, 800, None], [1, 4, 1], windows)):
+        past = Past(pattern, 1100, 700, 2, 2, 2, size, "cuda")
+        exact, plain = (past.attend(x, False, monkeypatch) for x in (torch.float64, dtype))
+        for ours, other, right in zip(past.attend(dtype, True, monkeypatch), plain, exact, strict=True):
+            assert not ours.isnan().any()
+            assert (ours - right).abs().max() <= 2 * (other - right).abs().max() + 1e-5
