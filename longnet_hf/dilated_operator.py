@@ -322,7 +322,8 @@ def backward_op(
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value from the merged output and log-sum-exp."""
-    grad_output, query, key, value = map(adjacent_rows, (grad_output, query, key, value))
+    tensors = map(adjacent_rows, (grad_output, query, key, value, output))
+    grad_output, query, key, value, output = tensors
     in_triton = uses_triton(query, dropout)
     documents = _Documents.find(query, key, document_ids, in_place=in_triton)
     q, o, do, l = (documents.pack_queries(x) for x in (query, output, grad_output, lse[..., None]))
