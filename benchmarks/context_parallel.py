@@ -7,8 +7,8 @@
     python benchmarks/context_parallel.py --plan                         # what travels, counted on one CPU
 
 The tokens per process stay the same, so the sequence grows with P: efficiency is tokens per second and process, over
-those of the first P. LongNet runs in `split_sequence`, with w = 2048 * 4^k and r = 4^k up to the longest sequence of
-its rows, beside a Llama of equal size in PyTorch's `context_parallel`, which is what Accelerate's
+those of the first P. LongNet runs in `split_sequence` (one process as ever), with w = 2048 * 4^k and r = 4^k up to the
+longest sequence of its rows, beside a Llama of equal size in PyTorch's `context_parallel`, which is what Accelerate's
 `ParallelismConfig(cp_size=P)` calls (it has no CPU kernel). `--models apart` gives every process a sequence of its
 own ("tokens" are then those of all), which shows what FSDP2 costs alone. For all: bfloat16, weights sharded by FSDP2,
 AdamW, gradient checkpointing, the loss in chunks. "MiB sent" is what attention of all layers of a LongNet sends to

@@ -29,13 +29,15 @@ except ImportError:  # PyTorch without Triton
 
 # Rows that are cheaper to copy than to compute in several pieces
 _FEW_ROWS = 1 << 17
+# A launch can have 65 535 heads of tiles: enough for 128 query heads per key/value head
+_MANY_TILES = 65535 // 128
 
 
 class PastTile(NamedTuple):
-    """Tiles of new queries over stored keys (see `Tile`), n at a time, of as many key/value heads or fewer."""
+    """Tiles of new queries over stored keys, n at a time, in which a query comes once at most."""
 
-    mask: str
-    heads: torch.Tensor  # [n, Kq], of the queries
+    mask: str  # "full" or "upper", see `Tile`
+    heads: torch.Tensor  # [n, Kq], of the queries: one per row
     columns: torch.Tensor  # likewise, among the new tokens
     stored: tuple  # index into what is stored, of the keys: gives [B, n, Kk, D]
 
@@ -66,14 +68,18 @@ def past_tiles(
         number_of_tile[which] = number_of_tile.get(which, -1) + 1
         # Only one segment, or block of a window, has keys before `position` and queries after
         assert tile.repeats == 1
-        shape = len(queries), queries.step, len(keys), keys.step
-        begins = alike.setdefault((tile.branch, number_of_tile[which], tile.mask, *shape), [])
+        shape, mask = (len(queries), queries.step, len(keys), keys.step), tile.mask
+        if mask == "lower":  # a triangle of which one key is left
+            assert len(queries) == len(keys) == 1
+            mask = "full"
+        begins = alike.setdefault((tile.branch, number_of_tile[which], mask, *shape), [])
         begins.extend((head, queries.start - back, keys.start + position - back) for head in tile.heads)
 
     past = []
     for (branch, _, mask, num_queries, query_step, num_keys, key_step), begins in alike.items():
-        # Tiles are copies: of a long sequence, a quarter as many rows at a time as there are new ones
-        size = max(1, max(_FEW_ROWS, num_heads * length // 4) // (num_queries + num_keys))
+        # Without kernels tiles are copies: of a long sequence, a quarter as many rows at a time as there are new ones
+        size = max(_FEW_ROWS, num_heads * length // 4) // (num_queries + num_keys)
+        size = max(1, min(size, _MANY_TILES))
         for start in range(0, len(begins), size):
             heads, queries, keys = np.array(begins[start : start + size], dtype=np.int64).T[..., None]
             queries, keys = queries + np.arange(num_queries) * query_step, keys + np.arange(num_keys) * key_step
@@ -99,8 +105,8 @@ def attend_to_past(
     """Continue the softmax of the new tokens over stored keys, in place.
 
     Args:
-        output: `[B, H, L, D]`, of what was attended to so far. Of any dtype: in a low one, rows that several tiles
-            have in common are rounded each time.
+        output: `[B, H, L, D]`, of what was attended to so far, in adjacent rows. Of any dtype: in a low one, rows that
+            several tiles have in common are rounded each time.
         lse: `[B, H, L]`, likewise, in the accumulators' dtype.
         query: `[B, H, L, D]`.
         keys, values: what is stored, `[..., D]`.
@@ -142,9 +148,13 @@ def past_gradients(
         grad_stored: `[rows, 2 D]` in the accumulators' dtype; the gradients of keys and values are added to it.
 
     Returns:
-        A function that adds to the gradient of `query`, `[B, H, L, D]`.
+        A function that adds to the gradient of `query`, `[B, H, L, D]`, whose rows must be adjacent.
     """
-    if _uses_kernels(query, keys, kernel):
+    # In a launch several programs may add to one key: in an order that only PyTorch's operators can be asked to keep
+    in_any_order = (
+        not torch.are_deterministic_algorithms_enabled() or torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+    if in_any_order and _uses_kernels(query, keys, kernel):
         tensors = map(adjacent_rows, (grad_output, output, query, keys, values))
         grad_output, output, query, keys, values = tensors
         inputs = grad_output, output, lse, query, keys, values, past, num_heads, kernel.scale

@@ -2,6 +2,8 @@
 
 A launch does what a tile asks for, for all of its heads, and continues what is there: outputs and log-sum-exps, or
 gradients. In PyTorch's operators the same takes some twenty launches, most of them copies.
+
+Under windows with r > 1 several programs of a launch add to the gradient of one key, in an order that may change.
 """
 
 from collections.abc import Sequence
@@ -12,29 +14,27 @@ import torch
 try:
     import triton
     import triton.language as tl
-
-    from .dilated_kernels import (
-        _LOG2_E,
-        _blocks,
-        _key_step,
-        _launch,
-        _load,
-        _padded,
-        _pointers,
-        _query_step,
-        _store,
-        _strides,
-    )
 except ImportError as error:
     raise ImportError("The kernels need the package triton, which comes with PyTorch for GPUs.") from error
+
+from .dilated_kernels import (
+    _LOG2_E,
+    _blocks,
+    _key_step,
+    _launch,
+    _load,
+    _padded,
+    _pointers,
+    _query_step,
+    _store,
+    _strides,
+)
 
 
 @triton.jit
 def _pairs(i, j, num_queries, num_keys, MASK: tl.constexpr):
     """Which pairs of a tile there are; `i` and `j` broadcast."""
     pairs = (i < num_queries) & (j < num_keys)
-    if MASK == "lower":
-        pairs = pairs & (j <= i)
     if MASK == "upper":
         pairs = pairs & (j - num_keys >= i - num_queries)
     return pairs
@@ -69,13 +69,11 @@ def _past_query_kernel(
         do = _load(do_rows, valid, HEAD_DIM, BLOCK_D, False)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
 
-    start, stop = 0, num_keys
-    if MASK == "lower":
-        stop = tl.minimum(num_keys, first + BLOCK_M)
+    start = 0
     if MASK == "upper":
         start = tl.maximum(0, first + num_keys - num_queries)
     rows += (row * (tl.num_programs(1) // GROUP) + tile) * num_keys
-    for block in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+    for block in tl.range(start, num_keys, BLOCK_N, num_stages=STAGES):
         j = block + tl.arange(0, BLOCK_N)
         at = tl.load(rows + j, mask=j < num_keys, other=0)
         k = _load(_pointers(K, at, k_row, BLOCK_D), j < num_keys, HEAD_DIM, BLOCK_D, False)
@@ -115,14 +113,12 @@ def _past_key_kernel(
     v = _load(_pointers(V, at, v_row, BLOCK_D), valid, HEAD_DIM, BLOCK_D, False)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    start, stop = 0, num_queries
-    if MASK == "lower":
-        start = first
+    stop = num_queries
     if MASK == "upper":
         stop = tl.minimum(num_queries, first + BLOCK_N + num_queries - num_keys)
     for of_group in range(GROUP):
         head = tl.load(heads + tile * num_queries) * GROUP + of_group
-        for block in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
+        for block in tl.range(0, stop, BLOCK_M, num_stages=STAGES):
             i = block + tl.arange(0, BLOCK_M)
             inside = i < num_queries
             column = tl.load(columns + tile * num_queries + i, mask=inside, other=0)

@@ -11,7 +11,7 @@ from test_dilated_operator import gradients, random_layout, random_tensors
 from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference
 from longnet_hf import dilated_operator as operator_module
 from longnet_hf import dilated_past as past_module
-from longnet_hf.dilated_past import attend_to_past, past_gradients, past_tiles
+from longnet_hf.dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
 
 
 kernels = pytest.importorskip("longnet_hf.dilated_kernels", reason="needs Triton", exc_type=ImportError)
@@ -205,36 +205,65 @@ def test_compiled_checkpointed_and_under_autocast_on_a_gpu():
             torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
-class Past:
-    """New tokens, an attention that they continue, and stored keys: in rows that lie anywhere, some in the same."""
+def in_layout(x, number):
+    """A copy, at other strides."""
+    if number == 0:
+        return x.clone()
+    if number == 1:
+        wide = x.new_full((x.shape[0], x.shape[1] * 2, x.shape[2] + 3, x.shape[3] + 5), torch.nan)
+        wide[:, ::2, 2:-1, 3:-2] = x
+        return wide[:, ::2, 2:-1, 3:-2]
+    order = [(0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2)][number - 2]  # the last one's rows are not adjacent
+    copy = x.permute(order).clone(memory_format=torch.contiguous_format)
+    return copy.permute([order.index(i) for i in range(4)])
 
-    def __init__(self, pattern, position, length, batch, heads, group, size, device):
+
+class Past:
+    """New tokens, an attention that they continue, and stored keys, of which `tiles` are seen."""
+
+    def __init__(self, tiles, stored, batch, length, heads, group, size, device, layouts=(2, 2, 2, 0)):
+        self.tiles, self.heads, self.layouts = tiles, heads, layouts
+        shape = batch, heads * group, length
+        self.tensors = [torch.randn(*shape, size, device=device) for _ in range(3)]  # query, output, its gradient
+        self.stored = torch.randn(stored, 2 * size, device=device)
+        self.lse = torch.randn(*shape, 1, device=device)
+        self.lse[:, :, ::7] = -torch.inf  # no key so far
+
+    @classmethod
+    def of_pattern(cls, pattern, position, batch, length, heads, group, size, device):
+        """Stored in rows that lie anywhere, some in the same."""
         row_of = torch.randint(2 * position, (batch, heads, position)).numpy()
 
         def find(branch, heads, positions):
             return (row_of[:, heads, positions],)
 
-        self.heads, self.tiles = heads, past_tiles(pattern, heads, position, length, find, torch.device(device))
-        shape = batch, length, heads * group, size
-        tensors = *(torch.randn(shape).transpose(1, 2) for _ in range(3)), torch.randn(2 * position, 2 * size)
-        self.query, self.output, self.grad_output, self.stored = (x.to(device) for x in tensors)
-        self.lse = torch.randn(batch, heads * group, length, device=device)
-        self.lse[:, :, ::7] = -torch.inf  # no key so far
+        tiles = past_tiles(pattern, heads, position, length, find, torch.device(device))
+        return cls(tiles, 2 * position, batch, length, heads, group, size, device)
 
     def attend(self, dtype, in_triton, monkeypatch):
         """Output, log-sum-exp, and the gradients of the queries and of what is stored."""
         monkeypatch.setattr(past_module, "uses_triton", lambda query, dropout: in_triton)
-        tensors = self.query, self.output, self.grad_output, self.stored
-        query, output, grad_output, stored = (x.to(dtype, copy=True) for x in tensors)
-        lse = self.lse.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
+        tensors = zip(self.tensors, self.layouts, strict=False)
+        query, output, grad_output = (in_layout(x.to(dtype), layout) for x, layout in tensors)
+        accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+        lse = in_layout(self.lse.to(accumulator), self.layouts[3])[..., 0]
+        stored = self.stored.to(dtype)
         keys, values = stored.chunk(2, dim=-1)
         kernel = operator_module.TileKernel(query, 0.3, 0.0, None)
         attend_to_past(output, lse, query, keys, values, self.tiles, self.heads, kernel)
-        grad_stored, grad = torch.ones_like(stored, dtype=lse.dtype), torch.ones_like(query)
         lse = lse.nan_to_num(nan=torch.nan, neginf=0.0)  # of tokens that no key is for
+        grad_stored, grad = (
+            torch.ones_like(stored, dtype=accumulator),
+            in_layout(query.new_ones(query.shape), self.layouts[1]),
+        )
         saved = grad_output, query, output, lse
         past_gradients(*saved, keys, values, self.tiles, self.heads, kernel, grad_stored)(grad)
         return output, lse, grad, grad_stored
+
+    def assert_equal_on_both_paths(self, monkeypatch):
+        expected = self.attend(torch.float32, False, monkeypatch)
+        for ours, theirs in zip(self.attend(torch.float32, True, monkeypatch), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -244,11 +273,53 @@ def test_kernels_for_keys_of_the_past_agree_with_the_tiles(seed, interpreted, mo
     torch.manual_seed(seed)
     pattern = replace(random_pattern(rng), offset=0)
     position, length = rng.choice([1, 5, rng.randint(1, 70)]), rng.choice([1, rng.randint(1, 70)])
-    sizes = rng.choice([1, 2]), rng.choice([1, 2, 3]), rng.choice([1, 2]), rng.choice([1, 3, 16])
-    past = Past(pattern, position, length, *sizes, "cpu")
-    expected = past.attend(torch.float32, False, monkeypatch)
-    for ours, theirs in zip(past.attend(torch.float32, True, monkeypatch), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    batch, heads, group, size = rng.choice([1, 2]), rng.choice([1, 2, 3]), rng.choice([1, 2]), rng.choice([1, 3, 16])
+    past = Past.of_pattern(pattern, position, batch, length, heads, group, size, "cpu")
+    past.assert_equal_on_both_paths(monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("seed", range(30))
+def test_tiles_of_many_blocks_in_any_layout(seed, interpreted, monkeypatch):
+    """Blocks of unequal sizes, which neither side of a tile is a multiple of."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    blocks = {name: Blocks(*rng.sample([16, 32, 64], 2), 4, 1) for name in ("forward", "queries", "keys")}
+    monkeypatch.setattr(kernels, "_FLOAT32_BLOCKS", {64: blocks})
+    num_queries, num_keys = rng.randint(50, 120), rng.randint(50, 120)
+    if seed % 3 == 1:
+        num_keys = num_queries
+    batch, heads, group, step, first = (rng.randint(1, 2), *(rng.randint(1, 3) for _ in range(4)))
+    columns = (first + step * torch.arange(num_queries)).repeat(heads, 1)
+    head_of = torch.arange(heads)[:, None].expand(-1, num_queries).contiguous()
+    rows = torch.randint(2 * num_keys, (batch, heads, num_keys))
+    tiles = [PastTile("full" if seed % 3 == 2 else "upper", head_of, columns, (rows,))]
+    layouts = [rng.randrange(5), *(rng.randrange(4) for _ in range(3))]
+    layouts[2] = rng.randrange(5)
+    length = int(columns.max()) + rng.randint(1, 3)
+    past = Past(tiles, 2 * num_keys, batch, length, heads, group, rng.choice([3, 16]), "cpu", layouts)
+    past.assert_equal_on_both_paths(monkeypatch)
+
+
+def test_a_grid_holds_the_tiles_of_a_launch():
+    """65 535 query heads at most, of 128 per key/value head."""
+    pattern = DilatedPattern([2048], [1024], ["window"])
+    past = Past.of_pattern(pattern, 2048, 1, 1024, 2, 1, 4, "cpu")
+    assert 2048 <= sum(len(tile.heads) for tile in past.tiles)
+    assert max(len(tile.heads) for tile in past.tiles) <= 65535 // 128
+
+
+def test_gradients_of_the_past_can_be_asked_to_be_deterministic(interpreted, monkeypatch):
+    past = Past.of_pattern(DilatedPattern([60, None], [3, 1], ["window"] * 2), 40, 1, 30, 2, 1, 4, "cpu")
+    monkeypatch.setattr(past_module, "triton_add_stored_gradients", None)  # whose order of additions may change
+    with pytest.raises(TypeError):
+        past.attend(torch.float32, True, monkeypatch)
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")
+    try:
+        past.attend(torch.float32, True, monkeypatch)
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 @pytest.mark.gpu
@@ -261,7 +332,7 @@ def test_error_for_keys_of_the_past_on_a_gpu(dtype, size, monkeypatch):
     torch.manual_seed(0)
     windows = ["window"] * 3
     for pattern in (DilatedPattern([64, 800, 2000], [1, 4, 7]), DilatedPattern([64, 800, None], [1, 4, 1], windows)):
-        past = Past(pattern, 1100, 700, 2, 2, 2, size, "cuda")
+        past = Past.of_pattern(pattern, 1100, 2, 700, 2, 2, size, "cuda")
         exact, plain = (past.attend(x, False, monkeypatch) for x in (torch.float64, dtype))
         for ours, other, right in zip(past.attend(dtype, True, monkeypatch), plain, exact, strict=True):
             assert not ours.isnan().any()

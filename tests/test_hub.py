@@ -17,8 +17,12 @@ from longnet_hf import LongNetForCausalLM, LongNetForSequenceClassification, Lon
 ROOT = Path(__file__).parent.parent
 CODE = {
     "configuration_longnet.py",
+    "context_parallel.py",
+    "dilated_cache.py",
     "dilated_kernels.py",
     "dilated_operator.py",
+    "dilated_past.py",
+    "dilated_past_kernels.py",
     "dilated_pattern.py",
     "model_card_longnet.py",
     "modeling_longnet.py",
