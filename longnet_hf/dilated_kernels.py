@@ -893,7 +893,6 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 
 def _constants(query, key, pattern: DilatedPattern, plan: _Plan, blocks: Blocks, is_causal: bool, strides) -> dict:
     """What the kernels are compiled for."""
-    exact = query.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     block_span = 256 * max(pattern.dilation_rates) * max(strides[2::3])  # in numbers, and more than it is
     return dict(
         IS_CAUSAL=is_causal,
@@ -902,11 +901,19 @@ def _constants(query, key, pattern: DilatedPattern, plan: _Plan, blocks: Blocks,
         NUM_BRANCHES=plan.num_branches,
         UNIT=plan.is_unit,
         SHORT=plan.is_short,
+        WIDE=block_span >= 2**31,
+        **_row_constants(query, blocks),
+    )
+
+
+def _row_constants(query: torch.Tensor, blocks: Blocks) -> dict:
+    """What any kernel is compiled for that multiplies rows of queries and keys."""
+    exact = query.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return dict(
         HEAD_DIM=query.shape[3],
         BLOCK_D=_padded(query.shape[3]),
         PRECISION="ieee" if exact else "tf32",
         STAGES=blocks.stages,
-        WIDE=block_span >= 2**31,
     )
 
 

@@ -151,10 +151,8 @@ def past_gradients(
         A function that adds to the gradient of `query`, `[B, H, L, D]`, whose rows must be adjacent.
     """
     # In a launch several programs may add to one key: in an order that only PyTorch's operators can be asked to keep
-    in_any_order = (
-        not torch.are_deterministic_algorithms_enabled() or torch.is_deterministic_algorithms_warn_only_enabled()
-    )
-    if in_any_order and _uses_kernels(query, keys, kernel):
+    is_order_free = torch.get_deterministic_debug_mode() < 2  # 2: `use_deterministic_algorithms`, not to warn only
+    if is_order_free and _uses_kernels(query, keys, kernel):
         tensors = map(adjacent_rows, (grad_output, output, query, keys, values))
         grad_output, output, query, keys, values = tensors
         inputs = grad_output, output, lse, query, keys, values, past, num_heads, kernel.scale

@@ -19,13 +19,14 @@ except ImportError as error:
 
 from .dilated_kernels import (
     _LOG2_E,
+    Blocks,
     _blocks,
     _key_step,
     _launch,
     _load,
-    _padded,
     _pointers,
     _query_step,
+    _row_constants,
     _store,
     _strides,
 )
@@ -155,56 +156,44 @@ def triton_add_stored_gradients(
     grad_stored, grad_output, output, lse, query, keys, values, past: Sequence, num_heads: int, scale: float
 ) -> None:
     """Add to the gradients of keys and values, `[rows, 2 D]` in float32, likewise."""
-    blocks, group = _blocks(query, "keys"), query.shape[1] // num_heads
-    strides = [
-        *_strides(query, output, grad_output),
-        *lse.stride(),
-        *(x.stride(0) for x in (keys, values, grad_stored)),
-    ]
-    for tile in past:
-        (rows,) = tile.stored
-        batch, tiles, num_keys = rows.shape
-        _launch(
-            _past_key_kernel,
-            (-(-num_keys // blocks.own), tiles, batch),
-            (query, keys, values, output, lse, grad_output, grad_stored, tile.heads, tile.columns, rows),
-            (tile.columns.shape[1], num_keys, scale),
-            strides,
-            dict(MASK=tile.mask) | _constants(query, group, blocks.met, blocks.own, blocks.stages),
-            blocks,
-        )
+    blocks = _blocks(query, "keys")
+    tensors = query, keys, values, output, lse, grad_output, grad_stored
+    strides = [*_strides(query, output, grad_output), *lse.stride(), *_row_strides(keys, values, grad_stored)]
+    constants = dict(BLOCK_M=blocks.met, BLOCK_N=blocks.own)
+    _launch_tiles(_past_key_kernel, tensors, past, num_heads, scale, strides, constants, blocks)
 
 
 def _run_queries(grad, grad_output, output, lse, query, keys, values, past, num_heads, scale) -> None:
     is_gradient = grad is not None
     if not is_gradient:
         grad, grad_output = output, output  # not looked at
-    blocks, group = _blocks(query, "queries" if is_gradient else "forward"), query.shape[1] // num_heads
-    strides = [*_strides(query, output, grad_output, grad), *lse.stride(), keys.stride(0), values.stride(0)]
+    blocks = _blocks(query, "queries" if is_gradient else "forward")
+    tensors = query, keys, values, output, lse, grad_output, grad
+    strides = [*_strides(query, output, grad_output, grad), *lse.stride(), *_row_strides(keys, values)]
+    constants = dict(GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
+    _launch_tiles(_past_query_kernel, tensors, past, num_heads, scale, strides, constants, blocks)
+
+
+def _launch_tiles(kernel, tensors, past, num_heads, scale, strides, constants: dict, blocks: Blocks) -> None:
+    """One after the other: tiles have queries and keys in common."""
+    query, group = tensors[0], tensors[0].shape[1] // num_heads
+    constants = constants | dict(GROUP=group, **_row_constants(query, blocks))
     for tile in past:
         (rows,) = tile.stored
         batch, tiles, num_keys = rows.shape
         num_queries = tile.columns.shape[1]
+        # A program of keys goes through all heads of their group
+        own, heads = (num_keys, tiles) if kernel is _past_key_kernel else (num_queries, tiles * group)
         _launch(
-            _past_query_kernel,
-            (-(-num_queries // blocks.own), tiles * group, batch),
-            (query, keys, values, output, lse, grad_output, grad, tile.heads, tile.columns, rows),
+            kernel,
+            (-(-own // blocks.own), heads, batch),
+            (*tensors, tile.heads, tile.columns, rows),
             (num_queries, num_keys, scale),
             strides,
-            dict(GRADIENT=is_gradient, MASK=tile.mask)
-            | _constants(query, group, blocks.own, blocks.met, blocks.stages),
+            constants | dict(MASK=tile.mask),
             blocks,
         )
 
 
-def _constants(query: torch.Tensor, group: int, rows_of_queries: int, rows_of_keys: int, stages: int) -> dict:
-    exact = query.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    return dict(
-        GROUP=group,
-        HEAD_DIM=query.shape[3],
-        BLOCK_D=_padded(query.shape[3]),
-        BLOCK_M=rows_of_queries,
-        BLOCK_N=rows_of_keys,
-        PRECISION="ieee" if exact else "tf32",
-        STAGES=stages,
-    )
+def _row_strides(*tensors: torch.Tensor) -> list[int]:
+    return [x.stride(0) for x in tensors]

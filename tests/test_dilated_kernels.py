@@ -243,7 +243,7 @@ class Past:
     def attend(self, dtype, in_triton, monkeypatch):
         """Output, log-sum-exp, and the gradients of the queries and of what is stored."""
         monkeypatch.setattr(past_module, "uses_triton", lambda query, dropout: in_triton)
-        tensors = zip(self.tensors, self.layouts, strict=False)
+        tensors = zip(self.tensors, self.layouts[:3], strict=True)
         query, output, grad_output = (in_layout(x.to(dtype), layout) for x, layout in tensors)
         accumulator = torch.float64 if dtype == torch.float64 else torch.float32
         lse = in_layout(self.lse.to(accumulator), self.layouts[3])[..., 0]
@@ -252,10 +252,8 @@ class Past:
         kernel = operator_module.TileKernel(query, 0.3, 0.0, None)
         attend_to_past(output, lse, query, keys, values, self.tiles, self.heads, kernel)
         lse = lse.nan_to_num(nan=torch.nan, neginf=0.0)  # of tokens that no key is for
-        grad_stored, grad = (
-            torch.ones_like(stored, dtype=accumulator),
-            in_layout(query.new_ones(query.shape), self.layouts[1]),
-        )
+        grad_stored = torch.ones_like(stored, dtype=accumulator)
+        grad = in_layout(query.new_ones(query.shape), self.layouts[1])
         saved = grad_output, query, output, lse
         past_gradients(*saved, keys, values, self.tiles, self.heads, kernel, grad_stored)(grad)
         return output, lse, grad, grad_stored
@@ -294,8 +292,7 @@ def test_tiles_of_many_blocks_in_any_layout(seed, interpreted, monkeypatch):
     head_of = torch.arange(heads)[:, None].expand(-1, num_queries).contiguous()
     rows = torch.randint(2 * num_keys, (batch, heads, num_keys))
     tiles = [PastTile("full" if seed % 3 == 2 else "upper", head_of, columns, (rows,))]
-    layouts = [rng.randrange(5), *(rng.randrange(4) for _ in range(3))]
-    layouts[2] = rng.randrange(5)
+    layouts = [rng.randrange(number) for number in (5, 4, 5, 4)]
     length = int(columns.max()) + rng.randint(1, 3)
     past = Past(tiles, 2 * num_keys, batch, length, heads, group, rng.choice([3, 16]), "cpu", layouts)
     past.assert_equal_on_both_paths(monkeypatch)
