@@ -116,6 +116,23 @@ def attentions(pattern, heads, length, is_causal, device):
     }
 
 
+def pattern_flops(
+    pattern: DilatedPattern,
+    length: int,
+    num_heads: int,
+    head_dim: int,
+    *,
+    num_key_value_heads: int | None = None,
+    is_causal: bool = True,
+    backward: bool = False,
+) -> int:
+    """Floating-point operations of the two products of the forward pass (4 per pair and channel), or of the five of
+    the backward pass (10), for one sequence. `num_heads` counts query heads."""
+    num_key_value_heads = num_key_value_heads or num_heads
+    pairs = pattern.pairs(length, num_key_value_heads, is_causal=is_causal) * (num_heads // num_key_value_heads)
+    return pairs * head_dim * (10 if backward else 4)
+
+
 def milliseconds(run, seconds: float) -> float:
     """Median time of a call."""
     return 1e3 * Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=seconds).median
@@ -198,7 +215,7 @@ def main():
             except torch.cuda.OutOfMemoryError:
                 print(f"| {length} | {name} | out of memory |")
                 continue
-            flops = work.flops(length, heads, options.head_dim, is_causal=not options.bidirectional) / 1e9
+            flops = pattern_flops(work, length, heads, options.head_dim, is_causal=not options.bidirectional) / 1e9
             rates = flops / times[0], 3.5 * flops / times[1]
             columns = (
                 length,

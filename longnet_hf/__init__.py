@@ -7,8 +7,9 @@ from .configuration_longnet import LongNetConfig
 from .context_parallel import SequenceSplit, split_sequence
 from .dilated_cache import DilatedCache
 from .dilated_interface import ContextParallelTrainerMixin, set_dilated_attention
-from .dilated_operator import dilated_attention, dilated_attention_reference, find_documents
-from .dilated_pattern import Branch, DilatedPattern, reach
+from .dilated_operator import dilated_attention, dilated_attention_reference
+from .dilated_pattern import Branch, DilatedPattern
+from .documents import find_documents
 from .modeling_longnet import (
     AUTO_CLASSES,
     LongNetAttention,
@@ -19,6 +20,7 @@ from .modeling_longnet import (
     LongNetModel,
     LongNetPreTrainedModel,
 )
+from .pattern_report import draw_pattern, reach
 
 
 AutoConfig.register(LongNetConfig.model_type, LongNetConfig)
@@ -42,6 +44,7 @@ __all__ = [
     "SequenceSplit",
     "dilated_attention",
     "dilated_attention_reference",
+    "draw_pattern",
     "find_documents",
     "reach",
     "set_dilated_attention",

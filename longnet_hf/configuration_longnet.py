@@ -8,7 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .dilated_pattern import DilatedPattern, layer_patterns, pattern_warnings
+from .dilated_pattern import DilatedPattern, layer_patterns
+from .pattern_report import pattern_warnings
 
 
 @strict

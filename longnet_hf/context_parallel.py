@@ -90,7 +90,7 @@ class SequenceSplit:
         position_ids: torch.Tensor | None = None,
         cu_seq_lens: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
-    ) -> "SplitBatch":
+    ) -> "SplitDocuments":
         """Where the documents of a batch begin and end. Every process calls this, and all of them refuse together.
 
         A few numbers per row and chunk travel, and only if any argument is given.
@@ -104,11 +104,28 @@ class SequenceSplit:
         Raises:
             ValueError: if shapes do not fit, if there is padding elsewhere, or if `seq_idx` falls.
         """
-        local = self.length // self.world_size
         given = [x for x in (attention_mask, position_ids, cu_seq_lens, seq_idx) if x is not None]
         if not given:
             return whole_rows(self, batch_size)
-        device = given[0].device
+        positions, number, real = self._what_is_said(
+            batch_size, given[0].device, attention_mask, position_ids, cu_seq_lens, seq_idx
+        )
+        own, starts = zip(
+            *(_summary(positions[:, x], number[:, x], real[:, x]) for _, x in self.local_chunks()), strict=True
+        )
+        own = torch.stack(own)
+        of_ranks = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(of_ranks, own, group=self.group)
+        begins = [chunk.start for rank in range(self.world_size) for chunk in self.chunks(rank)]
+        chunks = torch.cat(of_ranks).cpu().numpy()[np.argsort(begins)]  # [chunks, fields, B], in order
+        return self._join_chunks(_Summary(*chunks.swapaxes(0, 1)), starts)
+
+    def _what_is_said(
+        self, batch_size: int, device: torch.device, attention_mask, position_ids, cu_seq_lens, seq_idx
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of this process's tokens, `[B, N / P]` each: positions, which grow inside a document; a number, which
+        changes from one document to the next; and whether they are real."""
+        local = self.length // self.world_size
         if attention_mask is not None and attention_mask.shape != (batch_size, local):
             raise ValueError(
                 f"`attention_mask` must have shape {(batch_size, local)} (batch, tokens of this process), got "
@@ -116,14 +133,14 @@ class SequenceSplit:
             )
         if position_ids is not None and position_ids.shape not in {(batch_size, local), (1, local)}:
             raise ValueError(f"`position_ids` must have shape {(batch_size, local)}, got {tuple(position_ids.shape)}.")
-        mine = self.positions(device)
-        growing = position_ids if seq_idx is None and position_ids is not None else mine[None]
-        growing = growing.to(device).expand(batch_size, local)
-        number = torch.zeros_like(growing)
+        own = self.positions(device)
+        positions = position_ids if seq_idx is None and position_ids is not None else own[None]
+        positions = positions.to(device).expand(batch_size, local)
+        number = torch.zeros_like(positions)
         if seq_idx is not None:
             if seq_idx.shape not in {(batch_size, self.length), (batch_size, local)}:
                 raise ValueError(f"`seq_idx` must have shape {(batch_size, self.length)}, got {tuple(seq_idx.shape)}.")
-            number = (seq_idx if seq_idx.shape[1] == local else seq_idx[:, mine.to(seq_idx.device)]).to(growing)
+            number = (seq_idx if seq_idx.shape[1] == local else seq_idx[:, own.to(seq_idx.device)]).to(positions)
         elif cu_seq_lens is not None:
             ends = cu_seq_lens[[0, -1]].tolist()
             if ends != [0, batch_size * self.length] or bool((cu_seq_lens.diff() < 0).any()):
@@ -131,53 +148,43 @@ class SequenceSplit:
                     f"`cu_seq_lens` must grow from 0 to {batch_size * self.length}, the number of tokens of all "
                     f"processes, got {len(cu_seq_lens)} numbers from {ends[0]} to {ends[1]}."
                 )
-            flat = torch.arange(batch_size, device=device)[:, None] * self.length + mine
+            flat = torch.arange(batch_size, device=device)[:, None] * self.length + own
             number = torch.searchsorted(cu_seq_lens.to(device), flat, right=True)
-        real = torch.ones_like(growing, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        real = torch.ones_like(positions, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        return positions, number, real
 
-        summaries, starts = [], []
-        for _, columns in self.local_chunks():
-            g, n, r = growing[:, columns], number[:, columns], real[:, columns]
-            start = torch.zeros_like(r)
-            start[:, 1:] = ((g[:, 1:] <= g[:, :-1]) | (n[:, 1:] != n[:, :-1])) & r[:, 1:]
-            is_wrong = (r[:, 1:] & ~r[:, :-1]).any(1) + 2 * (r[:, 1:] & (n[:, 1:] < n[:, :-1])).any(1)
-            column = torch.arange(r.shape[1], device=device)
-            first = column.where(start, r.shape[1]).amin(1)  # what begins behind the first token
-            last = column.where(start, -1).amax(1)
-            edges = g[:, 0], g[:, -1], n[:, 0], n[:, -1], r[:, 0], r[:, -1]
-            summaries.append(torch.stack((*(x.long() for x in edges), first, last, is_wrong.long())))
-            starts.append(start)
-        mine = torch.stack(summaries)
-        everywhere = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(everywhere, mine, group=self.group)
-        begins = [chunk.start for rank in range(self.world_size) for chunk in self.chunks(rank)]
-        everywhere = torch.cat(everywhere).cpu().numpy()[np.argsort(begins)]  # [chunks, 9, B], in order
-        g_first, g_last, n_first, n_last, r_first, r_last, first, last, is_wrong = everywhere.swapaxes(0, 1)
-        if (is_wrong & 1).any() or (r_first[1:] & ~r_last[:-1] & 1).any():
+    def _join_chunks(self, chunks: "_Summary", starts: tuple[torch.Tensor, ...]) -> "SplitDocuments":
+        """Put together what the processes said of their chunks: all of them, and `starts` of this process's tokens."""
+        if (chunks.has_inner_padding == 1).any() or (chunks.first_real[1:] & ~chunks.last_real[:-1] & 1).any():
             raise ValueError(
                 "`attention_mask` of a sequence that is split over processes may have padding on the right only."
             )
-        if (is_wrong & 2).any() or (r_first[1:] & (n_first[1:] < n_last[:-1])).any():
+        falls = chunks.first_number[1:] < chunks.last_number[:-1]
+        if (chunks.has_falling_number == 1).any() or (chunks.first_real[1:] & falls).any():
             raise ValueError(
                 "`seq_idx` of a sequence that is split over processes must not fall: a document is one stretch of it."
             )
-        is_start = (g_first[1:] <= g_last[:-1]) | (n_first[1:] != n_last[:-1])
-        is_start = np.concatenate((np.ones_like(r_first[:1]), is_start & r_first[1:])) == 1
-        if not is_start[1:].any() and (last < 0).all():
+        is_start = chunks.first_position[1:] <= chunks.last_position[:-1]
+        is_start |= chunks.first_number[1:] != chunks.last_number[:-1]
+        first_chunk = np.ones_like(chunks.first_real[:1])
+        is_start = np.concatenate((first_chunk, is_start & chunks.first_real[1:])) == 1
+        batch_size, num_chunks = chunks.first_real.shape[1], len(chunks.first_real)
+        if not is_start[1:].any() and (chunks.last_start < 0).all():
             return whole_rows(self, batch_size)
-        size, before, document = self.length // len(begins), [], np.zeros(batch_size, dtype=np.int64)
-        for chunk in range(len(begins)):
+        size, before, document = self.length // num_chunks, [], np.zeros(batch_size, dtype=np.int64)
+        for chunk in range(num_chunks):
             document = np.where(is_start[chunk], chunk * size, document)
             before.append(tuple((chunk * size - document).tolist()))
-            document = np.where(last[chunk] >= 0, chunk * size + last[chunk], document)
+            document = np.where(chunks.last_start[chunk] >= 0, chunk * size + chunks.last_start[chunk], document)
         leads, document_ids = [], []
-        for (chunk, _), start in zip(self.local_chunks(), starts, strict=True):
-            number = chunk.start // size
-            lead = np.where(np.array(before[number]) > 0, first[number], 0)
+        for (positions, _), start in zip(self.local_chunks(), starts, strict=True):
+            chunk = positions.start // size
+            lead = np.where(np.array(before[chunk]) > 0, chunks.first_start[chunk], 0)
             leads.append(tuple(lead.tolist()))
-            is_lead = torch.arange(size, device=device) < torch.from_numpy(lead).to(device)[:, None]
+            column = torch.arange(size, device=start.device)
+            is_lead = column < torch.from_numpy(lead).to(start.device)[:, None]
             document_ids.append(start.cumsum(1, dtype=torch.int32).masked_fill(is_lead, -1))
-        return SplitBatch(self, tuple(before), tuple(leads), tuple(document_ids))
+        return SplitDocuments(self, tuple(before), tuple(leads), tuple(document_ids))
 
     def collect(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What lies at any positions of the sequence, on all processes, without gradients.
@@ -202,9 +209,46 @@ class SequenceSplit:
         return torch.cat([torch.arange(chunk.start, chunk.stop, device=device) for chunk in self.chunks(self.rank)])
 
 
+class _Summary(NamedTuple):
+    """What processes tell one another of a chunk: of its first and last token, and of what begins behind the first.
+    All are integers, `[B]`, or `[chunks, B]` once they are gathered."""
+
+    first_position: np.ndarray
+    last_position: np.ndarray
+    first_number: np.ndarray
+    last_number: np.ndarray
+    first_real: np.ndarray
+    last_real: np.ndarray
+    first_start: np.ndarray  # column of the first document that begins behind the first token; else the chunk's length
+    last_start: np.ndarray  # of the last one; else -1
+    has_inner_padding: np.ndarray  # padding before a real token
+    has_falling_number: np.ndarray
+
+
+def _summary(positions: torch.Tensor, number: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fields of a [`_Summary`] `[fields, B]` of a chunk `[B, size]`, and where documents begin behind its first
+    token, `[B, size]`."""
+    start = torch.zeros_like(real)
+    start[:, 1:] = ((positions[:, 1:] <= positions[:, :-1]) | (number[:, 1:] != number[:, :-1])) & real[:, 1:]
+    column = torch.arange(real.shape[1], device=real.device)
+    fields = _Summary(
+        first_position=positions[:, 0],
+        last_position=positions[:, -1],
+        first_number=number[:, 0],
+        last_number=number[:, -1],
+        first_real=real[:, 0],
+        last_real=real[:, -1],
+        first_start=column.where(start, real.shape[1]).amin(1),
+        last_start=column.where(start, -1).amax(1),
+        has_inner_padding=(real[:, 1:] & ~real[:, :-1]).any(1),
+        has_falling_number=(real[:, 1:] & (number[:, 1:] < number[:, :-1])).any(1),
+    )
+    return torch.stack([x.long() for x in fields]), start
+
+
 @dataclass(frozen=True)
 class ActiveSplit:
-    """That models are given parts of sequences: by which processes, and in which layout."""
+    """For models that are given parts of sequences: which processes share a sequence, and in which layout."""
 
     group: dist.ProcessGroup | None
     layout: str
@@ -323,20 +367,32 @@ class _Exchange(NamedTuple):
 
     send_splits: list[int]  # rows for every process
     receive_splits: list[int]
-    places: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # row of the batch, head and column of all that is sent
-    send: torch.Tensor  # [rows to send], among `places`: some go to several processes
+    sent_keys: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # row of the batch, head and column of each, once
+    send_order: torch.Tensor  # [rows to send], numbers of `sent_keys`: some go to several processes
     runs: list[_Run]
 
 
-class SplitBatch:
-    """A batch whose rows are split alike, and where their documents lie: see [`SequenceSplit.find_documents`].
+class _Request(NamedTuple):
+    """The keys that a chunk asks for in one branch."""
+
+    chunk: int  # number among the chunks of its process
+    row: int  # of the batch
+    branch: int
+    head: int
+    keys: range  # positions in the sequence
+    document_start: int  # position where their document begins
+
+
+class SplitDocuments:
+    """Where the documents lie of a batch whose rows are split alike: see [`SequenceSplit.find_documents`].
 
     Args:
         split: which positions every process holds.
         before: for every chunk of the sequence (in order of position) and row, how many tokens of the document of its
             first token lie before it.
         leads: for every chunk of this process and row, how many tokens go on with a document that began before.
-        document_ids: for every chunk of this process, `[B, tokens]` int32, -1 at those, or `None`: one per row.
+        document_ids: for every chunk of this process, `[B, tokens]` int32, -1 at those; `None` in place of all of
+            them: every row is one document.
     """
 
     def __init__(
@@ -344,9 +400,11 @@ class SplitBatch:
         split: SequenceSplit,
         before: tuple[tuple[int, ...], ...],
         leads: tuple[tuple[int, ...], ...],
-        document_ids: tuple[torch.Tensor | None, ...],
+        document_ids: tuple[torch.Tensor, ...] | None = None,
     ):
-        self.split, self.before, self.leads, self.document_ids = split, before, leads, document_ids
+        self.split, self.before, self.leads = split, before, leads
+        self.is_one_per_row = document_ids is None
+        self.document_ids = (None,) * len(leads) if document_ids is None else document_ids
         self._exchanges: dict[tuple, _Exchange] = {}
 
     def exchange(self, pattern: DilatedPattern, num_heads: int, device: torch.device) -> _Exchange:
@@ -355,86 +413,105 @@ class SplitBatch:
             self._exchanges[key] = self._plan(*key)
         return self._exchanges[key]
 
-    def _wanted(self, rank: int, pattern: DilatedPattern, num_heads: int) -> Iterator[tuple]:
-        """What a process asks for: number of its chunk, row, branch, head, keys, and where their document begins."""
+    def _requests(self, rank: int, pattern: DilatedPattern, num_heads: int) -> Iterator[_Request]:
+        """What a process asks for."""
         for number, chunk in enumerate(self.split.chunks(rank)):
             for row, before in enumerate(self.before[chunk.start // len(chunk)]):
-                first = chunk.start - before
+                start = chunk.start - before
                 for index, branch in enumerate(pattern.branches):
                     for head in range(num_heads) if before else ():
                         keys = pattern.past_keys(branch, head, num_heads, before)
-                        keys = range(keys.start + first, keys.stop + first, keys.step)
-                        yield number, row, index, head, keys, first
+                        keys = range(keys.start + start, keys.stop + start, keys.step)
+                        yield _Request(number, row, index, head, keys, start)
+
+    def _codes(self, request: _Request, keys: range, num_heads: int) -> np.ndarray:
+        """One number for every key. Branches and chunks that ask for the same keys get them once."""
+        first = (request.row * num_heads + request.head) * self.split.length
+        return first + np.arange(keys.start, keys.stop, keys.step)
 
     def _plan(self, pattern: DilatedPattern, num_heads: int, device: torch.device) -> _Exchange:
-        split = self.split
+        send_splits, sent_keys, send_order = self._plan_sending(pattern, num_heads)
+        receive_splits, row_of_key = self._plan_receiving(pattern, num_heads)
+        return _Exchange(
+            send_splits,
+            receive_splits,
+            tuple(torch.from_numpy(x).to(device) for x in sent_keys),
+            torch.from_numpy(send_order).to(device),
+            self._plan_runs(pattern, num_heads, row_of_key, device),
+        )
 
-        def code(row: int, head: int, positions: np.ndarray) -> np.ndarray:
-            """One number for a key. Branches and chunks that ask for the same keys get them once."""
-            return (row * num_heads + head) * split.length + positions
-
-        send = []
+    def _plan_sending(self, pattern: DilatedPattern, num_heads: int) -> tuple[list[int], tuple, np.ndarray]:
+        """The fields of an `_Exchange` about what this process sends."""
+        split, for_rank = self.split, []
         for rank in range(split.world_size):
-            asked = [np.empty(0, dtype=np.int64)]
-            for _, row, _, head, keys, _ in self._wanted(rank, pattern, num_heads):
+            codes = [np.empty(0, dtype=np.int64)]
+            for request in self._requests(rank, pattern, num_heads):
                 for chunk, _ in split.local_chunks():
-                    mine = clip(keys, chunk.start, chunk.stop)
-                    asked.append(code(row, head, np.arange(mine.start, mine.stop, mine.step)))
-            send.append(np.unique(np.concatenate(asked)))
-        places, place_of_sent = np.unique(np.concatenate(send), return_inverse=True)
-        rows_and_heads, positions = np.divmod(places, split.length)
+                    codes.append(self._codes(request, clip(request.keys, chunk.start, chunk.stop), num_heads))
+            for_rank.append(np.unique(np.concatenate(codes)))
+        codes, send_order = np.unique(np.concatenate(for_rank), return_inverse=True)
+        rows_and_heads, positions = np.divmod(codes, split.length)
         columns = np.zeros_like(positions)
         for chunk, where in split.local_chunks():
             is_here = (positions >= chunk.start) & (positions < chunk.stop)
             columns[is_here] = positions[is_here] - chunk.start + where.start
-        places = tuple(torch.from_numpy(x).to(device) for x in (*np.divmod(rows_and_heads, num_heads), columns))
+        return list(map(len, for_rank)), (*np.divmod(rows_and_heads, num_heads), columns), send_order
 
-        asked, begin, count = [np.empty(0, dtype=np.int64)], {}, 0
-        for number, row, branch, head, keys, first in self._wanted(split.rank, pattern, num_heads):
-            begin[number, row, branch, head] = count, keys.start - first, keys.step
-            asked.append(code(row, head, np.arange(keys.start, keys.stop, keys.step)))
-            count += len(keys)
-        asked, number_of_asked = np.unique(np.concatenate(asked), return_inverse=True)
+    def _plan_receiving(self, pattern: DilatedPattern, num_heads: int) -> tuple[list[int], dict[tuple, tuple]]:
+        """How many rows come from every process; and by chunk, row, branch and head of a request: the position in its
+        document of the first key, the step between keys, and the received rows where they are."""
+        split, requests = self.split, list(self._requests(self.split.rank, pattern, num_heads))
+        codes = [self._codes(request, request.keys, num_heads) for request in requests]
+        asked, number = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *codes]), return_inverse=True)
         begins = np.array([(chunk.start, rank) for rank in range(split.world_size) for chunk in split.chunks(rank)])
         begins = begins[np.argsort(begins[:, 0])]
         owner = begins[np.searchsorted(begins[:, 0], asked % split.length, side="right") - 1, 1]
-        row_of = np.empty(len(owner), dtype=np.int64)  # rows come sorted by process, and as `send` is
-        row_of[np.argsort(owner, kind="stable")] = np.arange(len(owner))
-        row_of = row_of[number_of_asked]
+        received = np.empty(len(owner), dtype=np.int64)  # rows come sorted by process, and then as they are sent
+        received[np.argsort(owner, kind="stable")] = np.arange(len(owner))
+        received, row_of_key, stop = received[number], {}, 0
+        for request in requests:
+            start, stop = stop, stop + len(request.keys)
+            first = request.keys.start - request.document_start
+            row_of_key[request[:4]] = first, request.keys.step, received[start:stop]
+        return np.bincount(owner, minlength=split.world_size).tolist(), row_of_key
 
+    def _plan_runs(
+        self, pattern: DilatedPattern, num_heads: int, row_of_key: dict[tuple, tuple], device: torch.device
+    ) -> list[_Run]:
+        """What attends to what, chunk by chunk."""
         runs = []
-        for number, (chunk, columns) in enumerate(split.local_chunks()):
+        for number, (chunk, columns) in enumerate(self.split.local_chunks()):
+            if min(self.leads[number]) < len(chunk):
+                runs.append(_Run((slice(None), slice(None), columns), 0, self.document_ids[number]))
             alike: dict[tuple[int, int], list[int]] = {}
             for row, parts in enumerate(zip(self.before[chunk.start // len(chunk)], self.leads[number], strict=True)):
                 alike.setdefault(parts, []).append(row)
-            if min(self.leads[number]) < len(chunk):
-                runs.append(_Run((slice(None), slice(None), columns), 0, self.document_ids[number]))
             for (before, lead), rows in alike.items():
                 if lead == 0:
                     continue
 
                 def find(branch: int, heads: np.ndarray, positions: np.ndarray, number=number, rows=rows):
-                    asked = [[begin[number, row, branch, int(head)] for head in heads[:, 0]] for row in rows]
-                    first, start, step = np.moveaxis(np.array(asked), -1, 0)[..., None]  # [rows, n, 1] each
-                    return (row_of[first + (positions - start) // step],)
+                    received = np.empty((len(rows), *positions.shape), dtype=np.int64)
+                    for i, row in enumerate(rows):
+                        for j, head in enumerate(heads[:, 0].tolist()):
+                            first, step, of_keys = row_of_key[number, row, branch, head]
+                            received[i, j] = of_keys[(positions[j] - first) // step]
+                    return (received,)
 
                 in_batch = slice(None) if len(rows) == len(self.leads[number]) else torch.tensor(rows, device=device)
                 index = in_batch, slice(None), slice(columns.start, columns.start + lead)
                 past = past_tiles(pattern, num_heads, before, lead, find, device)
                 runs.append(_Run(index, before, None, tuple(past)))
-        receive_splits = np.bincount(owner, minlength=split.world_size).tolist()
-        return _Exchange(
-            list(map(len, send)), receive_splits, places, torch.from_numpy(place_of_sent).to(device), runs
-        )
+        return runs
 
 
 @functools.lru_cache(maxsize=16)
-def whole_rows(split: SequenceSplit, batch_size: int) -> SplitBatch:
+def whole_rows(split: SequenceSplit, batch_size: int) -> SplitDocuments:
     """A batch whose rows hold one document each."""
     before = [(chunk.start,) * batch_size for rank in range(split.world_size) for chunk in split.chunks(rank)]
     chunks = split.chunks(split.rank)
     leads = tuple((len(chunk) if chunk.start else 0,) * batch_size for chunk in chunks)
-    return SplitBatch(split, tuple(sorted(before)), leads, (None,) * len(chunks))
+    return SplitDocuments(split, tuple(sorted(before)), leads)
 
 
 @torch.compiler.disable
@@ -443,7 +520,7 @@ def split_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     pattern: DilatedPattern,
-    batch: SplitBatch,
+    batch: SplitDocuments,
     scale: float | None = None,
 ) -> torch.Tensor:
     """Causal dilated attention of the tokens of this process to those of all processes, which all call this.
@@ -472,7 +549,7 @@ class _SplitAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, pattern, batch, scale):
         heads, split = key.shape[1], batch.split
         plan = batch.exchange(pattern, heads, query.device)
-        rows = torch.cat([x[plan.places] for x in (key, value)], dim=-1)[plan.send]
+        rows = torch.cat([x[plan.sent_keys] for x in (key, value)], dim=-1)[plan.send_order]
         received = rows.new_empty(sum(plan.receive_splits), rows.shape[1])
         work = dist.all_to_all_single(
             received, rows, plan.receive_splits, plan.send_splits, group=split.group, async_op=True
@@ -518,10 +595,10 @@ class _SplitAttention(torch.autograd.Function):
                 grad[run.index] = x  # tokens that go on with a document have another run before, which gives them 0
         work.wait()
         # A key may have gone to several processes
-        sums = grad_rows.new_zeros(len(plan.places[0]), grad_rows.shape[1], dtype=lse.dtype)
-        sums.index_add_(0, plan.send, grad_rows.to(lse.dtype))
+        sums = grad_rows.new_zeros(len(plan.sent_keys[0]), grad_rows.shape[1], dtype=lse.dtype)
+        sums.index_add_(0, plan.send_order, grad_rows.to(lse.dtype))
         for grad, x in zip(grads[1:], sums.chunk(2, dim=-1), strict=True):
-            grad[plan.places] = (grad[plan.places] + x).to(grad.dtype)
+            grad[plan.sent_keys] = (grad[plan.sent_keys] + x).to(grad.dtype)
         return *grads, None, None, None
 
 

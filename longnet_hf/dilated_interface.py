@@ -18,9 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.utils import logging
 
-from .context_parallel import ActiveSplit, SplitBatch, active_split, split_attention
-from .dilated_operator import dilated_attention, find_documents
-from .dilated_pattern import DilatedPattern, layer_patterns, pattern_warnings
+from .batch_layout import AttentionOptions, BatchLayout, SplitBatch, WholeBatch
+from .context_parallel import ActiveSplit, SplitDocuments, active_split
+from .dilated_pattern import DilatedPattern, layer_patterns
+from .documents import find_documents
+from .pattern_report import pattern_warnings
 
 
 logger = logging.get_logger(__name__)
@@ -271,17 +273,31 @@ def dilated_attention_forward(
     for name, meaning in _NOT_COMPUTED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"Dilated attention does not compute {meaning} (`{name}`), which this call asks for.")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not is_causal and query.shape[2] != key.shape[2]:
+        raise ValueError("Dilated attention has no cross-attention, and no cache where it is not causal.")
+    layout = _lay_out(query, key, attention_mask, is_causal, **kwargs)
+    scaling, size = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
+    options = AttentionOptions(pattern_of(module), scaling, dropout)
+    output, _ = layout.attend(module, *_same_size(query, key, value), options)
+    return output[..., :size], None
+
+
+def _lay_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    **kwargs,
+) -> BatchLayout:
+    """How the batch of a call lies in its documents, made by the first layer that asks and kept for the others."""
     batch_size, queries, keys = key.shape[0], query.shape[2], key.shape[2]
     documents = _unwrap(attention_mask, batch_size, keys)
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not is_causal and queries != keys:
-        raise ValueError("Dilated attention has no cross-attention, and no cache where it is not causal.")
-    scaling, size = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
-    query, key, value = _same_size(query, key, value)
-    pattern, position_ids = pattern_of(module), kwargs.get("position_ids")
     split = active_split()
     if split is not None:
-        if not is_causal or dropout > 0 or queries != keys:
+        if not is_causal or queries != keys:
             raise ValueError(
                 "A sequence can be split over processes in causal attention only, without dropout or a cache."
             )
@@ -291,22 +307,19 @@ def dilated_attention_forward(
                 "a sequence that is split over processes are not known."
             )
         shape = batch_size, queries
-        batch = _once(position_ids, (split, *shape), _split_batch, position_ids, split, *shape)
-        output = split_attention(query, key, value, pattern, batch, scaling)
-        return output[..., :size].transpose(1, 2), None
-
-    options = dict(is_causal=is_causal, scale=scaling, dropout=dropout, document_ids=documents)
-    if documents is None and kwargs.get("cu_seq_lens_k") is not None:
-        options["cu_seq_lens"] = kwargs["cu_seq_lens_k"]
+        documents = _once_per_batch(position_ids, (split, *shape), _split_documents, position_ids, split, *shape)
+        return SplitBatch(documents, position_ids)
+    if documents is None and cu_seq_lens_k is not None:
+        documents = find_documents(batch_size, keys, cu_seq_lens=cu_seq_lens_k)
     elif position_ids is not None and position_ids.dim() == 2:
         # Transformers looks for packed documents only where there is neither a mask nor a cache, be it empty
         of_batch = position_ids if attention_mask is None else attention_mask
         which = id(position_ids), batch_size, keys
         if queries == keys > 1:
-            options["document_ids"] = _once(of_batch, which, _find_documents, position_ids, documents, batch_size)
+            documents = _once_per_batch(of_batch, which, _find_documents, position_ids, documents, batch_size)
         elif queries < keys and not torch.compiler.is_compiling():
-            _once(of_batch, which, _check_continuation, position_ids, documents, keys)
-    return dilated_attention(query, key, value, pattern, **options)[..., :size].transpose(1, 2), None
+            _once_per_batch(of_batch, which, _check_continuation, position_ids, documents, keys)
+    return WholeBatch(documents, is_causal)
 
 
 def _unwrap(attention_mask: torch.Tensor | None, batch_size: int, keys: int) -> torch.Tensor | None:
@@ -337,21 +350,21 @@ def _same_size(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
     return (x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in tensors)
 
 
-# Every layer asks for the documents of one batch
-_known = WeakTensorKeyDictionary()
+# What the first layer finds out of a batch, for the others
+_found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _once(of_batch: torch.Tensor, key: tuple, function: Callable, *args):
-    """`function(*args)`, kept for a `key` as long as `of_batch` lives: a tensor that all layers are given."""
+def _once_per_batch(of_batch: torch.Tensor, which: tuple, function: Callable, *args):
+    """`function(*args)`, kept under `which` as long as `of_batch` lives: a tensor that all layers are given."""
     if torch.compiler.is_compiling() or of_batch.is_inference():
         return function(*args)
-    key = of_batch._version, *key
-    if of_batch not in _known or _known[of_batch][0] != key:
-        _known[of_batch] = key, function(*args)
-    return _known[of_batch][1]
+    key = of_batch._version, *which
+    if of_batch not in _found or _found[of_batch][0] != key:
+        _found[of_batch] = key, function(*args)
+    return _found[of_batch][1]
 
 
-def _split_batch(position_ids: torch.Tensor, split: ActiveSplit, batch_size: int, length: int) -> SplitBatch:
+def _split_documents(position_ids: torch.Tensor, split: ActiveSplit, batch_size: int, length: int) -> SplitDocuments:
     return split.sequence(length, position_ids.device).find_documents(batch_size, position_ids=position_ids)
 
 
@@ -488,9 +501,12 @@ class ContextParallelTrainerMixin:
         return loss, *others
 
 
-def _with_implementation(to_dict: Callable) -> Callable:
-    """Transformers reads the name of an implementation in a configuration, but does not write it. With it, a dilated
-    model does not come back dense."""
+def _write_implementation(to_dict: Callable) -> Callable:
+    """`PreTrainedConfig.to_dict`, which also writes the name of the implementation where it is ours.
+
+    Transformers reads this name in a configuration, but neither writes it nor has a hook for it; without it, a dilated
+    model would come back dense. The dictionaries of all other models stay what they are.
+    """
 
     @functools.wraps(to_dict)
     def wrapped(self) -> dict[str, Any]:
@@ -502,11 +518,13 @@ def _with_implementation(to_dict: Callable) -> Callable:
             output["attn_implementation"] = dict.fromkeys(dilated, DILATED)
         return output
 
+    wrapped.writes_dilated = True
     return wrapped
 
 
 AttentionInterface.register(DILATED, dilated_attention_forward)
 AttentionMaskInterface.register(DILATED, dilated_attention_mask)
-PreTrainedConfig.to_dict = _with_implementation(PreTrainedConfig.to_dict)
+if not getattr(PreTrainedConfig.to_dict, "writes_dilated", False):  # a second import must not wrap it twice
+    PreTrainedConfig.to_dict = _write_implementation(PreTrainedConfig.to_dict)
 
 __all__ = ["ContextParallelTrainerMixin", "set_dilated_attention"]

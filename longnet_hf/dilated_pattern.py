@@ -1,7 +1,9 @@
 """The pattern of one layer of dilated attention: which query attends to which key, in plain integers.
 
-Everything that needs to know the pattern (the oracle, the tiles of the fast operator, counts of work, the cache) asks
-`DilatedPattern`. Source: "LongNet: Scaling Transformers to 1,000,000,000 Tokens" (arXiv 2307.02486), sections 2.2-2.3.
+Everything that needs to know the pattern (the reference, the tiles of the fast operator, counts of work, the cache)
+asks `DilatedPattern`; what users ask of one is answered in pattern_report.py.
+
+Source: "LongNet: Scaling Transformers to 1,000,000,000 Tokens" (arXiv 2307.02486), sections 2.2-2.3.
 
 Positions are counted from the first real token of a document: n is a query's position, m a key's, both start at 0.
 """
@@ -15,10 +17,6 @@ from typing import NamedTuple
 
 BRANCH_TYPES = ("segment", "window")
 HEAD_OFFSETS = ("paper", "grouped", "rotating")
-
-# Rows looked at when a pattern is searched for queries without keys and for keys that only the first branch keeps.
-# Where such positions exist at all, they occur among the first few multiples of the dilation rates.
-_SEARCHED_POSITIONS = 4096
 
 
 class Branch(NamedTuple):
@@ -52,13 +50,6 @@ class Tile(NamedTuple):
         rows, columns = len(self.queries), len(self.keys)
         area = rows * columns if self.mask == "full" else rows * (rows + 1) // 2
         return area * len(self.heads) * self.repeats
-
-
-class Reach(NamedTuple):
-    """What one position can learn of: `reached` positions, and `blind` ones, in its sight but not reached."""
-
-    reached: list[range]
-    blind: list[range]
 
 
 @dataclass(frozen=True)
@@ -204,16 +195,6 @@ class DilatedPattern:
         visible = (m <= n) if is_causal else (m == m)
         return sum(visible & self.joins(branch, n, m, self.phase(branch, head, num_heads)) for branch in self.branches)
 
-    def kept_rows(self, branch: Branch, head: int, num_heads: int, length: int) -> list[range]:
-        """The positions below `length` whose keys `head` keeps: a range per segment, or one for a window."""
-        phase, r = self.phase(branch, head, num_heads), branch.rate
-        g, w = self.grid_shift(branch), branch.length
-        if branch.type == "window":
-            return [range((phase - g) % r, length, r)]
-        starts = range(-g, length, w)
-        rows = [clip(range(start + phase, start + w, r), 0, length) for start in starts]
-        return [kept for kept in rows if kept]
-
     # How much work that is, and what a cache has to hold
 
     def pairs(self, length: int, num_heads: int, *, num_queries: int | None = None, is_causal: bool = True) -> int:
@@ -223,22 +204,6 @@ class DilatedPattern:
         """
         tiles = self.tiles(length, num_heads, num_queries=num_queries, is_causal=is_causal)
         return sum(tile.pairs for tile in tiles)
-
-    def flops(
-        self,
-        length: int,
-        num_heads: int,
-        head_dim: int,
-        *,
-        num_key_value_heads: int | None = None,
-        is_causal: bool = True,
-        backward: bool = False,
-    ) -> int:
-        """Floating-point operations of the two products of the forward pass (4 per pair and channel), or of the five
-        of the backward pass (10), for one sequence. `num_heads` counts query heads."""
-        num_key_value_heads = num_key_value_heads or num_heads
-        pairs = self.pairs(length, num_key_value_heads, is_causal=is_causal) * (num_heads // num_key_value_heads)
-        return pairs * head_dim * (10 if backward else 4)
 
     def past_keys(self, branch: Branch, head: int, num_heads: int, position: int) -> range:
         """The keys before `position` that a query from there on asks for in a branch, in causal attention."""
@@ -250,14 +215,9 @@ class DilatedPattern:
         kept = range(start + phase, start + w, r)
         return clip(kept, 0, position) if kept and kept[-1] >= position else range(0)
 
-    def live_keys(self, position: int, head: int, num_heads: int) -> list[int]:
-        """The keys up to `position` that some later query may still ask for, in causal attention."""
-        live = (self.past_keys(branch, head, num_heads, position + 1) for branch in self.branches)
-        return sorted(set().union(*live))
-
     def max_live_keys(self) -> int | None:
-        """An upper bound of `len(live_keys(...))` for any position: the sum of w_i / r_i; `None` where there is
-        none."""
+        """The most keys up to any position that later queries may still ask for: the sum of w_i / r_i; `None` where
+        there is no bound."""
         if any(branch.length is None for branch in self.branches):
             return None
         return sum(-(-branch.length // branch.rate) for branch in self.branches)
@@ -282,13 +242,6 @@ class DilatedPattern:
         num_queries = length if num_queries is None else num_queries
         num_keys = length if num_keys is None else num_keys
         return _tiles(self.canonical(), length, num_heads, num_queries, num_keys, is_causal)
-
-    def draw(self, length: int, head: int = 0, num_heads: int = 1, is_causal: bool = True) -> str:
-        """A picture in characters: a row per query, a column per key, and in how many branches they join."""
-        return "\n".join(
-            "".join(str(self.multiplicity(n, m, head, num_heads, is_causal) or "·") for m in range(length))
-            for n in range(length)
-        )
 
 
 def layer_patterns(
@@ -320,60 +273,6 @@ def layer_patterns(
         )
         for layer_idx in range(num_layers)
     ]
-
-
-def reach(
-    patterns: Sequence[DilatedPattern],
-    position: int,
-    num_heads: int,
-    *,
-    length: int | None = None,
-    is_causal: bool = True,
-) -> Reach:
-    """Which positions can influence the output at `position` after the layers `patterns` (first layer first).
-
-    Residual connections pass on what a position already knows. With all grids aligned the paper's pattern has blind
-    spots: the first position of a segment of the shortest branch never reaches its predecessor, at any depth; `shift`
-    on every other layer removes them.
-
-    Args:
-        patterns: the pattern of every layer, `config.layer_patterns` for a model.
-        position: the position asked about.
-        num_heads: number of key/value heads.
-        length: length of the sequence, if it matters (not causal); default `position + 1`.
-        is_causal: whether later positions are hidden. Blind spots are then looked for up to `position`.
-    """
-    length = position + 1 if length is None else length
-    if not 0 <= position < length:
-        raise ValueError(f"`position` must lie in the sequence of length {length}, got {position}.")
-    # Sets of positions as bits of an integer: whole segments are combined in one operation.
-    known = 1 << position
-    for pattern in reversed(patterns):
-        known |= _joined_keys(pattern, known, num_heads, length, is_causal)
-    sight = (1 << (position + 1 if is_causal else length)) - 1
-    return Reach(_ranges(known), _ranges(sight & ~known))
-
-
-def pattern_warnings(patterns: Sequence[DilatedPattern], num_heads: int) -> list[str]:
-    """What a user of these layers should know: queries without any key, and keys that only the first branch keeps."""
-    warnings = []
-    for pattern in patterns:
-        empty = _first_query_without_keys(pattern, num_heads)
-        if empty is not None:
-            head, position = empty
-            warnings.append(
-                f"In layer {pattern.layer_idx} no branch joins head {head} at position {position} to any key: such "
-                "queries give zeros. A branch of dilation rate 1 avoids this."
-            )
-            break
-    position = _first_position_of_first_branch_only(patterns, num_heads)
-    if position is not None:
-        warnings.append(
-            f"Position {position} (and others) is kept by no branch but the first, in any head and layer: "
-            f"{num_heads} key/value heads do not cover all phases of the dilation rates {patterns[0].dilation_rates}. "
-            'Use smaller rates, more key/value heads or `head_offset="rotating"`.'
-        )
-    return warnings
 
 
 def _is_positive_int(value) -> bool:
@@ -502,84 +401,3 @@ def _band(
     for index in (*range(whole_from), *range(whole_to, blocks)):
         i = i_start + index * height
         yield from block(i, min(height, i_stop - i))
-
-
-def _joined_keys(pattern: DilatedPattern, queries: int, num_heads: int, length: int, is_causal: bool) -> int:
-    """The keys that `pattern` joins to any of `queries`, both sets of positions as bits of an integer."""
-    joined, everything = 0, (1 << length) - 1
-    for branch in pattern.branches:
-        w, r = branch.length, branch.rate
-        g = pattern.grid_shift(branch)
-        for phase in pattern.phases(branch, num_heads):
-            if branch.type == "window":
-                seen = queries
-                if w is None or w >= length:
-                    seen = (1 << queries.bit_length()) - 1 if is_causal else everything
-                else:
-                    reached = 1  # widen by doubling
-                    while reached < w:
-                        step = min(reached, w - reached)
-                        seen |= (seen >> step) | (0 if is_causal else seen << step)
-                        reached += step
-                joined |= seen & everything & _bits(range((phase - g) % r, length, r))
-            else:
-                for start in range(-g, length, w):
-                    kept = _bits(clip(range(start + phase, start + w, r), 0, length))
-                    if kept & queries:
-                        joined |= kept & ((1 << (kept & queries).bit_length()) - 1) if is_causal else kept
-    return joined
-
-
-def _bits(rows: range) -> int:
-    """The integer whose bits `rows` are set."""
-    ones = ((1 << rows.step * len(rows)) - 1) // ((1 << rows.step) - 1)
-    return ones << rows.start if rows else 0
-
-
-def _ranges(bits: int) -> list[range]:
-    """The runs of set bits of an integer."""
-    runs, start = [], 0
-    while bits:
-        gap = (bits & -bits).bit_length() - 1
-        bits >>= gap
-        run = (~bits & (bits + 1)).bit_length() - 1
-        bits >>= run
-        runs.append(range(start + gap, start + gap + run))
-        start += gap + run
-    return runs
-
-
-def _first_query_without_keys(pattern: DilatedPattern, num_heads: int) -> tuple[int, int] | None:
-    """(head, position) of the first query that no branch joins to a key at or before it."""
-    if any(branch.rate == 1 for branch in pattern.branches):
-        return None
-    for position in range(_SEARCHED_POSITIONS):
-        for head in range(num_heads):
-            for branch in pattern.branches:
-                phase = pattern.phase(branch, head, num_heads)
-                rest = (position + pattern.grid_shift(branch) - phase) % branch.rate
-                nearest = position - rest if branch.type == "window" else position
-                if nearest >= 0 and pattern.joins(branch, position, nearest, phase):
-                    break
-            else:
-                return head, position
-    return None
-
-
-def _first_position_of_first_branch_only(patterns: Sequence[DilatedPattern], num_heads: int) -> int | None:
-    """The first position whose key no branch but the first keeps, in any layer; `None` if there is none."""
-    kept = []
-    for pattern in patterns:
-        for branch in pattern.branches if pattern.branches[0].length is None else pattern.branches[1:]:
-            phases = {pattern.phase(branch, head, num_heads) for head in range(num_heads)}
-            if len(phases) == branch.rate:
-                return None
-            kept.append((pattern, branch, phases))
-    if not kept:  # there is but one branch
-        return None
-    for position in range(_SEARCHED_POSITIONS):
-        if not any(
-            pattern.joins(branch, position, position, phase) for pattern, branch, phases in kept for phase in phases
-        ):
-            return position
-    return None

@@ -2,7 +2,8 @@
 
 import random
 
-from longnet_hf import DilatedPattern
+from longnet_hf import Branch, DilatedPattern
+from longnet_hf.dilated_pattern import clip
 
 
 def random_pattern(rng: random.Random) -> DilatedPattern:
@@ -43,3 +44,19 @@ def joined(pattern: DilatedPattern, n: int, m: int, head: int, heads: int, causa
             same = (n + g) // w == (m + g) // w
             count += same and ((n + g) % w) % r == s and ((m + g) % w) % r == s
     return count
+
+
+def kept_rows(pattern: DilatedPattern, branch: Branch, head: int, num_heads: int, length: int) -> list[range]:
+    """The positions below `length` whose keys `head` keeps: a range per segment, or one for a window."""
+    phase, r = pattern.phase(branch, head, num_heads), branch.rate
+    g, w = pattern.grid_shift(branch), branch.length
+    if branch.type == "window":
+        return [range((phase - g) % r, length, r)]
+    rows = [clip(range(start + phase, start + w, r), 0, length) for start in range(-g, length, w)]
+    return [kept for kept in rows if kept]
+
+
+def live_keys(pattern: DilatedPattern, position: int, head: int, num_heads: int) -> list[int]:
+    """The keys up to `position` that some later query may still ask for, in causal attention."""
+    live = (pattern.past_keys(branch, head, num_heads, position + 1) for branch in pattern.branches)
+    return sorted(set().union(*live))

@@ -49,11 +49,11 @@ def make_cache(pattern, reserve):
 def take(cache, qkv, columns, mask):
     """Give the cache some columns; returns their outputs (of the first ones, which it does not compute, `None`)."""
     q, k, v = (x[:, :, columns] for x in qkv)
-    step = cache.begin(len(q), q.shape[2], q.device, mask[:, columns])
-    if step.is_first:
-        cache.update(k, v, 0, step)
+    tokens = cache.count_tokens(len(q), q.shape[2], q.device, mask[:, columns])
+    if tokens.is_first:
+        cache.update(k, v, 0, tokens)
         return None
-    return cache.attend(q, k, v, 0, step)
+    return cache.attend(q, k, v, 0, tokens)
 
 
 def assert_attended(output, qkv, pattern, mask, columns):

@@ -1,12 +1,13 @@
 """The index arithmetic of `DilatedPattern` against its definition, pair by pair."""
 
 import random
+from pathlib import Path
 
 import pytest
-from patterns import joined, random_pattern
+from patterns import joined, kept_rows, live_keys, random_pattern
 
-from longnet_hf import Branch, DilatedPattern, LongNetConfig, reach
-from longnet_hf.dilated_pattern import pattern_warnings
+from longnet_hf import Branch, DilatedPattern, LongNetConfig, draw_pattern, reach
+from longnet_hf.pattern_report import pattern_warnings
 
 
 PAPER = DilatedPattern([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
@@ -60,7 +61,7 @@ def test_multiplicity_and_kept_rows_follow_the_definition(seed):
                 offset=pattern.offset,
             )
             kept = [m for m in range(length) if any(joined(alone, n, m, head, heads) for n in range(m, m + 8))]
-            assert flat(pattern.kept_rows(branch, head, heads, length)) == kept
+            assert flat(kept_rows(pattern, branch, head, heads, length)) == kept
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -71,7 +72,7 @@ def test_live_keys_are_those_that_a_later_query_joins(seed):
         for head in range(heads):
             later = range(position + 1, position + 80)
             live = [m for m in range(position + 1) if any(joined(pattern, n, m, head, heads) for n in later)]
-            assert pattern.live_keys(position, head, heads) == live
+            assert live_keys(pattern, position, head, heads) == live
             assert pattern.max_live_keys() is None or len(live) <= pattern.max_live_keys()
 
 
@@ -104,11 +105,16 @@ def test_the_papers_pattern_is_blind_at_segment_boundaries_and_shifted_grids_are
         assert not reach(shifted, position, 4).blind
 
 
-def test_work_of_the_papers_pattern():
+def test_work_of_the_papers_pattern(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from attention import pattern_flops
+
     assert PAPER.pairs(32768, 12) / 32768 / 12 == pytest.approx(2133, abs=2)
     assert PAPER.pairs(1 << 20, 12) / PAPER.pairs(1 << 15, 12) == pytest.approx(32, rel=1e-3)
-    assert PAPER.flops(4096, 12, 64) == 4 * 64 * PAPER.pairs(4096, 12)
-    assert PAPER.flops(4096, 24, 64, num_key_value_heads=12, backward=True) == 2 * 10 * 64 * PAPER.pairs(4096, 12)
+    assert pattern_flops(PAPER, 4096, 12, 64) == 4 * 64 * PAPER.pairs(4096, 12)
+    assert pattern_flops(PAPER, 4096, 24, 64, num_key_value_heads=12, backward=True) == 2 * 10 * 64 * PAPER.pairs(
+        4096, 12
+    )
     assert PAPER.max_live_keys() == 2048 + 2048 + 2048 + 2731 + 2731
     full = DilatedPattern.full()
     assert full.pairs(100, 3) == 3 * 100 * 101 // 2
@@ -170,7 +176,7 @@ def test_warnings_name_queries_without_keys_and_keys_of_the_first_branch_only():
 
 
 def test_a_pattern_draws_itself():
-    assert DilatedPattern([2, 4], [1, 2]).draw(5, head=0, num_heads=2).split("\n") == [
+    assert draw_pattern(DilatedPattern([2, 4], [1, 2]), 5, head=0, num_heads=2).split("\n") == [
         "2····",
         "11···",
         "1·2··",

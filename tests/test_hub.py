@@ -17,6 +17,7 @@ from longnet_hf import LongNetForCausalLM, LongNetForSequenceClassification, Lon
 ROOT = Path(__file__).parent.parent
 CODE = {
     "configuration_longnet.py",
+    "batch_layout.py",
     "context_parallel.py",
     "dilated_cache.py",
     "dilated_kernels.py",
@@ -24,8 +25,11 @@ CODE = {
     "dilated_past.py",
     "dilated_past_kernels.py",
     "dilated_pattern.py",
-    "model_card_longnet.py",
+    "documents.py",
+    "generation_longnet.py",
+    "hub_longnet.py",
     "modeling_longnet.py",
+    "pattern_report.py",
 }
 IMPORTS = """
 import torch

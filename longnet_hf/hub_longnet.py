@@ -1,9 +1,23 @@
-"""The model card (README.md of a repository on the Hub) of a LongNet."""
+"""What goes to the Hub with a LongNet: its code for every Auto class, and a model card (README.md)."""
 
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCardData
 
+
+# The class that every Auto class loads, all of modeling_longnet.py
+MODEL_CLASSES = {
+    "AutoModel": "LongNetModel",
+    "AutoModelForCausalLM": "LongNetForCausalLM",
+    "AutoModelForSequenceClassification": "LongNetForSequenceClassification",
+    "AutoModelForTokenClassification": "LongNetForTokenClassification",
+    "AutoModelForQuestionAnswering": "LongNetForQuestionAnswering",
+}
+# Saved with every model, so that code which comes from the Hub serves all Auto classes, not only the one that was
+# saved.
+AUTO_MAP = {"AutoConfig": "configuration_longnet.LongNetConfig"} | {
+    auto_class: f"modeling_longnet.{model_class}" for auto_class, model_class in MODEL_CLASSES.items()
+}
 
 _TEMPLATE = """---
 {metadata}
@@ -64,6 +78,29 @@ _PIPELINES = {
 }
 
 
+class HubMixin:
+    """How a LongNet model is saved and pushed: its code travels with the weights, and so does a model card."""
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in Transformers. The code travels with the weights, for every Auto class, and so does a model card."""
+        self.config.auto_map = dict(AUTO_MAP)
+        wrapped = type(self)
+        try:
+            # FSDP2 puts a class of PyTorch's in front of ours, whose code Transformers would save in place of ours
+            self.__class__ = next(base for base in wrapped.__mro__ if not base.__module__.startswith("torch."))
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = wrapped
+        if kwargs.get("is_main_process", True):
+            write_model_card(self.config, self._auto_class, save_directory)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # Both ways of pushing come here
+        where = (kwargs.get("revision"), kwargs.get("token"))
+        prepare_model_card(self.config, self._auto_class, working_dir, repo_id, *where)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
 def model_card(config, auto_class: str, repo_id: str) -> str:
     """The card's text, for a configuration, the Auto class of the model and the name or path that it is loaded by."""
     types = config.branch_types or ["segment"] * len(config.segment_lengths)
@@ -110,3 +147,6 @@ def prepare_model_card(
         path.write_text(model_card(config, auto_class, repo_id), encoding="utf-8")
     elif revision is not None:
         path.unlink()
+
+
+__all__ = ["AUTO_MAP", "MODEL_CLASSES", "HubMixin"]

@@ -1,0 +1,369 @@
+"""How the tokens of a batch lie in their documents, and how they attend: decided once per forward pass.
+
+A caller says where documents begin and end in one of several ways (a padding mask, positions that restart, cumulative
+lengths), and the keys may be at hand, in a cache, or on other processes. `lay_out_batch` turns all of that into one
+object, whose `attend` every layer calls:
+
+- `WholeBatch`: all keys are at hand, those of an ordinary cache included;
+- `CachedBatch`: a `DilatedCache` holds what the pattern can still ask for of earlier tokens;
+- `SplitBatch`: other processes hold the other parts of the sequence.
+
+LongNet and the attention exchanged in other models (dilated_interface.py) both go this way.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .context_parallel import ActiveSplit, SequenceSplit, SplitDocuments, active_split, split_attention
+from .dilated_cache import DilatedCache, NewTokens, is_dilated_cache, is_empty, is_pruned
+from .dilated_operator import dilated_attention, dilated_attention_reference
+from .dilated_pattern import DilatedPattern
+from .documents import find_documents, is_packed
+
+
+# What the installed Transformers calls a cache, renamed in 5.24. This and `one_cache` serve both names.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def one_cache(past_key_values: Cache | None, kwargs: dict) -> Cache | None:
+    """`past_key_values`, or what `kwargs` hold under the other name, which is taken out."""
+    cache = kwargs.pop("cache", None)
+    if cache is None:
+        return past_key_values
+    if past_key_values is not None:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument: give one of them.")
+    return cache
+
+
+class BatchInputs(NamedTuple):
+    """What the caller of a model says of the new tokens of a batch, B rows of N.
+
+    Args:
+        batch_size, length, device: B, N, and where the tokens are.
+        attention_mask: `[B, past + N]`, nonzero at real tokens.
+        position_ids: `[B, N]` or `[1, N]`.
+        cu_seq_lens: `[documents + 1]`, boundaries of documents in the flattened batch.
+        seq_idx: `[B, N]`, numbers of documents.
+    """
+
+    batch_size: int
+    length: int
+    device: torch.device
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    cu_seq_lens: torch.Tensor | None = None
+    seq_idx: torch.Tensor | None = None
+
+    @property
+    def new_mask(self) -> torch.Tensor | None:
+        """The part of the mask that is about the new tokens, `[B, N]`."""
+        return None if self.attention_mask is None else self.attention_mask[:, -self.length :]
+
+
+class AttentionOptions(NamedTuple):
+    """How one layer attends.
+
+    Args:
+        pattern: which pairs are joined.
+        scale: factor of the scores.
+        dropout: probability of dropping a pair; 0 in evaluation.
+        is_dense: compute the dense reference, which can return its weights, in place of the operator.
+    """
+
+    pattern: DilatedPattern
+    scale: float
+    dropout: float = 0.0
+    is_dense: bool = False
+
+
+class WholeBatch:
+    """A batch whose keys are all at hand: those of the new tokens, after those that an ordinary cache holds.
+
+    Args:
+        document_ids: `[B, past + N]` from `find_documents`, or `None`: one document per row, without padding.
+        is_causal: hide later keys.
+        inputs: what the caller said of the new tokens, where a model goes on to use it.
+        position_ids: `[B, N]` or `[1, N]`, for rotary positions.
+    """
+
+    def __init__(
+        self,
+        document_ids: torch.Tensor | None,
+        is_causal: bool,
+        inputs: BatchInputs | None = None,
+        position_ids: torch.Tensor | None = None,
+    ):
+        self.document_ids, self.is_causal = document_ids, is_causal
+        self.inputs, self.position_ids = inputs, position_ids
+
+    @property
+    def can_fill_a_cache(self) -> bool:
+        """Whether later tokens could continue these rows: packed rows could continue only one of their documents."""
+        return self.is_causal and not is_packed(self.document_ids)
+
+    def filling(self, past_key_values: Cache) -> "WholeBatch":
+        """The layout of the same batch where an empty cache takes its keys."""
+        if is_dilated_cache(past_key_values):
+            return CachedBatch(self.document_ids, self.is_causal, self.inputs, past_key_values)
+        return self
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+        past_key_values: Cache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Let the new tokens attend, for a layer of a model.
+
+        Args:
+            module: the attention module, which knows its `layer_idx`.
+            query: `[B, H, N, D]`.
+            key, value: `[B, Hkv, N, D]`.
+            past_key_values: holds earlier keys and values, and takes these.
+
+        Returns:
+            The output `[B, N, H, D]`, and the weights `[B, H, N, past + N]` with `options.is_dense`, else `None`.
+        """
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, module.layer_idx)
+        arguments = dict(
+            is_causal=self.is_causal, scale=options.scale, dropout=options.dropout, document_ids=self.document_ids
+        )
+        if options.is_dense:
+            arguments["return_weights"] = True
+            output, weights = dilated_attention_reference(query, key, value, options.pattern, **arguments)
+            return output.transpose(1, 2), weights
+        return dilated_attention(query, key, value, options.pattern, **arguments).transpose(1, 2), None
+
+
+class CachedBatch(WholeBatch):
+    """A batch of which a [`DilatedCache`] holds the earlier tokens, or takes the first. Making one counts the new
+    tokens in the cache; every pruned layer then takes their keys."""
+
+    def __init__(
+        self, document_ids: torch.Tensor | None, is_causal: bool, inputs: BatchInputs, past_key_values: DilatedCache
+    ):
+        self.tokens: NewTokens = past_key_values.count_tokens(
+            inputs.batch_size, inputs.length, inputs.device, inputs.new_mask
+        )
+        position_ids = self.tokens.positions if inputs.position_ids is None else inputs.position_ids
+        super().__init__(document_ids, is_causal, inputs, position_ids)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+        past_key_values: DilatedCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # What is seen of a cache depends on the position: for more than a token, torch.compile leaves that alone
+        attend = self._attend if query.shape[2] == 1 else self._attend_uncompiled
+        return attend(module, query, key, value, options, past_key_values)
+
+    def _attend(self, module, query, key, value, options, past_key_values):
+        if past_key_values is None and not self.tokens.is_first:
+            raise ValueError(
+                "`past_key_values` holds earlier tokens, and gradient checkpointing does without a cache: switch one "
+                "of them off."
+            )
+        if past_key_values is None or not is_pruned(past_key_values, module.layer_idx):
+            return super().attend(module, query, key, value, options, past_key_values)
+        if self.tokens.is_first:
+            past_key_values.update(key, value, module.layer_idx, self.tokens)
+            return super().attend(module, query, key, value, options)
+        output = past_key_values.attend(
+            query, key, value, module.layer_idx, self.tokens, scale=options.scale, dropout=options.dropout
+        )
+        return output.transpose(1, 2), None
+
+    _attend_uncompiled = torch.compiler.disable(_attend)
+
+
+class SplitBatch:
+    """A batch of sequences of which this process holds a part, and other processes the others.
+
+    Args:
+        documents: which positions the processes hold, and where the documents lie.
+        position_ids: `[B, N / P]` or `[1, N / P]`, of this process's tokens in the whole sequence.
+        tokens: the whole sequence as a cache counts it, if a cache takes it.
+    """
+
+    can_fill_a_cache = False  # which the model would make by itself: what follows a token does not change its output
+
+    def __init__(self, documents: SplitDocuments, position_ids: torch.Tensor, tokens: NewTokens | None = None):
+        self.documents, self.position_ids, self.tokens = documents, position_ids, tokens
+
+    @classmethod
+    def of(
+        cls, inputs: BatchInputs, active: ActiveSplit, is_causal: bool, past_key_values: Cache | None = None
+    ) -> "SplitBatch":
+        """The layout of a part of a sequence. Every process calls this, and all of them refuse together."""
+        split = active.sequence(inputs.length, inputs.device)
+        if past_key_values is not None:
+            _check_cache_of_split(past_key_values, inputs.attention_mask)
+        if not is_causal:
+            raise ValueError("A sequence can be split over processes in causal attention only (`is_causal=True`).")
+        documents = split.find_documents(
+            inputs.batch_size,
+            attention_mask=inputs.attention_mask,
+            position_ids=inputs.position_ids,
+            cu_seq_lens=inputs.cu_seq_lens,
+            seq_idx=inputs.seq_idx,
+        )
+        tokens = None
+        if past_key_values is not None:
+            if not documents.is_one_per_row:
+                raise ValueError(_PACKED_INTO_CACHE)
+            tokens = past_key_values.count_tokens(inputs.batch_size, split.length, inputs.device)
+        position_ids = inputs.position_ids
+        if position_ids is None:
+            position_ids = split.positions(inputs.device)[None]
+        return cls(documents, position_ids, tokens)
+
+    @property
+    def split(self) -> SequenceSplit:
+        return self.documents.split
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+        past_key_values: DilatedCache | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        """Let this process's tokens attend to those of all processes: see [`WholeBatch.attend`]."""
+        if options.is_dense:
+            raise ValueError('`attn_implementation="eager"` cannot attend to a sequence that is split over processes.')
+        if options.dropout > 0:
+            raise ValueError(
+                "A sequence cannot be split over processes in training with `attention_dropout` above 0, got "
+                f"{options.dropout}."
+            )
+        output = split_attention(query, key, value, options.pattern, self.documents, options.scale)
+        if past_key_values is not None:
+            past_key_values.update_collected(
+                key, value, module.layer_idx, self.tokens, self.split.length, self.split.collect
+            )
+        return output.transpose(1, 2), None
+
+
+BatchLayout = WholeBatch | SplitBatch
+
+
+def lay_out_batch(inputs: BatchInputs, is_causal: bool, past_key_values: Cache | None = None) -> BatchLayout:
+    """Decide, for a forward pass of a model, how its batch is laid out.
+
+    Raises:
+        ValueError: if shapes do not fit, or if the cache or the split cannot honour what is asked for.
+    """
+    active = active_split()
+    if active is not None:
+        return SplitBatch.of(inputs, active, is_causal, past_key_values)
+    if is_dilated_cache(past_key_values):
+        if inputs.attention_mask is not None:
+            past_key_values.check_mask(inputs.attention_mask, inputs.length)
+        return CachedBatch(_documents_of(inputs, past_key_values), is_causal, inputs, past_key_values)
+    document_ids = _documents_of(inputs, past_key_values)
+    return WholeBatch(document_ids, is_causal, inputs, _positions_of(inputs, past_key_values))
+
+
+def check_cache(
+    past_key_values: Cache, patterns: list[DilatedPattern], *, is_causal: bool, is_eager: bool = False
+) -> None:
+    """Refuse, for a model whose layers have `patterns`, a cache that does not hold what these ask for."""
+    layers = getattr(past_key_values, "layers", None)
+    is_dynamic = layers is not None and all(type(layer) is DynamicLayer for layer in layers)
+    if not is_dynamic and not is_dilated_cache(past_key_values):
+        kinds = sorted({type(layer).__name__ for layer in layers or ()}) or [type(past_key_values).__name__]
+        raise ValueError(
+            "`past_key_values` must be a DilatedCache, or a DynamicCache that keeps all keys, got "
+            f"{', '.join(kinds)}. Static, quantized, sliding-window and paged caches (continuous "
+            "batching) are not supported."
+        )
+    if not is_causal:
+        raise ValueError(
+            "`past_key_values` needs causal attention, and this model attends both ways (`is_causal=False`)."
+        )
+    if is_dynamic:
+        return
+    if not past_key_values.fits(patterns):
+        raise ValueError("`past_key_values` is a DilatedCache for other patterns or another number of layers.")
+    if is_eager:
+        raise ValueError(
+            '`past_key_values` must be a DynamicCache where `attn_implementation` is "eager", got a DilatedCache.'
+        )
+
+
+_PACKED_INTO_CACHE = "`past_key_values` cannot take a row of several packed documents: give one per row."
+
+
+def _documents_of(inputs: BatchInputs, past_key_values: Cache | None) -> torch.Tensor | None:
+    """Document of every token, cached ones included. `None` if each row is one document without padding, or if nothing
+    asks for it: a pruned layer counts for itself what follows its first tokens."""
+    if is_empty(past_key_values):
+        document_ids = _new_documents_of(inputs)
+        if past_key_values is not None and is_packed(document_ids):
+            raise ValueError(_PACKED_INTO_CACHE)
+        return document_ids
+    if inputs.cu_seq_lens is not None or inputs.seq_idx is not None:
+        raise ValueError("`cu_seq_lens_q`, `cu_seq_lens_k` and `seq_idx` cannot be used with `past_key_values`.")
+    batch_size, length, position_ids = inputs.batch_size, inputs.length, inputs.position_ids
+    if length > 1 and position_ids is not None and not torch.compiler.is_compiling():
+        new = find_documents(batch_size, length, attention_mask=inputs.new_mask, position_ids=position_ids)
+        if is_packed(new):
+            raise ValueError("`position_ids` restart: several documents cannot continue `past_key_values`.")
+    if is_dilated_cache(past_key_values) and past_key_values.is_fully_pruned:
+        return None
+    past_length = past_key_values.get_seq_length()
+    return find_documents(batch_size, past_length + length, attention_mask=inputs.attention_mask)
+
+
+def _new_documents_of(inputs: BatchInputs) -> torch.Tensor | None:
+    """Document of every token where none came before."""
+    document_ids = find_documents(
+        inputs.batch_size,
+        inputs.length,
+        attention_mask=inputs.attention_mask,
+        position_ids=inputs.position_ids,
+        cu_seq_lens=inputs.cu_seq_lens,
+    )
+    if inputs.seq_idx is None:
+        return document_ids
+    return inputs.seq_idx if document_ids is None else inputs.seq_idx.masked_fill(document_ids < 0, -1)
+
+
+def _positions_of(inputs: BatchInputs, past_key_values: Cache | None) -> torch.Tensor:
+    """Position of every new token, `[B, N]` or `[1, N]`: those given, or else real tokens are counted."""
+    if inputs.position_ids is not None:
+        return inputs.position_ids
+    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if inputs.attention_mask is None:
+        return torch.arange(past_length, past_length + inputs.length, device=inputs.device)[None]
+    return (inputs.attention_mask != 0).long().cumsum(-1)[:, past_length:].sub(1).clamp(min=0)
+
+
+def _check_cache_of_split(past_key_values: Cache, attention_mask: torch.Tensor | None) -> None:
+    if not is_dilated_cache(past_key_values) or not is_empty(past_key_values) or torch.is_grad_enabled():
+        raise ValueError(
+            "`past_key_values` of a sequence that is split over processes must be an empty DilatedCache, and "
+            "gradients disabled (`torch.no_grad()`)."
+        )
+    if attention_mask is not None:
+        raise ValueError(
+            "`attention_mask` cannot be used with `past_key_values` in a sequence that is split over "
+            "processes: take padding back with `past_key_values.crop`."
+        )
+
+
+__all__ = ["AttentionOptions", "BatchInputs", "CachedBatch", "SplitBatch", "WholeBatch", "lay_out_batch"]

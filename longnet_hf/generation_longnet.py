@@ -1,0 +1,187 @@
+"""Reading and writing with LongNet: sequences of any length in chunks, prompts split over processes, `generate`.
+
+The mixins of this file are parts of the models of modeling_longnet.py.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.utils import logging
+
+from .batch_layout import CACHE, one_cache
+from .context_parallel import SequenceSplit, is_distributed, split_sequence
+from .dilated_cache import DilatedCache, is_dilated_cache, is_empty
+
+
+# How many tokens assisted decoding can take back
+ASSISTED_RESERVE = 1023
+
+
+@dataclass
+class LongNetChunkOutput:
+    """What [`~LongNetPreTrainedModel.forward_chunks`] yields.
+
+    Args:
+        last_hidden_state: `[B, L, hidden_size]`, of this chunk.
+        loss: mean over the labels of all chunks so far, if there are any.
+        past_key_values: the cache, which holds what comes next needs of all chunks so far.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class ReadingMixin:
+    """Reads sequences that are too long for one forward pass on one device. For every LongNet model."""
+
+    # The loss of hidden states and shifted labels, of models that have a language modelling head
+    chunked_loss: Callable[..., torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def forward_chunks(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        chunk_size: int = 1 << 16,
+        progress: bool = True,
+    ) -> Iterator[LongNetChunkOutput]:
+        """The forward pass over a sequence of any length, in memory that does not grow with it: a generator.
+
+        A chunk attends to what a [`DilatedCache`] keeps of all chunks before it, so that the outputs are those of the
+        whole sequence. To go on after an interruption, give the cache, and the tokens that it does not hold yet.
+
+        Args:
+            input_ids: integers `[B, N]` on any device; memory-mapped ones are read chunk by chunk.
+            labels: `[B, N]`, -100 where there is nothing to predict; shifted inside. For causal language models.
+            attention_mask: `[B, N]`, nonzero at real tokens.
+            past_key_values: what was read before; by default a new [`DilatedCache`].
+            chunk_size: tokens of a row to take at a time. Multiples of the segment lengths are fastest.
+            progress: show a progress bar.
+
+        Yields:
+            [`LongNetChunkOutput`]: the hidden states of a chunk, and the loss and the cache up to its end.
+
+        ```python
+        >>> book = torch.randint(model.config.vocab_size, (1, 1_000_000))
+        >>> for chunk in model.forward_chunks(book, labels=book):
+        ...     pass
+        >>> chunk.loss, chunk.past_key_values  # of the whole book
+        ```"""
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"`input_ids` must be of shape [B, N] with N > 0, got {tuple(input_ids.shape)}.")
+        for name, x in (("labels", labels), ("attention_mask", attention_mask)):
+            if x is not None and x.shape != input_ids.shape:
+                raise ValueError(f"`{name}` must be of shape {tuple(input_ids.shape)}, got {tuple(x.shape)}.")
+        if labels is not None and self.chunked_loss is None:
+            raise ValueError(f"`labels` are for causal language models, and this is a {type(self).__name__}.")
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be an integer of at least 1, got {chunk_size!r}.")
+        if past_key_values is None:
+            past_key_values = DilatedCache(self.config)
+        length, total, count = input_ids.shape[1], 0.0, 0
+        # A cache of pruned layers alone knows what was padding; other layers are told it again
+        knows_padding = is_dilated_cache(past_key_values) and past_key_values.is_fully_pruned
+        with logging.tqdm(total=length, unit=" tokens", unit_scale=True, disable=not progress) as bar:
+            for start in range(0, length, chunk_size):
+                stop = min(start + chunk_size, length)
+                mask = None if attention_mask is None else attention_mask[:, start if knows_padding else 0 : stop]
+                output = LongNetChunkOutput(past_key_values=past_key_values)
+                output.last_hidden_state = self.base_model(
+                    input_ids[:, start:stop].to(self.device, torch.long),
+                    attention_mask=None if mask is None else mask.to(self.device),
+                    past_key_values=past_key_values,
+                ).last_hidden_state
+                if labels is not None:
+                    shift_labels = labels[:, start + 1 : stop + 1].to(self.device, torch.long)
+                    shift_labels = F.pad(shift_labels, (0, stop - start - shift_labels.shape[1]), value=-100)
+                    total += self.chunked_loss(output.last_hidden_state, shift_labels, num_items_in_batch=1).double()
+                    count += (shift_labels != -100).sum()
+                    output.loss = (total / count.clamp(min=1)).float()
+                bar.update(stop - start)
+                yield output
+
+    @torch.no_grad()
+    def prefill_split(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        group: torch.distributed.ProcessGroup | None = None,
+        layout: str = "head_tail",
+    ) -> DilatedCache:
+        """Read a prompt that is split over processes, and give every one of them the cache that one would have filled.
+
+        All processes call this with the whole prompt; each computes its part. The last token is left to `generate`,
+        which then goes on on one process or on all of them.
+
+        Args:
+            input_ids: `[B, N]`, the same on all processes: rows of one length N > 1, without padding.
+            group: of the processes; default: all.
+            layout: see [`split_sequence`].
+
+        ```python
+        >>> cache = model.prefill_split(input_ids)
+        >>> model.generate(input_ids, past_key_values=cache, max_new_tokens=100)
+        ```"""
+        if input_ids.dim() != 2 or input_ids.shape[1] < 2:
+            raise ValueError(f"`input_ids` must be of shape [B, N] with N > 1, got {tuple(input_ids.shape)}.")
+        if not is_distributed():
+            raise ValueError("`prefill_split` needs a process group: call `torch.distributed.init_process_group`.")
+        world_size = torch.distributed.get_world_size(group)
+        padding = -input_ids.shape[1] % (2 * world_size)
+        split = SequenceSplit(
+            input_ids.shape[1] + padding, world_size, torch.distributed.get_rank(group), layout, group
+        )
+        own = F.pad(input_ids, (0, padding))[:, split.positions(input_ids.device)]
+        cache = DilatedCache(self.config, reserve=max(255, padding + 1))
+        with split_sequence(group, layout):
+            self.base_model(own.to(self.device), past_key_values=cache)
+        cache.crop(-padding - 1)
+        return cache
+
+
+class LongNetGenerationMixin(GenerationMixin):
+    """What `generate` has to know of LongNet: its cache, its masks, and what it does not support."""
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
+            raise ValueError(f'`cache_implementation` of LongNet must be "dynamic" or "offloaded", got {kind!r}.')
+        is_given = model_kwargs.get(CACHE) is not None or generation_config.use_cache is False
+        is_eager = self.config._attn_implementation == "eager"
+        if is_given or is_eager or kind in ("dynamic", "dynamic_full"):
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, *args, **kwargs
+            )
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+        reserve = {"reserve": ASSISTED_RESERVE} if is_assisted else {}
+        model_kwargs[CACHE] = DilatedCache(self.config, offloading=kind == "offloaded", **reserve)
+
+    def create_masks_for_generate(
+        self, attention_mask, inputs_embeds, past_key_values=None, is_first_iteration=False, **kwargs
+    ) -> torch.Tensor | None:
+        """Called by `generate` where the shapes of a cache do not change: a mask of unchanging shape, too."""
+        if attention_mask is None or is_first_iteration or is_empty(one_cache(past_key_values, kwargs)):
+            return attention_mask
+        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # Transformers compiles for every cache that allows it. Compiling takes a minute: only if it is asked for.
+        asked = generation_config.compile_config is not None
+        return asked and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(
+            "LongNet does not support continuous batching (`generate_batch`): its paged cache knows no pattern."
+        )
+
+
+__all__ = ["LongNetChunkOutput", "LongNetGenerationMixin", "ReadingMixin"]
