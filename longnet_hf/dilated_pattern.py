@@ -1,7 +1,7 @@
 """The pattern of one layer of dilated attention: which query attends to which key, in plain integers.
 
-Everything that needs to know the pattern (the reference, the tiles of the fast operator, counts of work, the cache)
-asks `DilatedPattern`; what users ask of one is answered in pattern_report.py.
+Everything that needs to know the pattern (the dense formula, the tiles of the fast operator, the kernels, the cache)
+asks `DilatedPattern`. What a user may want to ask of a pattern is in pattern_report.py.
 
 Source: "LongNet: Scaling Transformers to 1,000,000,000 Tokens" (arXiv 2307.02486), sections 2.2-2.3.
 
@@ -216,8 +216,8 @@ class DilatedPattern:
         return clip(kept, 0, position) if kept and kept[-1] >= position else range(0)
 
     def max_live_keys(self) -> int | None:
-        """The most keys up to any position that later queries may still ask for: the sum of w_i / r_i; `None` where
-        there is no bound."""
+        """How many keys a causal cache has to hold for one head, at most, at any position: the sum of w_i / r_i.
+        `None` if that number grows with the position."""
         if any(branch.length is None for branch in self.branches):
             return None
         return sum(-(-branch.length // branch.rate) for branch in self.branches)
@@ -286,86 +286,112 @@ def clip(rows: range, start: int, stop: int) -> range:
     return rows[first:last]
 
 
+class Piece(NamedTuple):
+    """A tile of one branch before its heads are known, or a rectangle or triangle of a matrix (see `_band`).
+
+    `rows` are queries and `columns` are keys: positions in a tile, indices in a matrix. `mask`, `repeats` and `period`
+    mean what they mean in [`Tile`].
+    """
+
+    mask: str
+    rows: range
+    columns: range
+    repeats: int = 1
+    period: int = 0
+
+
 @functools.lru_cache(maxsize=1024)
 def _tiles(
     pattern: DilatedPattern, length: int, num_heads: int, num_queries: int, num_keys: int, is_causal: bool
 ) -> tuple[Tile, ...]:
+    """`DilatedPattern.tiles`, remembered."""
     for name, value in (("num_queries", num_queries), ("num_keys", num_keys)):
         if not 0 <= value <= length:
             raise ValueError(f"`{name}` must lie between 0 and the length {length}, got {value}.")
     tiles: list[Tile] = []
     for index, branch in enumerate(pattern.branches):
-        cut = _segment_tiles if branch.type == "segment" else _window_tiles
+        cut = _segment_pieces if branch.type == "segment" else _window_pieces
         for phase in pattern.phases(branch, num_heads):
             heads = pattern.heads_of_phase(branch, phase, num_heads)
-            pieces = cut(branch, pattern.grid_shift(branch), phase, length, num_queries, num_keys, is_causal)
-            tiles.extend(Tile(heads, *piece, branch=index) for piece in pieces)
+            for piece in cut(branch, pattern.grid_shift(branch), phase, length, num_queries, num_keys, is_causal):
+                tiles.append(
+                    Tile(heads, piece.mask, piece.rows, piece.columns, piece.repeats, piece.period, branch=index)
+                )
     return tuple(tile for tile in tiles if tile.pairs)
 
 
-def _segment_tiles(
+def _segment_pieces(
     branch: Branch, g: int, phase: int, length: int, num_queries: int, num_keys: int, is_causal: bool
-) -> Iterator[tuple]:
+) -> Iterator[Piece]:
+    """The tiles of a segment branch for the heads with one phase."""
     w, r = branch.length, branch.rate
     first_query = length - num_queries
 
-    def segment(index: int, repeats: int = 1) -> Iterator[tuple]:
+    def segment(index: int, repeats: int = 1) -> Iterator[Piece]:
+        """The tiles of segment number `index`, the first of `repeats` segments that are alike."""
         start = index * w - g
         kept = clip(range(start + phase, start + w, r), 0, length)
-        i, keys = len(kept) - len(clip(kept, first_query, length)), len(clip(kept, 0, num_keys))
-        for mask, rows, columns, _, _ in _band(i, len(kept), 0, keys, None, 0 if is_causal else None):
-            yield mask, kept[rows.start : rows.stop], kept[columns.start : columns.stop], repeats, w
+        first_row = len(kept) - len(clip(kept, first_query, length))
+        kept_keys = len(clip(kept, 0, num_keys))
+        # Within a segment all kept rows join: seen alone, they are a dense matrix.
+        for piece in _band(first_row, len(kept), 0, kept_keys, None, 0 if is_causal else None):
+            queries = kept[piece.rows.start : piece.rows.stop]
+            keys = kept[piece.columns.start : piece.columns.stop]
+            yield Piece(piece.mask, queries, keys, repeats, period=w)
 
     if not num_queries:
         return
     first, last = (first_query + g) // w, (length - 1 + g) // w
-    # Segments that the sequence, the queries and the keys hold whole are alike, and become one repeated tile.
+    # Segments that lie whole in the sequence, the queries and the keys are alike: one repeated tile stands for all.
     first_whole = -(-(first_query + g) // w)
     last_whole = max(first_whole, (min(length, num_keys) + g) // w) - 1
     if first < first_whole:
         yield from segment(first)
     if last_whole >= first_whole:
         yield from segment(first_whole, last_whole - first_whole + 1)
-    # What the sequence or the keys cut, but for those that hold no keys
+    # Segments that the end of the sequence or of the keys cuts. Those behind the last key have no tile.
     for index in range(last_whole + 1, min(last, (num_keys - 1 + g) // w) + 1):
         yield from segment(index)
 
 
-def _window_tiles(
+def _window_pieces(
     branch: Branch, g: int, phase: int, length: int, num_queries: int, num_keys: int, is_causal: bool
-) -> Iterator[tuple]:
+) -> Iterator[Piece]:
+    """The tiles of a window branch for the heads with one phase."""
     w, r = branch.length, branch.rate
-    start = (phase - g) % r
+    start = (phase - g) % r  # the first kept key
     keys_kept = -(-(num_keys - start) // r)
-    # The queries n = start + lag + r * i of one lag are to the keys m = start + r * j what an undilated window is.
+    # Take every r-th query, n = start + lag + r * i. With the kept keys m = start + r * j they make a window without
+    # dilation in i and j. There are r such sets of queries, one for each lag.
     for lag in range(r):
         first = -(-(length - num_queries - start - lag) // r)
         stop = -(-(length - start - lag) // r)
         back = None if w is None else (w - 1 - lag) // r
         ahead = 0 if is_causal else None if w is None else (w - 1 + lag) // r
-        for mask, rows, columns, repeats, period in _band(first, stop, 0, keys_kept, back, ahead):
-            queries = range(start + lag + r * rows.start, start + lag + r * rows.stop, r)
-            keys = range(start + r * columns.start, start + r * columns.stop, r)
-            yield mask, queries, keys, repeats, r * period
+        for piece in _band(first, stop, 0, keys_kept, back, ahead):
+            queries = range(start + lag + r * piece.rows.start, start + lag + r * piece.rows.stop, r)
+            keys = range(start + r * piece.columns.start, start + r * piece.columns.stop, r)
+            yield Piece(piece.mask, queries, keys, piece.repeats, r * piece.period)
 
 
 def _band(
     i_start: int, i_stop: int, j_start: int, j_stop: int, back: int | None, ahead: int | None
-) -> Iterator[tuple[str, range, range, int, int]]:
+) -> Iterator[Piece]:
     """Cut the band i - back <= j <= i + ahead of a matrix (`None`: unbounded) into rectangles and triangles.
 
     The band is cut into blocks of as many rows as it is wide (all rows if a side is unbounded). Inside a block, the
     right edge of the band is a lower triangle, its left edge an upper triangle, and what lies between is a rectangle.
-    Blocks that the matrix does not clip are alike, and come out once, with their number and period.
+    Blocks that lie whole in the matrix are alike: one comes out, with their number (`repeats`) and the distance from
+    one to the next (`period`, in rows and in columns).
     """
-    if ahead is not None:  # rows that end before the matrix begins see nothing
+    if ahead is not None:  # rows whose last column lies left of the matrix are empty
         i_start = max(i_start, j_start - ahead)
-    if back is not None:  # nor do rows that begin behind its end
+    if back is not None:  # so are rows whose first column lies right of it
         i_stop = min(i_stop, j_stop + back)
     if i_start >= i_stop or j_start >= j_stop:
         return
     if back is None and ahead is None:
-        yield "full", range(i_start, i_stop), range(j_start, j_stop), 1, 0
+        yield Piece("full", range(i_start, i_stop), range(j_start, j_stop))
         return
     if ahead is None:
         raise AssertionError("a band with a left edge only does not occur")
@@ -375,21 +401,22 @@ def _band(
     if height <= 0:
         return
 
-    def block(i: int, rows: int, repeats: int = 1) -> Iterator[tuple[str, range, range, int, int]]:
+    def block(i: int, rows: int, repeats: int = 1) -> Iterator[Piece]:
+        """The pieces of the block of `rows` rows from row i on."""
         right = min(rows, j_stop - i - ahead)
         if right > 0:
-            yield "lower", range(i, i + right), range(i + ahead, i + ahead + right), repeats, height
+            yield Piece("lower", range(i, i + right), range(i + ahead, i + ahead + right), repeats, height)
             if right < rows:
-                yield "full", range(i + right, i + rows), range(i + ahead, j_stop), repeats, height
+                yield Piece("full", range(i + right, i + rows), range(i + ahead, j_stop), repeats, height)
         left = j_start if back is None else max(j_start, i + rows - 1 - back)
-        yield "full", range(i, i + rows), range(left, max(left, min(j_stop, i + ahead))), repeats, height
+        yield Piece("full", range(i, i + rows), range(left, max(left, min(j_stop, i + ahead))), repeats, height)
         if back is not None:
             # Row i + u begins at column i - back + u: an upper triangle of rows - 1, clipped to columns [skip, stop).
             skip, stop = max(0, j_start - (i - back)), min(rows - 1, j_stop - (i - back))
             if skip < stop:
                 columns = range(i - back + skip, i - back + stop)
-                yield "full", range(i, i + skip), columns, repeats, height
-                yield "upper", range(i + skip, i + stop), columns, repeats, height
+                yield Piece("full", range(i, i + skip), columns, repeats, height)
+                yield Piece("upper", range(i + skip, i + stop), columns, repeats, height)
 
     blocks = whole_from = whole_to = -(-(i_stop - i_start) // height)
     if back is not None:

@@ -1,4 +1,4 @@
-"""shim"""
+"""Where the documents of a batch lie."""
 
 import torch
 

@@ -82,6 +82,10 @@ def eager_attention_forward(module, query, key, value, layout, scaling, dropout=
 
 def dilated_attention_forward(module, query, key, value, layout, scaling, dropout=0.0, past_key_values=None, **kwargs):
     """`attn_implementation="dilated"`: the fast operator."""
+    if not isinstance(module, LongNetAttention):
+        raise ValueError(
+            f'`attn_implementation="dilated"` of {type(module).__name__} needs the package: `import longnet_hf`.'
+        )
     options = AttentionOptions(module.pattern, scaling, dropout)
     return layout.attend(module, query, key, value, options, past_key_values)
 
@@ -120,7 +124,6 @@ class LongNetAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
         self.is_causal = config.is_causal
 
         width = config.num_attention_heads * self.head_dim
@@ -180,7 +183,7 @@ class LongNetAttention(nn.Module):
             value_states,
             layout,
             scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=self.config.attention_dropout if self.training else 0.0,
             past_key_values=past_key_values,
         )
         return self.o_proj(self.attn_sub_norm(attn_output.flatten(2))), attn_weights
@@ -312,16 +315,14 @@ class LongNetModel(LongNetPreTrainedModel):
         if past_key_values is not None:
             is_eager = self.config._attn_implementation == "eager"
             check_cache(past_key_values, self.patterns, is_causal=is_causal, is_eager=is_eager)
-        cu_seq_lens_q, cu_seq_lens_k, seq_idx = (
-            kwargs.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-        )
+        of_queries, of_keys = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None)
         inputs = BatchInputs(
             *inputs_embeds.shape[:2],
             inputs_embeds.device,
-            attention_mask,
-            position_ids,
-            cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k,
-            seq_idx,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seq_lens=of_queries if of_keys is None else of_keys,
+            seq_idx=kwargs.pop("seq_idx", None),
         )
         layout = lay_out_batch(inputs, is_causal, past_key_values)
         if use_cache and past_key_values is None and layout.can_fill_a_cache:

@@ -1,4 +1,7 @@
-"""What a user may ask of a pattern: how it looks, which positions are reached through all layers, which are missed."""
+"""What a user may ask of a pattern: how it looks, which positions influence an output, what to be warned about.
+
+The configuration, `set_dilated_attention` and users ask here; attention itself needs none of it.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,13 +9,14 @@ from typing import NamedTuple
 from .dilated_pattern import DilatedPattern, clip
 
 
-# Rows looked at when a pattern is searched for queries without keys and for keys that only the first branch keeps.
-# Where such positions exist at all, they occur among the first few multiples of the dilation rates.
+# How many positions are searched for queries without keys and for keys that only the first branch keeps. Where there
+# are any, some are among the first few multiples of the dilation rates.
 _SEARCHED_POSITIONS = 4096
 
 
 class Reach(NamedTuple):
-    """What one position can learn of: `reached` positions, and `blind` ones, in its sight but not reached."""
+    """The answer of [`reach`]: the positions that can influence an output, and those that cannot although they are not
+    hidden from it (`blind`), both as ranges."""
 
     reached: list[range]
     blind: list[range]
@@ -26,9 +30,9 @@ def reach(
     length: int | None = None,
     is_causal: bool = True,
 ) -> Reach:
-    """Which positions can influence the output at `position` after the layers `patterns` (first layer first).
+    """Tells a user which positions can influence the output at `position` after the layers `patterns`.
 
-    Residual connections pass on what a position already knows. With all grids aligned the paper's pattern has blind
+    Residual connections keep what a position already knows. With all grids aligned the paper's pattern has blind
     spots: the first position of a segment of the shortest branch never reaches its predecessor, at any depth; `shift`
     on every other layer removes them.
 
@@ -61,7 +65,8 @@ def draw_pattern(
 
 
 def pattern_warnings(patterns: Sequence[DilatedPattern], num_heads: int) -> list[str]:
-    """What a user of these layers should know: queries without any key, and keys that only the first branch keeps."""
+    """Texts that warn a user about the pattern of a model: of queries that have no key, and of keys that only the
+    first branch keeps."""
     warnings = []
     for pattern in patterns:
         empty = _first_query_without_keys(pattern, num_heads)
@@ -83,7 +88,7 @@ def pattern_warnings(patterns: Sequence[DilatedPattern], num_heads: int) -> list
 
 
 def _joined_keys(pattern: DilatedPattern, queries: int, num_heads: int, length: int, is_causal: bool) -> int:
-    """The keys that `pattern` joins to any of `queries`, both sets of positions as bits of an integer."""
+    """The keys that `pattern` joins to any of `queries`. Both are sets of positions: bit n is 1 if n is in the set."""
     joined, everything = 0, (1 << length) - 1
     for branch in pattern.branches:
         w, r = branch.length, branch.rate
@@ -94,11 +99,11 @@ def _joined_keys(pattern: DilatedPattern, queries: int, num_heads: int, length: 
                 if w is None or w >= length:
                     seen = (1 << queries.bit_length()) - 1 if is_causal else everything
                 else:
-                    reached = 1  # widen by doubling
-                    while reached < w:
-                        step = min(reached, w - reached)
+                    width = 1  # of what each query has marked so far; it doubles until it is w
+                    while width < w:
+                        step = min(width, w - width)
                         seen |= (seen >> step) | (0 if is_causal else seen << step)
-                        reached += step
+                        width += step
                 joined |= seen & everything & _bits(range((phase - g) % r, length, r))
             else:
                 for start in range(-g, length, w):
@@ -109,13 +114,13 @@ def _joined_keys(pattern: DilatedPattern, queries: int, num_heads: int, length: 
 
 
 def _bits(rows: range) -> int:
-    """The integer whose bits `rows` are set."""
+    """The set of the positions `rows`, as bits of an integer."""
     ones = ((1 << rows.step * len(rows)) - 1) // ((1 << rows.step) - 1)
     return ones << rows.start if rows else 0
 
 
 def _ranges(bits: int) -> list[range]:
-    """The runs of set bits of an integer."""
+    """A set of positions, given as bits of an integer, as ranges of neighbours."""
     runs, start = [], 0
     while bits:
         gap = (bits & -bits).bit_length() - 1
@@ -153,7 +158,7 @@ def _first_position_of_first_branch_only(patterns: Sequence[DilatedPattern], num
             if len(phases) == branch.rate:
                 return None
             kept.append((pattern, branch, phases))
-    if not kept:  # there is but one branch
+    if not kept:  # there is only one branch
         return None
     for position in range(_SEARCHED_POSITIONS):
         if not any(
