@@ -1,8 +1,10 @@
 """Tiny LongNets for the tests: one configuration of every kind."""
 
+import pytest
 import torch
 
 from longnet_hf import LongNetConfig
+from longnet_hf.modeling_longnet import AUTO_CLASSES
 
 
 SMALL = dict(
@@ -36,6 +38,8 @@ KINDS = {
     "hybrid": LLAMA_STYLE
     | {"segment_shift": True, "head_offset": "rotating", "full_attention_layers": [1], "use_sub_norm": True},
 }
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_head = pytest.mark.parametrize("model_class", list(AUTO_CLASSES.values()))
 
 
 def small_config(kind: str = "paper", **changes) -> LongNetConfig:

@@ -1,0 +1,74 @@
+"""A configuration is saved and loaded, and a wrong one is named."""
+
+import json
+
+import pytest
+import torch
+from models import SMALL, build, every_kind, small_config
+from torch import nn
+from transformers import AutoConfig
+
+from longnet_hf import (
+    LongNetConfig,
+    LongNetForCausalLM,
+)
+
+
+def test_default_is_the_papers_base_model():
+    config = LongNetConfig()
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (12, 768, 12)
+    assert config.segment_lengths == (2048, 4096, 8192, 16384, 32768) and config.dilation_rates == (1, 2, 4, 6, 12)
+    with torch.device("meta"):
+        model = LongNetForCausalLM(config)
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    assert 85e6 < layers < 86e6
+    assert isinstance(model.model.layers[0].self_attn.attn_sub_norm, nn.LayerNorm)
+
+
+@every_kind
+def test_config_round_trip(kind, tmp_path):
+    config = small_config(kind)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, LongNetConfig)
+    loaded.name_or_path = config.name_or_path
+    assert loaded.to_dict() == config.to_dict() and loaded.layer_patterns == config.layer_patterns
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "longnet"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(segment_lengths=[8, 16]), "`segment_lengths`, `dilation_rates` and `branch_types`.*got 2, 3"),
+        (dict(dilation_rates=[1, 2, 0]), "`dilation_rates`.*0"),
+        (dict(branch_types=["segment", "segment", "banded"]), "`branch_types`.*'banded'"),
+        (dict(head_offset="torchscale"), "`head_offset`.*'torchscale'"),
+        (dict(full_attention_layers=[3]), r"`full_attention_layers`.*\[3\]"),
+        (dict(num_key_value_heads=3), "`num_key_value_heads`"),
+        (dict(hidden_size=30), "`hidden_size` .30."),
+        (dict(head_dim=7), "`head_dim`.*7"),
+        (dict(hidden_act="nonsense"), "`hidden_act` must be one of .*'gelu'.*'nonsense'"),
+        (dict(norm_type="batch_norm"), "`norm_type`.*'batch_norm'"),
+        (dict(num_attention_heads=0), "`num_attention_heads` must be at least 1, got 0"),
+        (dict(hidden_size=0, num_attention_heads=4), "`hidden_size` must be at least 1, got 0"),
+        (dict(pad_token_id=10**6), "`pad_token_id` must lie below `vocab_size`.*1000000"),
+        (dict(chunk_size_feed_forward=-1), "`chunk_size_feed_forward` must be at least 0, got -1"),
+        (dict(use_sliding_window=True), "does not read `use_sliding_window`"),
+        (dict(attention_dropout=1.5), "`attention_dropout`.*1.5"),
+        (dict(sliding_window=128), "`sliding_window`.*128"),
+        (dict(layer_types=["full_attention"] * 3), "`layer_types`"),
+        (dict(segment_lengths="8"), "segment_lengths"),
+        (dict(hidden_size="32"), "hidden_size"),
+    ],
+)
+def test_wrong_configurations_are_named(change, named):
+    with pytest.raises(Exception, match=named):
+        LongNetConfig(**(SMALL | change))
+
+
+def test_configurations_changed_while_loading_are_checked(tmp_path):
+    build(LongNetForCausalLM).save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="`segment_lengths`, `dilation_rates`"):
+        LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 16])
+    model = LongNetForCausalLM.from_pretrained(tmp_path, segment_lengths=[8, 16], dilation_rates=[1, 2])
+    assert model.model.layers[0].self_attn.pattern.segment_lengths == (8, 16)

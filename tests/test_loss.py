@@ -1,0 +1,129 @@
+"""The loss, computed in chunks, is the plain loss, whatever is given with the labels."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from comparisons import all_gradients, assert_same_gradients, plain_loss
+from models import build, random_ids
+from transformers import Trainer, TrainingArguments
+
+from longnet_hf import (
+    LongNetForCausalLM,
+    modeling_longnet,
+)
+
+
+@pytest.mark.parametrize("max_logits", [1, 97 * 7, 1 << 25])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_chunked_loss_is_the_plain_loss(max_logits, tied, monkeypatch):
+    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", max_logits)
+    model, ids = build(LongNetForCausalLM, dtype=torch.float64, tie_word_embeddings=tied), random_ids(2, 23)
+    labels = ids.clone()
+    labels[0, :9] = -100
+    seen = []
+    model.lm_head.register_forward_hook(lambda *x: seen.append(x[2].shape[:-1].numel()))
+    outputs = model(ids, labels=labels)
+    assert outputs.logits is None and max(seen) <= max(1, max_logits // 97)
+    expected = plain_loss(model, ids, labels)
+    torch.testing.assert_close(outputs.loss, expected.float(), rtol=1e-6, atol=1e-6, check_dtype=False)
+    assert_same_gradients(all_gradients(model, outputs.loss), all_gradients(model, expected), atol=1e-6)
+
+
+def test_the_loss_takes_what_trainer_gives():
+    model, ids = build(LongNetForCausalLM), random_ids(2, 23)
+    mean = model(ids, labels=ids).loss
+    total = 2 * 22
+    for count in (11, torch.tensor(11)):
+        torch.testing.assert_close(model(ids, labels=ids, num_items_in_batch=count).loss, mean * total / 11)
+    shifted = F.pad(ids, (0, 1), value=-100)[:, 1:]
+    torch.testing.assert_close(model(ids, shift_labels=shifted).loss, mean)
+    torch.testing.assert_close(model(ids, labels=ids, shift_labels=shifted).loss, mean)
+    assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
+    ours = model(ids, labels=ids.where(ids > 40, 7), ignore_index=7).loss
+    torch.testing.assert_close(ours, model(ids, labels=ids.where(ids > 40, -100)).loss)
+
+
+def test_logits_beside_labels_on_request():
+    model, ids = build(LongNetForCausalLM), random_ids(2, 23)
+    logits = model(ids).logits
+    assert model(ids, labels=ids).logits is None
+    assert torch.equal(model(ids, labels=ids, skip_logits=False).logits, logits)
+    torch.testing.assert_close(model(ids, labels=ids, logits_to_keep=3).logits, logits[:, -3:])
+    model.config.skip_logits = False
+    assert torch.equal(model(ids, labels=ids).logits, logits)
+    assert model(ids, labels=ids, skip_logits=True).logits is None
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 5])).logits, logits[:, [1, 5]])
+    per_row = torch.tensor([[1, 5], [0, 22]])
+    expected = torch.stack((logits[0, [1, 5]], logits[1, [0, 22]]))
+    torch.testing.assert_close(model(ids, logits_to_keep=per_row).logits, expected)
+    mask = torch.rand(2, 23) < 0.5
+    torch.testing.assert_close(model(ids, logits_to_keep=mask).logits, logits[mask])
+
+
+def test_a_loss_function_of_the_users_own_is_honoured():
+    model, ids = build(LongNetForCausalLM), random_ids(1, 8)
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.mean() + vocab_size
+    outputs = model(ids, labels=ids)
+    torch.testing.assert_close(outputs.loss, outputs.logits.mean() + 97)
+    model.loss_function = lambda logits, labels, vocab_size: logits.mean()  # gets nothing that was not given
+    torch.testing.assert_close(model(ids, labels=ids).loss, outputs.logits.mean())
+
+
+def test_lora_on_the_head_gets_its_gradient_from_the_chunked_loss(monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", 97 * 5)
+    base = build(LongNetForCausalLM, tie_word_embeddings=False)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["lm_head", "v_proj"], init_lora_weights=False))
+    ids = random_ids(2, 23)
+    ours, expected = model(input_ids=ids, labels=ids).loss, plain_loss(model, ids, ids)
+    torch.testing.assert_close(ours, expected)
+    gradients = all_gradients(model, ours)
+    assert any("lm_head.lora_A" in name for name in gradients)
+    assert_same_gradients(gradients, all_gradients(model, expected), atol=1e-6)
+
+
+def test_label_smoothing_of_trainer_shifts_the_labels(tmp_path):
+    pytest.importorskip("accelerate")
+    model, ids = build(LongNetForCausalLM), random_ids(2, 20)
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to="none")
+    trainer = Trainer(model, arguments)
+    expected = trainer.label_smoother({"logits": model(ids).logits}, ids, shift_labels=True)
+    loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
+    torch.testing.assert_close(loss, expected)
+    assert type(transformers.AutoModelForCausalLM.from_config(model.config)) is LongNetForCausalLM
+
+
+def fsdp_worker(rank, port, expected):
+    """One of two processes: FSDP2 as Accelerate lays it out, layers one by one and the rest together."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    from torch.distributed.fsdp import fully_shard
+
+    modeling_longnet._MAX_LOGITS = 97 * 5
+    torch.set_num_threads(1)
+    model, ids = build(LongNetForCausalLM, dtype=torch.float64).train(), expected.pop("ids")
+    model.gradient_checkpointing_enable()
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # every rank has a row of its own; gradients are averaged over ranks, so each loss is divided by its own labels
+    loss = model(ids[rank : rank + 1], labels=ids[rank : rank + 1], num_items_in_batch=22).loss
+    loss.backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad.full_tensor(), expected[name], rtol=0, atol=1e-6, msg=name)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # all is checked; the threads of gloo now and then abort an orderly end of the interpreter
+
+
+def test_the_chunked_loss_is_exact_under_fsdp2():
+    model, ids = build(LongNetForCausalLM, dtype=torch.float64).train(), random_ids(2, 23)
+    expected = all_gradients(model, model(ids, labels=ids).loss) | {"ids": ids}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(fsdp_worker, (port, expected), nprocs=2)

@@ -1,0 +1,208 @@
+"""The model computes the same as with eager attention: padded, packed, in low precision, as an encoder."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from comparisons import all_gradients, assert_same_gradients, main_output, with_eager
+from models import build, every_kind, random_ids, small_config
+from transformers import DataCollatorWithFlattening, DynamicCache
+
+from longnet_hf import (
+    LongNetAttention,
+    LongNetForCausalLM,
+    LongNetModel,
+    dilated_attention_reference,
+)
+from longnet_hf.modeling_longnet import LongNetRotaryEmbedding
+
+
+@every_kind
+@pytest.mark.parametrize("padding", ["none", "left", "right", "inside", "a whole row"])
+@pytest.mark.parametrize("length", [1, 7, 61])
+def test_sdpa_equals_eager(kind, padding, length):
+    model = build(LongNetForCausalLM, kind, torch.float64)
+    eager, ids = with_eager(model), random_ids(2, length)
+    mask = torch.ones_like(ids)
+    cut = length // 3
+    if padding == "left":
+        mask[0, :cut] = 0
+    elif padding == "right":
+        mask[0, length - cut :] = 0
+    elif padding == "inside":
+        mask[0, cut : 2 * cut] = mask[1, :2] = 0
+    elif padding == "a whole row":
+        mask[0] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    ours, theirs = (m(ids, attention_mask=mask, labels=labels, skip_logits=False) for m in (model, eager))
+    assert ours.logits.isfinite().all()
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=1e-10)
+    assert_same_gradients(all_gradients(model, ours.loss), all_gradients(eager, theirs.loss), atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    exact, ids = build(LongNetForCausalLM, dtype=torch.float64), random_ids(2, 50)
+    low = copy.deepcopy(exact).to(dtype)
+    expected, ours, plain = (m(ids).logits.double() for m in (exact, low, with_eager(low)))
+    assert (ours - expected).abs().max() < 2 * (plain - expected).abs().max()
+    low.train()
+    loss = low(ids, labels=ids).loss
+    assert loss.dtype == torch.float32 and all(g.isfinite().all() for g in all_gradients(low, loss).values())
+
+
+def test_autocast():
+    model, ids = build(LongNetForCausalLM, "llama"), random_ids(1, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(ids, labels=ids, skip_logits=False)
+    outputs.loss.backward()
+    assert (outputs.logits.float() - model(ids).logits).abs().max() < 0.3
+
+
+def test_gradients_reach_hidden_states_and_attentions():
+    model = with_eager(build(LongNetForCausalLM))
+    outputs = model(random_ids(1, 9), output_hidden_states=True, output_attentions=True)
+    for x in (outputs.hidden_states[0], outputs.attentions[0]):
+        x.retain_grad()
+    outputs.logits.flatten()[-1].backward()
+    assert outputs.hidden_states[0].grad is not None and outputs.attentions[0].grad is not None
+
+
+# Padding and packing
+
+
+@every_kind
+def test_a_padded_row_equals_the_row_alone(kind):
+    model = build(LongNetModel, kind, torch.float64)
+    row = random_ids(1, 45)
+    alone = model(row).last_hidden_state
+    for where in (range(10, 55), range(0, 45), [*range(5, 20), *range(22, 40), *range(48, 60)]):
+        columns = torch.tensor([*where])
+        ids, mask = random_ids(2, 60), torch.ones(2, 60, dtype=torch.long)
+        ids[0, columns], mask[0] = row[0], 0
+        mask[0, columns] = 1
+        for attention_mask in (mask, mask.bool()):
+            padded = model(ids, attention_mask=attention_mask).last_hidden_state
+            torch.testing.assert_close(padded[0, columns], alone[0], rtol=0, atol=1e-9)
+
+
+@every_kind
+def test_packed_documents_equal_each_alone(kind):
+    model = build(LongNetModel, kind, torch.float64)
+    lengths = [1, 33, 8, 20]
+    documents = [random_ids(length).tolist() for length in lengths]
+    alone = torch.cat([model(torch.tensor([d])).last_hidden_state for d in documents], dim=1)
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt")
+    batch = collate([{"input_ids": d} for d in documents])
+    batch.pop("labels")
+    by_position = {name: batch[name] for name in ("input_ids", "position_ids")}
+    by_length = {name: x for name, x in batch.items() if name not in ("position_ids", "seq_idx")}
+    by_index = {name: batch[name] for name in ("input_ids", "seq_idx")}
+    hidden_mask = by_position | {"attention_mask": torch.ones(1, sum(lengths))}
+    for inputs in (by_position, by_length, by_index, batch, hidden_mask):
+        if "position_ids" not in inputs:  # rotary positions are relative: those of the whole row serve
+            assert inputs is by_length or inputs is by_index
+        packed = model(**inputs).last_hidden_state
+        torch.testing.assert_close(packed, alone, rtol=0, atol=1e-9)
+
+
+def test_documents_cannot_continue_a_cache():
+    model = build(LongNetModel)
+    packed = dict(input_ids=random_ids(1, 8), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]))
+    assert model(**packed).past_key_values is None
+    with pytest.raises(ValueError, match="`past_key_values` cannot take a row of several packed documents"):
+        model(**packed, past_key_values=DynamicCache())
+    cache = model(random_ids(1, 5)).past_key_values
+    with pytest.raises(ValueError, match="`position_ids` restart"):
+        model(random_ids(1, 4), past_key_values=cache, position_ids=torch.tensor([[5, 6, 0, 1]]))
+    with pytest.raises(ValueError, match="cu_seq_lens"):
+        model(random_ids(1, 4), past_key_values=cache, cu_seq_lens_q=torch.tensor([0, 2, 4]))
+
+
+# Positions
+
+
+def test_positions_stay_exact_far_out_and_under_casts():
+    rotary = LongNetRotaryEmbedding(small_config(head_dim=64))
+    inv_freq = 1.0 / 10000 ** (torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    torch.testing.assert_close(rotary.inv_freq.double(), inv_freq, rtol=1e-6, atol=0)
+    for model in (rotary, copy.deepcopy(rotary).to(torch.bfloat16).float(), copy.deepcopy(rotary).half()):
+        assert torch.equal(model.inv_freq, rotary.inv_freq)
+        for position in (100_000, 123_456_789, 1_000_000_000):
+            angles = position * rotary.inv_freq.double()
+            cos, sin = model(torch.zeros(1, 1, 1), torch.tensor([[position]]))
+            torch.testing.assert_close(cos[0, 0, :32].double(), angles.cos(), rtol=0, atol=1e-6)
+            torch.testing.assert_close(sin[0, 0, 32:].double(), angles.sin(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("parameters", [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+])  # fmt: skip
+def test_rope_scaling_is_that_of_transformers(parameters):
+    parameters = {"rope_theta": 1e4, "original_max_position_embeddings": 64} | parameters
+    config = small_config(rope_parameters=parameters)
+    ours = LongNetRotaryEmbedding(config)
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    x, position_ids = torch.zeros(1, 1, 1), torch.arange(200)[None]
+    for our, their in zip(ours(x, position_ids), theirs(x, position_ids), strict=True):
+        torch.testing.assert_close(our, their, rtol=0, atol=1e-4)
+    plain = LongNetRotaryEmbedding(small_config())
+    assert (ours(x, position_ids)[0] - plain(x, position_ids)[0]).abs().max() > 0.1
+
+
+# Encoders, and attention alone
+
+
+def test_an_encoder_attends_both_ways():
+    model, ids = build(LongNetModel, dtype=torch.float64, is_causal=False), random_ids(1, 30)
+    outputs = model(ids)
+    torch.testing.assert_close(main_output(outputs), main_output(with_eager(model)(ids)), rtol=0, atol=1e-10)
+    changed = ids.clone()
+    changed[0, -1] += 1
+    assert not torch.equal(main_output(model(changed))[0, -3], main_output(outputs)[0, -3])
+    assert outputs.past_key_values is None
+    with pytest.raises(ValueError, match="is_causal=False"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="is_causal"):
+        build(LongNetForCausalLM, is_causal=False)
+    causal = build(LongNetModel, dtype=torch.float64)
+    torch.testing.assert_close(main_output(causal(ids, is_causal=False)), main_output(outputs))
+
+
+def test_attention_can_be_used_alone():
+    attention, x = LongNetAttention(small_config(), layer_idx=0).double(), torch.randn(2, 30, 32, dtype=torch.float64)
+    mask = torch.ones(2, 30)
+    mask[0, :4] = 0
+    output, weights = attention(x, attention_mask=mask)
+    assert weights is None
+    q, k, v = (p(x).view(2, 30, 4, 8).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    mixed = dilated_attention_reference(q, k, v, attention.pattern, attention_mask=mask).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(output, attention.o_proj(attention.attn_sub_norm(mixed)), rtol=0, atol=1e-12)
+
+
+# What cannot be honoured is refused
+
+
+def test_other_attentions_are_refused():
+    for name in ("flash_attention_2", "flex_attention", "nonsense"):
+        with pytest.raises((ValueError, ImportError)):
+            LongNetForCausalLM(small_config(attn_implementation=name))
+    model = build(LongNetForCausalLM)
+    model.config._attn_implementation = "paged|sdpa"
+    with pytest.raises(ValueError, match="`attn_implementation`.*'paged|sdpa'"):
+        model(random_ids(1, 4))
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match="continuous batching"):
+        model(random_ids(1, 4), cache=object())
+    with pytest.raises(ValueError, match="continuous batching"):
+        model.generate_batch([[5, 6, 7]])
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 9, 9), (2, 9, 9), (2, 8), (1, 9)])
+def test_masks_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"`attention_mask` must be a 2-D padding mask of shape \(2, 9\)"):
+        build(LongNetModel)(random_ids(2, 9), attention_mask=torch.ones(shape))

@@ -1,0 +1,182 @@
+"""Models that are given parts of sequences give what one process gives, and generate from there."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from models import KINDS, build, random_ids
+from processes import spawn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from torch.nn.parallel import DistributedDataParallel
+
+from longnet_hf import (
+    DilatedCache,
+    LongNetForCausalLM,
+    LongNetForQuestionAnswering,
+    LongNetForSequenceClassification,
+    LongNetForTokenClassification,
+)
+from longnet_hf.context_parallel import LAYOUTS, SequenceSplit, split_sequence
+
+
+def assert_parts_that_do_not_fit_are_refused(rank, world_size):
+    """By all processes: none is left to wait for the others."""
+    model = build(LongNetForCausalLM, "llama")
+    for layout in LAYOUTS:
+        with split_sequence(layout=layout), pytest.raises(ValueError, match="6 to 7 tokens.*pad_to_multiple_of=4"):
+            model(random_ids(1, 7 - rank))
+    with split_sequence(), pytest.raises(ValueError, match="a sequence of 14 tokens|A sequence of 14 tokens"):
+        model(random_ids(1, 7))
+    heads = LongNetForSequenceClassification, LongNetForTokenClassification, LongNetForQuestionAnswering
+    for head in heads:
+        with split_sequence(), pytest.raises(ValueError, match=f"{head.__name__} cannot take"):
+            build(head)(random_ids(1, 8))
+
+    # PyTorch's context, without Accelerate, does not say which processes share a sequence
+    ids = random_ids(1, 16)
+    mesh = init_device_mesh("cpu", (world_size,))
+    with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]), pytest.raises(ValueError, match="split_sequence"):
+        model(ids)
+
+    split = SequenceSplit(16, world_size, rank)
+    bounds = torch.tensor([0, 9, 5, 16])
+    with pytest.raises(ValueError, match="`cu_seq_lens`"):
+        split.find_documents(1, cu_seq_lens=bounds)
+    for numbers in ([0] * 5 + [1] * 6 + [0] * 5, [1] * 8 + [0] * 8):
+        with pytest.raises(ValueError, match="`seq_idx`"):
+            split.find_documents(1, seq_idx=torch.tensor([numbers]))
+
+
+def assert_mean_gradients(model, expected, world_size):
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        dist.all_reduce(parameter.grad)
+        torch.testing.assert_close(parameter.grad / world_size, grad, rtol=0, atol=1e-6)
+
+
+def assert_model_equals_one_process(rank, world_size):
+    for kind in KINDS:
+        model = build(LongNetForCausalLM, kind, torch.float64)
+        ids, mask = random_ids(2, 48), torch.ones(2, 48, dtype=torch.long)
+        mask[1, 37:] = 0
+        labels = F.pad(ids.masked_fill(mask == 0, -100), (0, 1), value=-100)[:, 1:]
+        outputs = model(ids, attention_mask=mask, shift_labels=labels, skip_logits=False)
+        outputs.loss.backward()
+        expected = [parameter.grad for parameter in model.parameters()]
+        for layout in LAYOUTS:
+            mine = SequenceSplit(48, world_size, rank, layout).positions()
+            model.zero_grad()
+            with split_sequence(layout=layout):
+                inputs = dict(attention_mask=mask[:, mine], shift_labels=labels[:, mine], skip_logits=False)
+                split = model(ids[:, mine], **inputs)
+            real = mask[:, mine] == 1
+            torch.testing.assert_close(split.logits[real], outputs.logits[:, mine][real], rtol=0, atol=1e-9)
+            # The loss takes logits in float32
+            torch.testing.assert_close(split.loss, outputs.loss, rtol=0, atol=1e-5)
+            split.loss.backward()
+            assert_mean_gradients(model, expected, world_size)
+
+    # What cannot be split is refused by all processes together
+    mine = SequenceSplit(48, world_size, rank).positions()
+    refused = {
+        "padding on the right only": dict(attention_mask=mask.flip(1)[:, mine]),
+        "`past_key_values`": dict(past_key_values=DilatedCache(model.config)),
+        "`seq_idx`": dict(seq_idx=torch.zeros(2, 47)),
+        "`cu_seq_lens`": dict(cu_seq_lens_q=torch.tensor([0, 48])),
+        r"\(2, 24\)": dict(attention_mask=mask),
+        "give `shift_labels`": dict(labels=ids[:, mine]),
+        "`attention_dropout`": dict(),
+    }
+    for words, inputs in refused.items():
+        model.config.attention_dropout = 0.5 if words == "`attention_dropout`" else 0.0
+        with split_sequence(), pytest.raises(ValueError, match=words):
+            model.train(words == "`attention_dropout`")(ids[:, mine], **inputs)
+
+
+def assert_ddp_takes_the_gradient_of_the_whole_sequence(rank, world_size):
+    """As the README says it."""
+    model, ids = build(LongNetForCausalLM, "llama", torch.float64).train(), random_ids(2, 48)
+    labels = ids.masked_fill(ids < 20, -100)
+    expected = model(ids, labels=labels).loss
+    grads = torch.autograd.grad(expected, list(model.parameters()))
+    ddp_model = DistributedDataParallel(model)
+    mine = SequenceSplit(48, world_size, rank).positions()
+    shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+    with split_sequence():
+        loss = ddp_model(ids[:, mine], shift_labels=shift_labels[:, mine]).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=0, atol=1e-6)
+
+    # A loss of the user's own is divided by the labels of all processes
+    model.loss_function = lambda logits, labels, vocab_size, shift_labels, num_items_in_batch: (
+        F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum") / num_items_in_batch
+    )
+    with split_sequence():
+        own = model(ids[:, mine], shift_labels=shift_labels[:, mine]).loss
+    torch.testing.assert_close(own.float(), expected, rtol=0, atol=1e-5)
+
+
+def assert_compiled_layers_equal_one_process(rank, world_size):
+    """Attention is a break in the graph. In a checkpoint there can be none: such layers run as they are."""
+    mine = SequenceSplit(48, world_size, rank).positions()
+    for is_checkpointed in (False, True):
+        model, ids = build(LongNetForCausalLM, "llama", torch.float64).train(), random_ids(2, 48)
+        labels = F.pad(ids[:, 1:], (0, 1), value=-100)
+        expected = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+        if is_checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch._dynamo.utils.counters.clear()
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager", dynamic=False)
+        with split_sequence():
+            model(ids[:, mine], shift_labels=labels[:, mine]).loss.backward()
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == (not is_checkpointed)
+        assert_mean_gradients(model, expected, world_size)
+
+
+def assert_packed_model_equals_one_process(rank, world_size):
+    model = build(LongNetForCausalLM, "llama", torch.float64)
+    ids, positions = random_ids(2, 48), torch.arange(48).repeat(2, 1)
+    positions[0, 17:] -= 17
+    positions[1, 30:] -= 30
+    expected = model(ids, position_ids=positions).logits
+    split = SequenceSplit(48, world_size, rank)
+    mine, numbers = split.positions(), torch.stack([torch.arange(48) >= 17, torch.arange(48) >= 30]).int()
+    bounds = torch.tensor([0, 17, 48, 78, 96])
+    ways = dict(position_ids=positions[:, mine]), dict(cu_seq_lens_q=bounds), dict(seq_idx=numbers)
+    for inputs in (*ways, dict(seq_idx=numbers[:, mine])):
+        with split_sequence():
+            logits = model(ids[:, mine], **inputs).logits
+        torch.testing.assert_close(logits, expected[:, mine], rtol=0, atol=1e-9)
+
+
+def assert_generation_goes_on(rank, world_size):
+    for kind in KINDS:
+        model = build(LongNetForCausalLM, kind, torch.float64)
+        for length in (2, 61):
+            ids = random_ids(2, length)
+            options = dict(max_new_tokens=30, min_new_tokens=30, do_sample=False)
+            expected = model.generate(ids, **options)
+            for layout in LAYOUTS:
+                cache = model.prefill_split(ids, layout=layout)
+                assert cache.get_seq_length() == length - 1
+                assert model.generate(ids, past_key_values=cache, **options).tolist() == expected.tolist()
+
+
+def in_turn(rank, world_size, functions):
+    for function in functions:
+        function(rank, world_size)
+
+
+def test_a_model_equals_one_process(tmp_path):
+    functions = (
+        assert_model_equals_one_process,
+        assert_ddp_takes_the_gradient_of_the_whole_sequence,
+        assert_packed_model_equals_one_process,
+        assert_compiled_layers_equal_one_process,
+        assert_parts_that_do_not_fit_are_refused,
+        assert_generation_goes_on,
+    )
+    spawn(in_turn, 2, tmp_path, functions)

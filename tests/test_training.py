@@ -1,0 +1,98 @@
+"""What saves memory or time in training changes no gradient: checkpointing, chunks, compilation, offloading."""
+
+import pytest
+import torch
+from comparisons import all_gradients, assert_same_gradients, main_output
+from models import build, every_kind, random_ids
+from torch._dynamo.testing import CompileCounter
+from transformers import Trainer, TrainingArguments
+
+from longnet_hf import (
+    LongNetConfig,
+    LongNetForCausalLM,
+    LongNetModel,
+)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@every_kind
+def test_gradient_checkpointing_changes_nothing(kind, reentrant):
+    model, ids = build(LongNetForCausalLM, kind, attention_dropout=0.2).train(), random_ids(2, 30)
+    torch.manual_seed(5)
+    expected = all_gradients(model, model(ids, labels=ids).loss)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(5)
+    assert_same_gradients(all_gradients(model, model(ids, labels=ids).loss), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+@every_kind
+def test_mlps_in_chunks_change_nothing(kind, checkpointing):
+    model, ids = build(LongNetForCausalLM, kind).train(), random_ids(2, 30)
+    expected = all_gradients(model, model(ids, labels=ids).loss)
+    chunked = LongNetForCausalLM(LongNetConfig(**model.config.to_diff_dict() | {"chunk_size_feed_forward": 7})).train()
+    chunked.load_state_dict(model.state_dict())
+    if checkpointing is not None:
+        chunked.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    assert_same_gradients(all_gradients(chunked, chunked(ids, labels=ids).loss), expected, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_checkpointed_activations_can_be_offloaded():
+    """With the hook that `activation_checkpointing_enable(offload=True)` uses, whose pinned memory wants a GPU."""
+    model, ids = build(LongNetForCausalLM).train(), random_ids(2, 30)
+    expected = all_gradients(model, model(ids, labels=ids).loss)
+    model.gradient_checkpointing_enable()
+    with torch.autograd.graph.save_on_cpu():
+        loss = model(ids, labels=ids).loss
+    assert_same_gradients(all_gradients(model, loss), expected, atol=1e-6)
+
+
+def test_attention_dropout_acts_in_training_only():
+    model, ids = build(LongNetModel, attention_dropout=0.5), random_ids(1, 20)
+    assert torch.equal(main_output(model(ids)), main_output(model(ids)))
+    model.train()
+    assert not torch.equal(main_output(model(ids)), main_output(model(ids)))
+
+
+@pytest.mark.parametrize("kind", ["paper", "hybrid"])
+def test_compiles_into_one_graph(kind):
+    model, ids = build(LongNetForCausalLM, kind), random_ids(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for inputs in ({}, {"attention_mask": mask}, {"position_ids": torch.arange(30)[None]}):
+        ours, theirs = (m(ids, labels=ids, use_cache=False, **inputs).loss for m in (compiled, model))
+        torch.testing.assert_close(ours, theirs)
+        assert_same_gradients(all_gradients(model, ours), all_gradients(model, theirs), atol=1e-5)
+
+
+def test_layers_of_one_pattern_share_what_is_compiled():
+    model, counter = build(LongNetModel), CompileCounter()
+    for layer in model.layers:
+        layer.compile(backend=counter, dynamic=False)
+    model(random_ids(1, 20), use_cache=False)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("with_metrics", [False, True])
+def test_trainer(with_metrics, tmp_path):
+    pytest.importorskip("accelerate")
+    model = build(LongNetForCausalLM)
+    model.config.skip_logits = not with_metrics
+    rows = [{"input_ids": row, "labels": row} for row in random_ids(8, 20).tolist()]
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to="none",
+        gradient_checkpointing=True,
+    )
+    metrics = (lambda p: {"shape": p.predictions.shape}) if with_metrics else None
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
+    trainer.train()
+    result = trainer.evaluate()
+    assert 0 < result["eval_loss"] < 20
+    assert not with_metrics or result["eval_shape"] == (8, 20, 97)
