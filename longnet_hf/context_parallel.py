@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .dilated_operator import TileKernel, autocast_inputs, backward_op, dilated_attention
+from .dilated_operator import autocast_inputs, backward_op, dilated_attention
 from .dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
 from .dilated_pattern import DilatedPattern, clip
+from .dilated_tiles import TileKernel
+from .documents import check_cu_seq_lens
 
 
 LAYOUTS = ("head_tail", "contiguous")
@@ -142,12 +144,7 @@ class SequenceSplit:
                 raise ValueError(f"`seq_idx` must have shape {(batch_size, self.length)}, got {tuple(seq_idx.shape)}.")
             number = (seq_idx if seq_idx.shape[1] == local else seq_idx[:, own.to(seq_idx.device)]).to(positions)
         elif cu_seq_lens is not None:
-            ends = cu_seq_lens[[0, -1]].tolist()
-            if ends != [0, batch_size * self.length] or bool((cu_seq_lens.diff() < 0).any()):
-                raise ValueError(
-                    f"`cu_seq_lens` must grow from 0 to {batch_size * self.length}, the number of tokens of all "
-                    f"processes, got {len(cu_seq_lens)} numbers from {ends[0]} to {ends[1]}."
-                )
+            check_cu_seq_lens(cu_seq_lens, batch_size * self.length, "tokens of all processes")
             flat = torch.arange(batch_size, device=device)[:, None] * self.length + own
             number = torch.searchsorted(cu_seq_lens.to(device), flat, right=True)
         real = torch.ones_like(positions, dtype=torch.bool) if attention_mask is None else attention_mask != 0

@@ -28,9 +28,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from .dilated_operator import TileKernel, dilated_attention
+from .dilated_operator import dilated_attention
 from .dilated_past import PastTile, attend_to_past, past_tiles
 from .dilated_pattern import Branch, DilatedPattern
+from .dilated_tiles import TileKernel
+from .documents import check_padding_mask
 
 
 # The length of a window's only segment
@@ -309,14 +311,8 @@ class DilatedCache(Cache):
             return
         columns = self.get_seq_length()
         batch_size = attention_mask.shape[0] if self.positions is None else len(self.positions)
-        if attention_mask.shape != (batch_size, columns + length):
-            message = (
-                f"`attention_mask` must be a 2-D padding mask of shape {(batch_size, columns + length)} (batch, "
-                f"cached and new tokens), got {tuple(attention_mask.shape)}."
-            )
-            if attention_mask.dim() > 2:
-                message += " Masks of more dimensions are not supported: the pattern decides who attends to whom."
-            raise ValueError(message)
+        shape = batch_size, columns + length
+        check_padding_mask(attention_mask, shape, "(batch, cached and new tokens)")
         real = attention_mask[:, :columns].to(self.positions.device) != 0
         known = min(columns, self.reserve)
         is_real, was_real = real[:, columns - known :], self.last_real[:, 2 * self.reserve - known :]

@@ -17,6 +17,7 @@ is all that the inner loops know of a pattern; blocks of keys that all rows join
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from .dilated_pattern import Branch, DilatedPattern
+from .documents import Document
 
 
 try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
@@ -37,29 +39,46 @@ MAX_HEAD_DIM = 256
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
-# Sizes of the records of a `_Plan`
-_PROGRAM = tl.constexpr(20)
-_ENTRY = tl.constexpr(6)
-_MERGE = tl.constexpr(12)
+# The tables of a `_Plan` hold records of integers, whose fields have the same names here and in the kernels.
+# A program's record: its document (the fields of `Document`) and block; of dense programs, the number of their first
+# entry; of dilated ones, their branch, the segment that they work in, and the distances from the segment's start, as
+# multiples of the rate and rests, to its stop, to where the queries begin, and to where the keys do.
+_ROW, _KEY_COLUMN, _QUERY_COLUMN, _LENGTH, _FIRST_QUERY, _BLOCK, _ENTRY_OR_BRANCH = map(tl.constexpr, range(7))
+_RATE, _SEGMENT_START, _PARTIAL_START, _WINDOW = map(tl.constexpr, range(7, 11))
+_TO_STOP, _TO_STOP_REST, _TO_QUERIES, _TO_QUERIES_REST, _TO_KEYS, _TO_KEYS_REST = map(tl.constexpr, range(11, 17))
+_PROGRAM_SIZE = tl.constexpr(20)
+# An entry, for a document and a branch: length, rate and shift of the grid (a window's is one segment); the window's
+# length, 0 for a segment; where partial results begin, and how many there may be in a segment.
+_GRID_LENGTH, _GRID_RATE, _GRID_SHIFT, _WINDOW_LENGTH, _PARTIAL_BASE, _PARTIAL_ROWS = map(tl.constexpr, range(6))
+_ENTRY_SIZE = tl.constexpr(6)
+# A merge, for a dense program and a dilated branch: where the segment of the block's first position ends, where its
+# partial results begin, how many rows further those of the next segment do, and the rate; then for each of the two
+# segments, the distances from its start to the block's first position and to where numbers begin.
+_SEGMENT_STOP, _FIRST_PARTIAL, _NEXT_PARTIAL, _MERGE_RATE = map(tl.constexpr, range(4))
+_THIS_SEGMENT, _NEXT_SEGMENT = tl.constexpr(4), tl.constexpr(8)
+_TO_BLOCK, _TO_BLOCK_REST, _TO_FIRST, _TO_FIRST_REST = map(tl.constexpr, range(4))
+_MERGE_SIZE = tl.constexpr(12)
 
 
 @triton.jit
 def _load_document(program):
     """Row of the batch, columns of position 0 among the keys and the queries, length, position of the first query."""
-    key_column, query_column = tl.load(program + 1).to(tl.int64), tl.load(program + 2).to(tl.int64)
-    return tl.load(program).to(tl.int64), key_column, query_column, tl.load(program + 3), tl.load(program + 4)
+    row = tl.load(program + _ROW).to(tl.int64)
+    key_column = tl.load(program + _KEY_COLUMN).to(tl.int64)
+    query_column = tl.load(program + _QUERY_COLUMN).to(tl.int64)
+    return row, key_column, query_column, tl.load(program + _LENGTH), tl.load(program + _FIRST_QUERY)
 
 
 @triton.jit
-def _kept(program, phase, FIRST: tl.constexpr):
+def _kept(program, phase, BEGIN: tl.constexpr):
     """The positions that a phase keeps of a dilated program's segment: the first of them, and how many.
 
     An integer division takes some 25 instructions. Hence quotient and rest of the distances from the segment's start
-    to its stop, and to where to begin (fields FIRST), stand in the record.
+    to its stop, and to where to begin (the field BEGIN), stand in the record.
     """
-    start, r = tl.load(program + 8) + phase, tl.load(program + 7)
-    skipped = tl.maximum(0, tl.load(program + FIRST) + tl.where(tl.load(program + FIRST + 1) > phase, 1, 0))
-    count = tl.load(program + 11) + tl.where(tl.load(program + 12) > phase, 1, 0)
+    start, r = tl.load(program + _SEGMENT_START) + phase, tl.load(program + _RATE)
+    skipped = tl.maximum(0, tl.load(program + BEGIN) + tl.where(tl.load(program + BEGIN + 1) > phase, 1, 0))
+    count = tl.load(program + _TO_STOP) + tl.where(tl.load(program + _TO_STOP_REST) > phase, 1, 0)
     return start + skipped * r, tl.maximum(0, count - skipped)
 
 
@@ -73,13 +92,14 @@ def _joined(
     `edge` is where the segment of the block's first position begins. Unless SHORT, segments are longer than blocks, so
     that there is one more in the block at most. UNIT says that every step is 1.
     """
-    w, g, reach = tl.load(entry), tl.load(entry + 2), tl.load(entry + 3)
+    w, g = tl.load(entry + _GRID_LENGTH), tl.load(entry + _GRID_SHIFT)
+    window = tl.load(entry + _WINDOW_LENGTH)
     if SHORT:
         segment = (position + g) // w * w - g
     else:
         segment = tl.where(position >= edge + w, edge + w, edge)
-    first = tl.where(reach > 0, position - reach + 1, segment)
-    last = tl.where(reach > 0, position + reach - 1, segment + w - 1)
+    first = tl.where(window > 0, position - window + 1, segment)
+    last = tl.where(window > 0, position + window - 1, segment + w - 1)
     if IS_CAUSAL and ARE_QUERIES:
         last = position
     if IS_CAUSAL and not ARE_QUERIES:
@@ -91,14 +111,14 @@ def _joined(
 
 
 @triton.jit
-def _number(offset, phase, r, distance, distance_rest, first, first_rest):
+def _number(offset, phase, r, distances):
     """Of positions `offset` behind a block's first one: their numbers among those that a phase keeps of a segment, and
-    whether they are kept. The others are the distances from the segment's start to the block's first position and to
-    where numbers begin, as multiples of r and rests."""
-    rest = distance_rest - phase
-    number = distance - tl.where(rest < 0, 1, 0)
+    whether they are kept. `distances` are those of a merge's segment."""
+    rest = tl.load(distances + _TO_BLOCK_REST) - phase
+    number = tl.load(distances + _TO_BLOCK) - tl.where(rest < 0, 1, 0)
     rest += tl.where(rest < 0, r, 0) + offset
     more = ((rest.to(tl.float32) + 0.5) * (1.0 / r.to(tl.float32))).to(tl.int32)  # exact below 2 ** 21
+    first, first_rest = tl.load(distances + _TO_FIRST), tl.load(distances + _TO_FIRST_REST)
     skipped = tl.maximum(0, first + tl.where(first_rest > phase, 1, 0))
     return number + more - skipped, (more * r == rest) & (number + more >= 0)
 
@@ -107,26 +127,22 @@ def _number(offset, phase, r, distance, distance_rest, first, first_rest):
 def _partial_row(first_position, last_position, offset, merge, entry, phase, first, SHORT: tl.constexpr):
     """Where the partial results of the positions `first_position + offset` are stored, and whether there are any."""
     if SHORT:  # any number of segments in a block
-        w, r, g = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        w, r, g = tl.load(entry + _GRID_LENGTH), tl.load(entry + _GRID_RATE), tl.load(entry + _GRID_SHIFT)
         position = first_position + offset
         segment = (position + g) // w
         start = segment * w - g + phase
         number = (position - start) // r
         kept = (position >= start) & (number * r == position - start)
-        row = tl.load(entry + 4) + segment * tl.load(entry + 5)
+        row = tl.load(entry + _PARTIAL_BASE) + segment * tl.load(entry + _PARTIAL_ROWS)
         row += number - tl.maximum(0, tl.cdiv(first - start, r))
     else:  # one or two
-        edge, base, r = tl.load(merge), tl.load(merge + 1), tl.load(merge + 3)
-        number, kept = _number(
-            offset, phase, r, tl.load(merge + 4), tl.load(merge + 5), tl.load(merge + 6), tl.load(merge + 7)
-        )
+        edge, base, r = tl.load(merge + _SEGMENT_STOP), tl.load(merge + _FIRST_PARTIAL), tl.load(merge + _MERGE_RATE)
+        number, kept = _number(offset, phase, r, merge + _THIS_SEGMENT)
         row = base + number
         if last_position >= edge:
-            number, kept_there = _number(
-                offset, phase, r, tl.load(merge + 8), tl.load(merge + 9), tl.load(merge + 10), tl.load(merge + 11)
-            )
+            number, kept_there = _number(offset, phase, r, merge + _NEXT_SEGMENT)
             is_there = first_position + offset >= edge
-            row = tl.where(is_there, base + tl.load(merge + 2) + number, row)
+            row = tl.where(is_there, base + tl.load(merge + _NEXT_PARTIAL) + number, row)
             kept = tl.where(is_there, kept_there, kept)
     return row, kept
 
@@ -207,46 +223,37 @@ def _query_step(
 
 
 @triton.jit
-def _query_inside(
-    acc, total, top, q, do, lse, delta, keys, values, key_step, value_step, first, blocks, scale,
-    GRADIENT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Take a block of queries through blocks of keys that all of its rows join."""
-    key_offsets = _offsets(key_step, BLOCK_N, BLOCK_D, WIDE)
-    value_offsets = _offsets(value_step, BLOCK_N, BLOCK_D, WIDE)
-    keys += first.to(tl.int64) * key_step
-    values += first.to(tl.int64) * value_step
-    for _ in tl.range(blocks, num_stages=STAGES):
-        k = _load(keys + key_offsets, None, HEAD_DIM, BLOCK_D, True)
-        v = _load(values + value_offsets, None, HEAD_DIM, BLOCK_D, True)
-        acc, total, top = _query_step(
-            acc, total, top, q, do, lse, delta, k, v, None, scale, False, GRADIENT, PRECISION
-        )
-        keys += BLOCK_N * key_step
-        values += BLOCK_N * value_step
-    return acc, total, top
-
-
-@triton.jit
-def _query_edges(
+def _meet_keys(
     acc, total, top, q, do, lse, delta, keys, values, key_step, value_step, num_keys,
     lo, hi, first, before, inside, after, scale,
-    GRADIENT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr, GRADIENT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Take a block of queries through the blocks of keys before and after those that all of its rows join."""
+    """Take a block of queries through the blocks of keys that all of its rows join, or with MASKED through those
+    before and after these."""
     key_offsets = _offsets(key_step, BLOCK_N, BLOCK_D, WIDE)
     value_offsets = _offsets(value_step, BLOCK_N, BLOCK_D, WIDE)
-    for block in tl.range(before + after, num_stages=2):
-        block = first + (block + tl.where(block < before, 0, inside)) * BLOCK_N
-        j, at = block + tl.arange(0, BLOCK_N), block.to(tl.int64)
-        k = _load(keys + at * key_step + key_offsets, j < num_keys, HEAD_DIM, BLOCK_D, False)
-        v = _load(values + at * value_step + value_offsets, j < num_keys, HEAD_DIM, BLOCK_D, False)
-        joined = (j[None, :] >= lo[:, None]) & (j[None, :] <= hi[:, None])
+    if not MASKED:
+        begin = (first + before * BLOCK_N).to(tl.int64)
+        keys += begin * key_step
+        values += begin * value_step
+    for number in tl.range(before + after if MASKED else inside, num_stages=2 if MASKED else STAGES):
+        if MASKED:
+            block = first + (number + tl.where(number < before, 0, inside)) * BLOCK_N
+            j, at = block + tl.arange(0, BLOCK_N), block.to(tl.int64)
+            k = _load(keys + at * key_step + key_offsets, j < num_keys, HEAD_DIM, BLOCK_D, False)
+            v = _load(values + at * value_step + value_offsets, j < num_keys, HEAD_DIM, BLOCK_D, False)
+            joined = (j[None, :] >= lo[:, None]) & (j[None, :] <= hi[:, None])
+        else:
+            k = _load(keys + key_offsets, None, HEAD_DIM, BLOCK_D, True)
+            v = _load(values + value_offsets, None, HEAD_DIM, BLOCK_D, True)
+            joined = lo  # not looked at
         acc, total, top = _query_step(
-            acc, total, top, q, do, lse, delta, k, v, joined, scale, True, GRADIENT, PRECISION
+            acc, total, top, q, do, lse, delta, k, v, joined, scale, MASKED, GRADIENT, PRECISION
         )
+        if not MASKED:
+            keys += BLOCK_N * key_step
+            values += BLOCK_N * value_step
     return acc, total, top
 
 
@@ -263,18 +270,18 @@ def _query_kernel(
 ):  # fmt: skip
     """A block of queries of one head: its output and log-sum-exp, or with GRADIENT its gradient. With DILATED those
     of one branch, into PARTIAL, else of all branches, into OUT."""
-    program = programs + tl.program_id(0).to(tl.int64) * _PROGRAM
+    program = programs + tl.program_id(0).to(tl.int64) * _PROGRAM_SIZE
     head = tl.program_id(1).to(tl.int64)
     num_heads = tl.num_programs(1)
     kv_head = head // GROUP
     phases += kv_head * NUM_BRANCHES
     row, key_column, query_column, length, first_query = _load_document(program)
-    first_row, index = tl.load(program + 5) * BLOCK_M, tl.load(program + 6)
+    first_row, index = tl.load(program + _BLOCK) * BLOCK_M, tl.load(program + _ENTRY_OR_BRANCH)
 
     # The block's queries: rows i of those at `start`, `start + step`, ...
     if DILATED:
-        phase, step = tl.load(phases + index), tl.load(program + 7)
-        start, rows = _kept(program, phase, 13)
+        phase, step = tl.load(phases + index), tl.load(program + _RATE)
+        start, rows = _kept(program, phase, _TO_QUERIES)
     else:
         step = 1
         start, rows = first_query, length - first_query
@@ -301,20 +308,20 @@ def _query_kernel(
     k_base = K + row * k_batch + kv_head * k_head + key_column * k_row
     v_base = V + row * v_batch + kv_head * v_head + key_column * v_row
     for branch in range(1 if DILATED else NUM_DENSE):
-        entry = entries + (index + branch) * _ENTRY
+        entry = entries + (index + branch) * _ENTRY_SIZE
         if DILATED:
             r = step
-            key_start, num_keys = _kept(program, phase, 15)
+            key_start, num_keys = _kept(program, phase, _TO_KEYS)
             skipped = num_keys - rows  # the queries are the last of the segment
             first, all_first, all_stop, stop = 0, 0, num_keys, num_keys
             if IS_CAUSAL:
                 all_stop, stop = skipped + first_row + 1, skipped + last_row + 1
         else:
-            key_start, r = tl.load(phases + branch), tl.load(entry + 1)
+            key_start, r = tl.load(phases + branch), tl.load(entry + _GRID_RATE)
             num_keys = length
             if not UNIT:
                 num_keys = tl.cdiv(tl.maximum(length - key_start, 0), r)
-            w, g = tl.load(entry), tl.load(entry + 2)
+            w, g = tl.load(entry + _GRID_LENGTH), tl.load(entry + _GRID_SHIFT)
             edge = (start + first_row + g) // w * w - g
             first, all_stop = _joined(
                 start + first_row, entry, edge, length, key_start, r, IS_CAUSAL, True, UNIT, SHORT
@@ -327,21 +334,22 @@ def _query_kernel(
         before, inside, after = _cut(first, all_first, all_stop, stop, BLOCK_N)
         keys, values = k_base + key_start.to(tl.int64) * k_row, v_base + key_start.to(tl.int64) * v_row
         key_step, value_step = _wide(r, WIDE) * k_row, _wide(r, WIDE) * v_row
-        acc, total, top = _query_inside(
-            acc, total, top, q, do, lse, delta, keys, values, key_step, value_step,
-            first + before * BLOCK_N, inside, scale * _LOG2_E,
-            GRADIENT, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES, WIDE,
+        acc, total, top = _meet_keys(
+            acc, total, top, q, do, lse, delta, keys, values, key_step, value_step, num_keys,
+            i, i, first, before, inside, after, scale * _LOG2_E,
+            False, GRADIENT, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES, WIDE,
         )  # fmt: skip
+        # Only here, to spare registers in the loop above
         if DILATED:
             lo, hi = i * 0, i * 0 + num_keys - 1
             if IS_CAUSAL:
                 hi = skipped + tl.minimum(i, last_row)
         else:
             lo, hi = _joined(position, entry, edge, length, key_start, r, IS_CAUSAL, True, UNIT, SHORT)
-        acc, total, top = _query_edges(
+        acc, total, top = _meet_keys(
             acc, total, top, q, do, lse, delta, keys, values, key_step, value_step, num_keys,
             lo, hi, first, before, inside, after, scale * _LOG2_E,
-            GRADIENT, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, WIDE,
+            True, GRADIENT, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES, WIDE,
         )  # fmt: skip
 
     if GRADIENT:
@@ -349,19 +357,19 @@ def _query_kernel(
     PARTIAL += head * partial_rows * HEAD_DIM
     PARTIAL_LSE += head * partial_rows
     if DILATED:
-        i += tl.load(program + 9)
+        i += tl.load(program + _PARTIAL_START)
         if not GRADIENT:
             acc *= (1.0 / total)[:, None]
             tl.store(PARTIAL_LSE + i, top + tl.log2(total), mask=valid)
         _store(_pointers(PARTIAL, i, HEAD_DIM, BLOCK_D), acc, valid, HEAD_DIM, BLOCK_D)
     else:
-        merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * _MERGE
+        merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * _MERGE_SIZE
         if not GRADIENT:
             old_top = top
             for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
                 at, kept = _partial_row(
-                    start + first_row, start + last_row, position - start - first_row, merge + branch * _MERGE,
-                    entries + (index + branch) * _ENTRY, tl.load(phases + branch), first_query, SHORT,
+                    start + first_row, start + last_row, position - start - first_row, merge + branch * _MERGE_SIZE,
+                    entries + (index + branch) * _ENTRY_SIZE, tl.load(phases + branch), first_query, SHORT,
                 )  # fmt: skip
                 top = tl.maximum(top, tl.load(PARTIAL_LSE + at, mask=valid & kept, other=-float("inf")))
             pivot = tl.where(top == -float("inf"), 0.0, top)
@@ -370,8 +378,8 @@ def _query_kernel(
             total *= decay
         for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
             at, kept = _partial_row(
-                start + first_row, start + last_row, position - start - first_row, merge + branch * _MERGE,
-                entries + (index + branch) * _ENTRY, tl.load(phases + branch), first_query, SHORT,
+                start + first_row, start + last_row, position - start - first_row, merge + branch * _MERGE_SIZE,
+                entries + (index + branch) * _ENTRY_SIZE, tl.load(phases + branch), first_query, SHORT,
             )  # fmt: skip
             part = _load(_pointers(PARTIAL, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
             if GRADIENT:
@@ -404,62 +412,55 @@ def _key_step(
 
 
 @triton.jit
-def _key_inside(
-    dk, dv, k, v, queries, grads, stats, query_step, grad_step, stats_step, first, blocks, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+def _meet_queries(
+    dk, dv, k, v, queries, grads, stats, query_step, grad_step, stats_step, num_queries,
+    lo, hi, first, before, inside, after, scale,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Take a block of keys through blocks of queries that all join it."""
+    """Take a block of keys through the blocks of queries that all join it, or with MASKED through those before and
+    after these."""
     query_offsets = _offsets(query_step, BLOCK_M, BLOCK_D, WIDE)
     grad_offsets = _offsets(grad_step, BLOCK_M, BLOCK_D, WIDE)
     # Both statistics in one load: if it had fewer numbers than there are threads, every thread would load all of them
     stats_offsets = _offsets(stats_step, BLOCK_M, 2, WIDE)
-    queries += first.to(tl.int64) * query_step
-    grads += first.to(tl.int64) * grad_step
-    stats += first.to(tl.int64) * stats_step
-    for _ in tl.range(blocks, num_stages=STAGES):
-        q = _load(queries + query_offsets, None, HEAD_DIM, BLOCK_D, True)
-        do = _load(grads + grad_offsets, None, HEAD_DIM, BLOCK_D, True)
-        lse, delta = tl.split(tl.load(stats + stats_offsets))
-        dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, None, scale, False, PRECISION)
-        queries += BLOCK_M * query_step
-        grads += BLOCK_M * grad_step
-        stats += BLOCK_M * stats_step
+    if not MASKED:
+        begin = (first + before * BLOCK_M).to(tl.int64)
+        queries += begin * query_step
+        grads += begin * grad_step
+        stats += begin * stats_step
+    for number in tl.range(before + after if MASKED else inside, num_stages=2 if MASKED else STAGES):
+        if MASKED:
+            block = first + (number + tl.where(number < before, 0, inside)) * BLOCK_M
+            i, at = block + tl.arange(0, BLOCK_M), block.to(tl.int64)
+            valid = i < num_queries
+            q = _load(queries + at * query_step + query_offsets, valid, HEAD_DIM, BLOCK_D, False)
+            do = _load(grads + at * grad_step + grad_offsets, valid, HEAD_DIM, BLOCK_D, False)
+            stats_of_block = tl.load(stats + at * stats_step + stats_offsets, mask=valid[:, None], other=0.0)
+            joined = (i[None, :] >= lo[:, None]) & (i[None, :] <= hi[:, None])
+        else:
+            q = _load(queries + query_offsets, None, HEAD_DIM, BLOCK_D, True)
+            do = _load(grads + grad_offsets, None, HEAD_DIM, BLOCK_D, True)
+            stats_of_block = tl.load(stats + stats_offsets)
+            joined = lo  # not looked at
+        lse, delta = tl.split(stats_of_block)
+        dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, joined, scale, MASKED, PRECISION)
+        if not MASKED:
+            queries += BLOCK_M * query_step
+            grads += BLOCK_M * grad_step
+            stats += BLOCK_M * stats_step
     return dk, dv
 
 
 @triton.jit
-def _key_edges(
-    dk, dv, k, v, queries, grads, stats, query_step, grad_step, stats_step, num_queries,
-    lo, hi, first, before, inside, after, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Take a block of keys through the blocks of queries before and after those that all join it."""
-    query_offsets = _offsets(query_step, BLOCK_M, BLOCK_D, WIDE)
-    grad_offsets = _offsets(grad_step, BLOCK_M, BLOCK_D, WIDE)
-    stats_offsets = _offsets(stats_step, BLOCK_M, 2, WIDE)
-    for block in tl.range(before + after, num_stages=2):
-        block = first + (block + tl.where(block < before, 0, inside)) * BLOCK_M
-        i, at = block + tl.arange(0, BLOCK_M), block.to(tl.int64)
-        valid = i < num_queries
-        q = _load(queries + at * query_step + query_offsets, valid, HEAD_DIM, BLOCK_D, False)
-        do = _load(grads + at * grad_step + grad_offsets, valid, HEAD_DIM, BLOCK_D, False)
-        lse, delta = tl.split(tl.load(stats + at * stats_step + stats_offsets, mask=valid[:, None], other=0.0))
-        joined = (i[None, :] >= lo[:, None]) & (i[None, :] <= hi[:, None])
-        dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, joined, scale, True, PRECISION)
-    return dk, dv
-
-
-@triton.jit
-def _joined_by_kept(j, start, step, reach, skipped, first_query, num_queries, IS_CAUSAL: tl.constexpr):
+def _joined_by_kept(j, start, step, window, skipped, first_query, num_queries, IS_CAUSAL: tl.constexpr):
     """Which queries the j-th kept key of a segment (the queries are kept ones, too), or of a window joins: the first
     and the last."""
     position = start + j * step - first_query
-    first = tl.where(reach > 0, position - reach + 1, 0)
+    first = tl.where(window > 0, position - window + 1, 0)
     if IS_CAUSAL:
-        first = tl.where(reach > 0, position, j - skipped)
-    last = tl.where(reach > 0, position + reach, num_queries) - 1
+        first = tl.where(window > 0, position, j - skipped)
+    last = tl.where(window > 0, position + window, num_queries) - 1
     return tl.maximum(first, 0), tl.minimum(last, num_queries - 1)
 
 
@@ -476,17 +477,17 @@ def _key_kernel(
 ):  # fmt: skip
     """A block of keys of one key/value head: its gradients and those of its values. With DILATED those of one branch,
     into PARTIAL_*, else of all branches, into DK and DV."""
-    program = programs + tl.program_id(0).to(tl.int64) * _PROGRAM
+    program = programs + tl.program_id(0).to(tl.int64) * _PROGRAM_SIZE
     kv_head = tl.program_id(1).to(tl.int64)
     num_heads = tl.num_programs(1) * GROUP
     phases += kv_head * NUM_BRANCHES
     row, key_column, query_column, length, first_query = _load_document(program)
-    first_row, index = tl.load(program + 5) * BLOCK_N, tl.load(program + 6)
+    first_row, index = tl.load(program + _BLOCK) * BLOCK_N, tl.load(program + _ENTRY_OR_BRANCH)
 
     # The block's keys: rows j of those at `start`, `start + step`, ...
     if DILATED:
-        phase, step = tl.load(phases + index), tl.load(program + 7)
-        start, rows = _kept(program, phase, 15)
+        phase, step = tl.load(phases + index), tl.load(program + _RATE)
+        start, rows = _kept(program, phase, _TO_KEYS)
     else:
         step = 1
         start, rows = 0, length
@@ -510,22 +511,22 @@ def _key_kernel(
         stats_base = STATS + ((row * num_heads + head) * num_queries + query_column) * 2
         for branch in range(1 if DILATED else NUM_DENSE):
             if DILATED:
-                reach = tl.load(program + 10)
+                window = tl.load(program + _WINDOW)
                 # The queries of a window are all, those of a segment its kept ones, the last of which are given
-                query_start, query_rows = _kept(program, phase, 13)
-                query_start = tl.where(reach > 0, first_query, query_start)
-                query_rows = tl.where(reach > 0, length - first_query, query_rows)
-                query_step = tl.where(reach > 0, 1, step)
+                query_start, query_rows = _kept(program, phase, _TO_QUERIES)
+                query_start = tl.where(window > 0, first_query, query_start)
+                query_rows = tl.where(window > 0, length - first_query, query_rows)
+                query_step = tl.where(window > 0, 1, step)
                 skipped = rows - query_rows
                 first, all_stop = _joined_by_kept(
-                    first_row, start, step, reach, skipped, first_query, query_rows, IS_CAUSAL
+                    first_row, start, step, window, skipped, first_query, query_rows, IS_CAUSAL
                 )
                 all_first, stop = _joined_by_kept(
-                    last_row, start, step, reach, skipped, first_query, query_rows, IS_CAUSAL
+                    last_row, start, step, window, skipped, first_query, query_rows, IS_CAUSAL
                 )
             else:
-                entry = entries + (index + branch) * _ENTRY
-                w, g = tl.load(entry), tl.load(entry + 2)
+                entry = entries + (index + branch) * _ENTRY_SIZE
+                w, g = tl.load(entry + _GRID_LENGTH), tl.load(entry + _GRID_SHIFT)
                 edge = (first_row + g) // w * w - g
                 query_start, query_step, query_rows = first_query, 1, length - first_query
                 first, all_stop = _joined(
@@ -541,34 +542,34 @@ def _key_kernel(
             if DILATED:
                 query_step = _wide(query_step, WIDE)
                 q_step, do_step, stats_step = query_step * q_row, query_step * do_row, query_step * 2
-            dk, dv = _key_inside(
-                dk, dv, k, v, queries, grads, stats, q_step, do_step, stats_step,
-                first + before * BLOCK_M, inside, scale * _LOG2_E,
-                HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, STAGES, WIDE,
+            dk, dv = _meet_queries(
+                dk, dv, k, v, queries, grads, stats, q_step, do_step, stats_step, query_rows,
+                j, j, first, before, inside, after, scale * _LOG2_E,
+                False, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, STAGES, WIDE,
             )  # fmt: skip
             if DILATED:
-                lo, hi = _joined_by_kept(j, start, step, reach, skipped, first_query, query_rows, IS_CAUSAL)
+                lo, hi = _joined_by_kept(j, start, step, window, skipped, first_query, query_rows, IS_CAUSAL)
             else:
                 lo, hi = _joined(position, entry, edge, length, query_start, 1, IS_CAUSAL, False, True, SHORT)
-            dk, dv = _key_edges(
+            dk, dv = _meet_queries(
                 dk, dv, k, v, queries, grads, stats, q_step, do_step, stats_step, query_rows,
                 lo, hi, first, before, inside, after, scale * _LOG2_E,
-                HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, WIDE,
+                True, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, STAGES, WIDE,
             )  # fmt: skip
 
     dk *= scale
     PARTIAL_DK += kv_head * partial_rows * HEAD_DIM
     PARTIAL_DV += kv_head * partial_rows * HEAD_DIM
     if DILATED:
-        j += tl.load(program + 9)
+        j += tl.load(program + _PARTIAL_START)
         _store(_pointers(PARTIAL_DK, j, HEAD_DIM, BLOCK_D), dk, valid, HEAD_DIM, BLOCK_D)
         _store(_pointers(PARTIAL_DV, j, HEAD_DIM, BLOCK_D), dv, valid, HEAD_DIM, BLOCK_D)
     else:
-        merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * _MERGE
+        merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * _MERGE_SIZE
         for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
             at, kept = _partial_row(
-                first_row, last_row, position - first_row, merge + branch * _MERGE,
-                entries + (index + branch) * _ENTRY, tl.load(phases + branch), 0, SHORT,
+                first_row, last_row, position - first_row, merge + branch * _MERGE_SIZE,
+                entries + (index + branch) * _ENTRY_SIZE, tl.load(phases + branch), 0, SHORT,
             )  # fmt: skip
             dk += _load(_pointers(PARTIAL_DK, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
             dv += _load(_pointers(PARTIAL_DV, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
@@ -596,6 +597,120 @@ def _stats_kernel(
     lse = tl.load(LSE + index, mask=valid, other=0.0)
     tl.store(STATS + index * 2, lse * _LOG2_E, mask=valid)
     tl.store(STATS + index * 2 + 1, mean, mask=valid)
+
+
+# Attention to stored keys, of other processes. Kernels read queries and keys where they lie: a launch does what a tile
+# asks for, for all of its heads, and continues what is there, outputs and log-sum-exps or gradients. In PyTorch's
+# operators the same takes some twenty launches, most of them copies. Under windows with r > 1 several programs of a
+# launch add to the gradient of one key, in an order that may change.
+
+
+@triton.jit
+def _pairs(i, j, num_queries, num_keys, MASK: tl.constexpr):
+    """Which pairs of a tile there are; `i` and `j` broadcast."""
+    pairs = (i < num_queries) & (j < num_keys)
+    if MASK == "upper":
+        pairs = pairs & (j - num_keys >= i - num_queries)
+    return pairs
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def _past_query_kernel(
+    Q, K, V, OUT, LSE, DO, DQ, heads, columns, rows, num_queries, num_keys, scale,
+    q_batch, q_head, q_row, o_batch, o_head, o_row, do_batch, do_head, do_row, dq_batch, dq_head, dq_row,
+    lse_batch, lse_head, lse_row, k_row, v_row,
+    GRADIENT: tl.constexpr, MASK: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A block of queries goes through all keys of its tile. Continues OUT and LSE, or with GRADIENT adds to DQ."""
+    first, tile, row = tl.program_id(0) * BLOCK_M, tl.program_id(1) // GROUP, tl.program_id(2).to(tl.int64)
+    i = first + tl.arange(0, BLOCK_M)
+    valid = i < num_queries
+    column = tl.load(columns + tile * num_queries + tl.minimum(i, num_queries - 1))
+    head = tl.load(heads + tile * num_queries) * GROUP + tl.program_id(1) % GROUP
+    q_rows = _pointers(Q + row * q_batch + head * q_head, column, q_row, BLOCK_D)
+    o_rows = _pointers(OUT + row * o_batch + head * o_head, column, o_row, BLOCK_D)
+    lse_rows = LSE + row * lse_batch + head * lse_head + column * lse_row
+    q = _load(q_rows, valid, HEAD_DIM, BLOCK_D, False)
+    o = _load(o_rows, valid, HEAD_DIM, BLOCK_D, False)
+    lse = tl.load(lse_rows, mask=valid, other=0.0) * _LOG2_E
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    do, delta = q, total
+    if GRADIENT:
+        do_rows = _pointers(DO + row * do_batch + head * do_head, column, do_row, BLOCK_D)
+        do = _load(do_rows, valid, HEAD_DIM, BLOCK_D, False)
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+
+    start = 0
+    if MASK == "upper":
+        start = tl.maximum(0, first + num_keys - num_queries)
+    rows += (row * (tl.num_programs(1) // GROUP) + tile) * num_keys
+    for block in tl.range(start, num_keys, BLOCK_N, num_stages=STAGES):
+        j = block + tl.arange(0, BLOCK_N)
+        at = tl.load(rows + j, mask=j < num_keys, other=0)
+        k = _load(_pointers(K, at, k_row, BLOCK_D), j < num_keys, HEAD_DIM, BLOCK_D, False)
+        v = _load(_pointers(V, at, v_row, BLOCK_D), j < num_keys, HEAD_DIM, BLOCK_D, False)
+        joined = _pairs(i[:, None], j[None, :], num_queries, num_keys, MASK)
+        acc, total, top = _query_step(
+            acc, total, top, q, do, lse, delta, k, v, joined, scale * _LOG2_E, True, GRADIENT, PRECISION
+        )
+    if GRADIENT:
+        dq_rows = _pointers(DQ + row * dq_batch + head * dq_head, column, dq_row, BLOCK_D)
+        dq = _load(dq_rows, valid, HEAD_DIM, BLOCK_D, False).to(tl.float32)
+        _store(dq_rows, dq + acc * scale, valid, HEAD_DIM, BLOCK_D)
+    else:
+        new_top = tl.maximum(lse, top)
+        before, now = tl.exp2(lse - new_top), tl.exp2(top - new_top)
+        total = before + total * now
+        acc = (o.to(tl.float32) * before[:, None] + acc * now[:, None]) / total[:, None]
+        _store(o_rows, acc, valid, HEAD_DIM, BLOCK_D)
+        tl.store(lse_rows, (new_top + tl.log2(total)) / _LOG2_E, mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def _past_key_kernel(
+    Q, K, V, OUT, LSE, DO, GRAD, heads, columns, rows, num_queries, num_keys, scale,
+    q_batch, q_head, q_row, o_batch, o_head, o_row, do_batch, do_head, do_row,
+    lse_batch, lse_head, lse_row, k_row, v_row, grad_row,
+    MASK: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A block of keys goes through all queries of its tile, of all heads of a group. Adds to GRAD, where the gradient
+    of a key lies before that of its value; tiles may have keys in common."""
+    first, tile, row = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    j = first + tl.arange(0, BLOCK_N)
+    valid = j < num_keys
+    at = tl.load(rows + (row * tl.num_programs(1) + tile) * num_keys + tl.minimum(j, num_keys - 1))
+    k = _load(_pointers(K, at, k_row, BLOCK_D), valid, HEAD_DIM, BLOCK_D, False)
+    v = _load(_pointers(V, at, v_row, BLOCK_D), valid, HEAD_DIM, BLOCK_D, False)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    stop = num_queries
+    if MASK == "upper":
+        stop = tl.minimum(num_queries, first + BLOCK_N + num_queries - num_keys)
+    for of_group in range(GROUP):
+        head = tl.load(heads + tile * num_queries) * GROUP + of_group
+        for block in tl.range(0, stop, BLOCK_M, num_stages=STAGES):
+            i = block + tl.arange(0, BLOCK_M)
+            inside = i < num_queries
+            column = tl.load(columns + tile * num_queries + i, mask=inside, other=0)
+            q_rows = _pointers(Q + row * q_batch + head * q_head, column, q_row, BLOCK_D)
+            o_rows = _pointers(OUT + row * o_batch + head * o_head, column, o_row, BLOCK_D)
+            do_rows = _pointers(DO + row * do_batch + head * do_head, column, do_row, BLOCK_D)
+            q = _load(q_rows, inside, HEAD_DIM, BLOCK_D, False)
+            o = _load(o_rows, inside, HEAD_DIM, BLOCK_D, False)
+            do = _load(do_rows, inside, HEAD_DIM, BLOCK_D, False)
+            lse_rows = LSE + row * lse_batch + head * lse_head + column * lse_row
+            lse = tl.load(lse_rows, mask=inside, other=0.0) * _LOG2_E
+            delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+            joined = _pairs(i[None, :], j[:, None], num_queries, num_keys, MASK)
+            dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, joined, scale * _LOG2_E, True, PRECISION)
+    stored = valid[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    grads = _pointers(GRAD, at, grad_row, BLOCK_D)
+    tl.atomic_add(grads, dk * scale, mask=stored)
+    tl.atomic_add(grads + HEAD_DIM, dv, mask=stored)
 
 
 class Blocks(NamedTuple):
@@ -640,18 +755,24 @@ def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+class Attention(NamedTuple):
+    """What the operator asks the kernels for: `query` `[B, H, Nq, D]`, `key` and `value` `[B, Hkv, N, D]`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    pattern: DilatedPattern
+    documents: tuple[Document, ...]
+    is_causal: bool
+    scale: float
+
+
 class _Plan(NamedTuple):
-    """Which programs to launch, as tables of int32 on the device.
+    """Which programs to launch, as tables of int32 on the device, whose records are described at the top.
 
-    `dense`, `dilated`: a record for every program of a launch. Its document (see `_load_document`); its block; the
-    first of its document's entries, or if dilated the branch; and if dilated rate and start of the segment, where its
-    partial results begin, the reach, and the distances that `_kept` asks for. `entries`: for every document and
-    branch, the dense branches first, length w, rate and shift of the grid (a window's is one segment); reach (a
-    window's w, 0 for a segment); where partial results begin, and how many there may be in a segment. `merges`: for
-    every dense program and dilated branch, what `_partial_row` asks for of the segment where its block begins and of
-    the next.
-
-    The phases of the heads, in which layers may differ, stand apart.
+    `dense` and `dilated` have a program's record for every program of a launch, `entries` one for every document and
+    branch, the dense branches first, and `merges` one for every dense program and dilated branch. The phases of the
+    heads, in which layers may differ, stand apart.
     """
 
     dense: torch.Tensor
@@ -695,195 +816,299 @@ def _phases(pattern: DilatedPattern, num_kv_heads: int, of_queries: bool, device
 @functools.lru_cache(maxsize=32)
 def _plan(
     pattern: DilatedPattern,
-    places: tuple[tuple[int, ...], ...],
+    documents: tuple[Document, ...],
     block: int,
     of_queries: bool,
     is_causal: bool,
     device: torch.device,
 ) -> _Plan:
-    """The plan for blocks of queries or of keys of the documents at `places`, for a pattern `_without_phases`."""
-    documents = np.array(places, dtype=np.int64).reshape(-1, 5)
-    length, first = documents[:, 3], documents[:, 4] * of_queries
+    """The plan for blocks of queries or of keys of the documents, for a pattern `_without_phases`."""
+    table = np.array(documents, dtype=np.int64).reshape(-1, len(Document._fields))
+    length, first_query = table[:, _LENGTH.value], table[:, _FIRST_QUERY.value]
+    first = first_query * of_queries
     branches, num_dense = _ordered_branches(pattern, of_queries)
     reverse = of_queries and is_causal  # the blocks with most to do come first
 
-    def programs(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Records of `counts` programs for every document, with the document's number and the program's."""
-        document = np.repeat(np.arange(len(counts)), counts)
-        number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-        if reverse:
-            number = counts[document] - 1 - number
-        records = np.zeros((len(document), _PROGRAM.value), dtype=np.int64)
-        records[:, :5] = documents[document]
-        return records, document, number
-
-    dense, dense_document, dense[:, 5] = programs(-(-(length - first) // block))
-    dense[:, 6] = dense_document * len(branches)
-    first_position = first[dense_document] + dense[:, 5] * block
-    entries = np.zeros((len(documents), len(branches), _ENTRY.value), dtype=np.int64)
-    merges = np.zeros((len(dense), len(branches) - num_dense, _MERGE.value), dtype=np.int64)
+    dense, document, number = _programs(table, -(-(length - first) // block), reverse)
+    dense[:, _BLOCK.value], dense[:, _ENTRY_OR_BRANCH.value] = number, document * len(branches)
+    entries = np.zeros((len(documents), len(branches), _ENTRY_SIZE.value), dtype=np.int64)
+    merges = np.zeros((len(dense), len(branches) - num_dense, _MERGE_SIZE.value), dtype=np.int64)
     dilated, partial_rows, is_short = [], 0, False
     for index, branch in enumerate(branches):
         r = branch.rate
         if branch.type == "window":
             w, g = length, 0 * length
-            reach = length if branch.length is None else np.minimum(branch.length, length)
+            window = length if branch.length is None else np.minimum(branch.length, length)
         else:  # a segment longer than the document is as good as one that just holds it
-            g, reach = pattern.grid_shift(branch), 0
+            g, window = pattern.grid_shift(branch), 0
             whole = branch.length >= length + g
             w, g = np.where(whole, length + g % r, branch.length), np.where(whole, g % r, g)
             is_short |= (bool((~whole).any()) and branch.length < block) or r > 2**20
-        entries[:, index, :4] = np.stack(np.broadcast_arrays(w, r, g, reach), axis=1)
+        entry = entries[:, index]
+        for field, x in ((_GRID_LENGTH, w), (_GRID_RATE, r), (_GRID_SHIFT, g), (_WINDOW_LENGTH, window)):
+            entry[:, field.value] = x
         if index < num_dense:
             continue
         first_segment = (first + g) // w
         segments = np.where(length > first, (length - 1 + g) // w - first_segment + 1, 0)
         rows = np.minimum(-(-w // r), -(-(length - first) // r))  # per segment, at most
-        blocks = -(-rows // block)
-        entries[:, index, 4] = partial_rows + np.cumsum(segments * rows) - segments * rows - first_segment * rows
-        entries[:, index, 5] = rows
+        base = partial_rows + np.cumsum(segments * rows) - segments * rows - first_segment * rows
+        entry[:, _PARTIAL_BASE.value], entry[:, _PARTIAL_ROWS.value] = base, rows
         partial_rows += int(sum(segments * rows))
+        key_begin = first if of_queries else first_query
+        dilated.insert(0, _dilated_programs(table, entry, index, block, (first_segment, segments, key_begin), reverse))
+        merges[:, index - num_dense] = _merges(entry[document], first[document], number * block)
+    tables = dense, np.concatenate(dilated or [[]]), entries, merges
+    is_unit = all(branch.rate == 1 for branch in branches[:num_dense])
+    return _Plan(*_on_device(tables, device), num_dense, len(branches), partial_rows, is_unit, is_short)
 
-        records, document, number = programs(segments * blocks)
-        segment = first_segment[document] + number // blocks[document]
-        start = segment * w[document] - g[document]
-        records[:, 5], records[:, 6] = number % blocks[document], index
-        records[:, 7], records[:, 8] = r, start
-        records[:, 9] = entries[document, index, 4] + segment * rows[document]
-        records[:, 10] = entries[document, index, 3]
-        stop = np.minimum(start + w[document], length[document])
-        for field, end in ((11, stop), (13, first[document] if of_queries else documents[document, 4]), (15, 0)):
-            records[:, field], records[:, field + 1] = np.divmod(end - start, r)
-        dilated.insert(0, records)
 
-        document, merge = dense_document, merges[:, index - num_dense]
-        segment = (first_position + g[document]) // w[document]
-        start = segment * w[document] - g[document]
-        merge[:, 0] = start + w[document]
-        merge[:, 1] = entries[document, index, 4] + segment * rows[document]
-        merge[:, 2], merge[:, 3] = rows[document], r
-        for field, begin in ((4, start), (8, start + w[document])):
-            merge[:, field], merge[:, field + 1] = np.divmod(first_position - begin, r)
-            merge[:, field + 2], merge[:, field + 3] = np.divmod(first[document] - begin, r)
+def _programs(documents: np.ndarray, counts: np.ndarray, reverse: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Records of `counts` programs for every document, with the document's number and the program's."""
+    document = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    if reverse:
+        number = counts[document] - 1 - number
+    records = np.zeros((len(document), _PROGRAM_SIZE.value), dtype=np.int64)
+    records[:, : documents.shape[1]] = documents[document]
+    return records, document, number
 
-    # One copy to the device; every table begins at a multiple of 16 bytes, whatever the others hold
-    tables = (dense, np.concatenate(dilated or [[]]), entries, merges)
+
+def _dilated_programs(
+    documents: np.ndarray,
+    entry: np.ndarray,
+    branch: int,
+    block: int,
+    segments_of: tuple[np.ndarray, np.ndarray, np.ndarray],
+    reverse: bool,
+) -> np.ndarray:
+    """Records of a dilated branch. `segments_of` has for every document its first segment, how many there are, and the
+    position where its queries begin."""
+    first_segment, segments, query_begin = segments_of
+    blocks = -(-entry[:, _PARTIAL_ROWS.value] // block)
+    records, document, number = _programs(documents, segments * blocks, reverse)
+    entry, length = entry[document], documents[document, _LENGTH.value]
+    segment = first_segment[document] + number // blocks[document]
+    start = segment * entry[:, _GRID_LENGTH.value] - entry[:, _GRID_SHIFT.value]
+    r = entry[:, _GRID_RATE.value]
+    records[:, _BLOCK.value], records[:, _ENTRY_OR_BRANCH.value] = number % blocks[document], branch
+    records[:, _RATE.value], records[:, _SEGMENT_START.value] = r, start
+    records[:, _PARTIAL_START.value] = entry[:, _PARTIAL_BASE.value] + segment * entry[:, _PARTIAL_ROWS.value]
+    records[:, _WINDOW.value] = entry[:, _WINDOW_LENGTH.value]
+    stop = np.minimum(start + entry[:, _GRID_LENGTH.value], length)
+    for field, end in ((_TO_STOP, stop), (_TO_QUERIES, query_begin[document]), (_TO_KEYS, 0)):
+        records[:, field.value], records[:, field.value + 1] = np.divmod(end - start, r)
+    return records
+
+
+def _merges(entry: np.ndarray, first: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Records of the dense programs for a dilated branch: with the entries and first positions of their documents, and
+    the blocks' offsets from there."""
+    merge = np.zeros((len(entry), _MERGE_SIZE.value), dtype=np.int64)
+    w, r, g = (entry[:, field.value] for field in (_GRID_LENGTH, _GRID_RATE, _GRID_SHIFT))
+    rows, first_position = entry[:, _PARTIAL_ROWS.value], first + offset
+    segment = (first_position + g) // w
+    start = segment * w - g
+    merge[:, _SEGMENT_STOP.value] = start + w
+    merge[:, _FIRST_PARTIAL.value] = entry[:, _PARTIAL_BASE.value] + segment * rows
+    merge[:, _NEXT_PARTIAL.value], merge[:, _MERGE_RATE.value] = rows, r
+    for side, begin in ((_THIS_SEGMENT, start), (_NEXT_SEGMENT, start + w)):
+        for field, position in ((_TO_BLOCK, first_position), (_TO_FIRST, first)):
+            at = side.value + field.value
+            merge[:, at], merge[:, at + 1] = np.divmod(position - begin, r)
+    return merge
+
+
+def _on_device(tables: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Tables as int32, in one copy to the device; each begins at a multiple of 16 bytes, whatever the others hold."""
     tables = [np.asarray(table, dtype=np.int32).ravel() for table in tables]
     starts = np.cumsum([0] + [-(-len(table) // 4) * 4 for table in tables])
     joined = np.zeros(starts[-1], dtype=np.int32)
     for start, table in zip(starts, tables, strict=False):
         joined[start : start + len(table)] = table
     joined = torch.from_numpy(joined).to(device)
-    tables = [joined[start : start + len(table)] for start, table in zip(starts, tables, strict=False)]
-    is_unit = all(branch.rate == 1 for branch in branches[:num_dense])
-    return _Plan(*tables, num_dense, len(branches), partial_rows, is_unit, is_short)
+    return [joined[start : start + len(table)] for start, table in zip(starts, tables, strict=False)]
 
 
-def triton_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: DilatedPattern,
-    places: tuple[tuple[int, ...], ...],
-    is_causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output, with the strides of `query`, and log-sum-exp `[B, H, Nq]`.
-
-    `places` has for every document its row of the batch, the columns of its position 0 among the keys and among the
-    queries (negative if that query is not given), its length, and the position of its first query. Outside of all
-    documents the output is 0.
-    """
+def triton_forward(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output, with the strides of the query, and log-sum-exp `[B, H, Nq]`. Outside of all documents it is 0."""
+    query = attention.query
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-    if _has_padding(places, key):
+    if _has_padding(attention):
         output.zero_()
         lse.fill_(-float("inf"))
-    _run_queries(output, query, key, value, lse, None, None, pattern, places, is_causal, scale)
+    _run_queries(attention, output, lse)
     return output, lse
 
 
 def triton_backward(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    pattern: DilatedPattern,
-    places: tuple[tuple[int, ...], ...],
-    is_causal: bool,
-    scale: float,
+    attention: Attention, grad_output: torch.Tensor, output: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value, with their strides."""
-    grads = [torch.empty_like(x) for x in (query, key, value)]
-    if _has_padding(places, key):
+    grads = [torch.empty_like(x) for x in attention[:3]]
+    if _has_padding(attention):
         for grad in grads:
             grad.zero_()
-    batch, heads, queries, head_dim = query.shape
+    batch, heads, queries, head_dim = attention.query.shape
     lse, stats = lse.contiguous(), lse.new_empty((batch, heads, queries, 2))
-    _launch(
-        _stats_kernel,
-        (-(-queries // 64), heads, batch),
+    arguments = _Arguments(
         (output, lse, grad_output, stats),
         (queries,),
         _strides(output, grad_output),
         dict(HEAD_DIM=head_dim, BLOCK_D=_padded(head_dim), BLOCK=64),
     )
-    _run_queries(grads[0], query, key, value, None, grad_output, stats, pattern, places, is_causal, scale)
-    _run_keys(*grads[1:], query, key, value, grad_output, stats, pattern, places, is_causal, scale)
+    _launch(_stats_kernel, (-(-queries // 64), heads, batch), arguments)
+    _run_queries(attention, grads[0], stats, grad_output)
+    _run_keys(attention, *grads[1:], stats, grad_output)
     return tuple(grads)
 
 
-def _has_padding(places: tuple[tuple[int, ...], ...], key: torch.Tensor) -> bool:
-    return sum(length for _, _, _, length, _ in places) < key.shape[0] * key.shape[2]
+def _has_padding(attention: Attention) -> bool:
+    batch, _, length, _ = attention.key.shape
+    return sum(document.length for document in attention.documents) < batch * length
 
 
-def _run_queries(result, query, key, value, lse, grad_output, stats, pattern, places, is_causal, scale) -> None:
-    """Write the output and `lse` of all queries, or their gradient where `grad_output` and `stats` are given."""
+def _run_queries(
+    attention: Attention, result: torch.Tensor, lse_or_stats: torch.Tensor, grad_output: torch.Tensor | None = None
+) -> None:
+    """Write the output and log-sum-exp of all queries; or their gradient, given `grad_output` and the statistics."""
+    query, key, value, pattern, documents, is_causal, scale = attention
     is_gradient = grad_output is not None
     if not is_gradient:
-        grad_output, stats = query, lse  # not looked at
+        grad_output = query  # not looked at
     blocks = _blocks(query, "queries" if is_gradient else "forward")
-    plan = _plan(_without_phases(pattern), places, blocks.own, True, is_causal, query.device)
+    plan = _plan(_without_phases(pattern), documents, blocks.own, True, is_causal, query.device)
     phases = _phases(pattern, key.shape[1], True, query.device)
     heads = query.shape[1]
     partial = query.new_empty((heads, plan.partial_rows, query.shape[3]))
-    partial_lse = stats if is_gradient else lse.new_empty((heads, plan.partial_rows))
-    tensors = (query, key, value, result, stats if is_gradient else lse, grad_output, stats, partial, partial_lse)
+    partial_lse = lse_or_stats if is_gradient else lse_or_stats.new_empty((heads, plan.partial_rows))
     strides = _strides(query, key, value, result, grad_output)
     constants = dict(GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
-    constants |= _constants(query, key, pattern, plan, blocks, is_causal, strides)
-    _launch_both(_query_kernel, heads, tensors, plan, phases, (query.shape[2], scale), strides, constants, blocks)
+    arguments = _Arguments(
+        (query, key, value, result, lse_or_stats, grad_output, lse_or_stats, partial, partial_lse),
+        (query.shape[2], scale),
+        strides,
+        constants | _constants(attention, plan, blocks, strides),
+    )
+    _launch_both(_query_kernel, heads, plan, phases, arguments, blocks)
 
 
-def _run_keys(dk, dv, query, key, value, grad_output, stats, pattern, places, is_causal, scale) -> None:
+def _run_keys(
+    attention: Attention, dk: torch.Tensor, dv: torch.Tensor, stats: torch.Tensor, grad_output: torch.Tensor
+) -> None:
     """Write the gradients of all keys and values."""
+    query, key, value, pattern, documents, is_causal, scale = attention
     blocks = _blocks(query, "keys")
-    plan = _plan(_without_phases(pattern), places, blocks.own, False, is_causal, query.device)
+    plan = _plan(_without_phases(pattern), documents, blocks.own, False, is_causal, query.device)
     phases = _phases(pattern, key.shape[1], False, query.device)
     heads = key.shape[1]
     partial_dk, partial_dv = (key.new_empty((heads, plan.partial_rows, key.shape[3])) for _ in range(2))
-    tensors = (query, key, value, grad_output, stats, dk, dv, partial_dk, partial_dv)
     strides = _strides(query, key, value, grad_output, dk, dv)
     constants = dict(BLOCK_M=blocks.met, BLOCK_N=blocks.own)
-    constants |= _constants(query, key, pattern, plan, blocks, is_causal, strides)
-    _launch_both(_key_kernel, heads, tensors, plan, phases, (query.shape[2], scale), strides, constants, blocks)
+    arguments = _Arguments(
+        (query, key, value, grad_output, stats, dk, dv, partial_dk, partial_dv),
+        (query.shape[2], scale),
+        strides,
+        constants | _constants(attention, plan, blocks, strides),
+    )
+    _launch_both(_key_kernel, heads, plan, phases, arguments, blocks)
 
 
-def _launch_both(
-    kernel, heads, tensors, plan: _Plan, phases, numbers, strides, constants: dict, blocks: Blocks
-) -> None:
+class _Arguments(NamedTuple):
+    """The arguments of a kernel, in its order but for the tables of a plan, which follow the tensors."""
+
+    tensors: tuple[torch.Tensor, ...]
+    numbers: tuple
+    strides: list[int]
+    constants: dict  # what it is compiled for
+
+
+def _launch_both(kernel, heads: int, plan: _Plan, phases: torch.Tensor, arguments: _Arguments, blocks: Blocks) -> None:
     """The dilated programs of a plan, then the dense ones, which take up what those left."""
+    tensors, numbers, strides, constants = arguments
     for programs, is_dilated in ((plan.dilated, True), (plan.dense, False)):
-        _launch(
-            kernel,
-            (len(programs) // _PROGRAM.value, heads, 1),
+        with_plan = _Arguments(
             (*tensors, programs, plan.entries, plan.merges, phases),
             (plan.partial_rows, *numbers),
             strides,
             dict(DILATED=is_dilated) | constants,
-            blocks,
         )
+        _launch(kernel, (len(programs) // _PROGRAM_SIZE.value, heads, 1), with_plan, blocks)
+
+
+class PastAttention(NamedTuple):
+    """Attention of new tokens to stored keys, see `attend_to_past`: `query` and `output` `[B, H, L, D]`, `lse`
+    `[B, H, L]`, and `keys` and `values` in rows, `[rows, D]`."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    output: torch.Tensor
+    lse: torch.Tensor
+    tiles: Sequence  # of `PastTile`
+    num_heads: int
+    scale: float
+
+
+def triton_attend_to_past(attention: PastAttention) -> None:
+    """Continue output and log-sum-exp over the stored keys, in place."""
+    _run_past_queries(attention)
+
+
+def triton_add_query_gradients(attention: PastAttention, grad_output: torch.Tensor, grad: torch.Tensor) -> None:
+    """Add to the gradient of the query, given the output and log-sum-exp of the whole softmax."""
+    _run_past_queries(attention, grad_output, grad)
+
+
+def triton_add_stored_gradients(
+    attention: PastAttention, grad_output: torch.Tensor, grad_stored: torch.Tensor
+) -> None:
+    """Add to the gradients of keys and values, `[rows, 2 D]` in float32, likewise."""
+    query, keys, values, output, lse = attention[:5]
+    blocks = _blocks(query, "keys")
+    tensors = query, keys, values, output, lse, grad_output, grad_stored
+    strides = [*_strides(query, output, grad_output), *lse.stride(), *_row_strides(keys, values, grad_stored)]
+    constants = dict(BLOCK_M=blocks.met, BLOCK_N=blocks.own)
+    _launch_tiles(_past_key_kernel, attention, tensors, strides, constants, blocks)
+
+
+def _run_past_queries(
+    attention: PastAttention, grad_output: torch.Tensor | None = None, grad: torch.Tensor | None = None
+) -> None:
+    query, keys, values, output, lse = attention[:5]
+    is_gradient = grad is not None
+    if not is_gradient:
+        grad, grad_output = output, output  # not looked at
+    blocks = _blocks(query, "queries" if is_gradient else "forward")
+    tensors = query, keys, values, output, lse, grad_output, grad
+    strides = [*_strides(query, output, grad_output, grad), *lse.stride(), *_row_strides(keys, values)]
+    constants = dict(GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
+    _launch_tiles(_past_query_kernel, attention, tensors, strides, constants, blocks)
+
+
+def _launch_tiles(
+    kernel, attention: PastAttention, tensors: tuple, strides: list[int], constants: dict, blocks: Blocks
+) -> None:
+    """One after the other: tiles have queries and keys in common."""
+    query, group = attention.query, attention.query.shape[1] // attention.num_heads
+    constants = constants | dict(GROUP=group, **_row_constants(query, blocks))
+    for tile in attention.tiles:
+        (rows,) = tile.stored
+        batch, tiles, num_keys = rows.shape
+        num_queries = tile.columns.shape[1]
+        # A program of keys goes through all heads of their group
+        own, heads = (num_keys, tiles) if kernel is _past_key_kernel else (num_queries, tiles * group)
+        arguments = _Arguments(
+            (*tensors, tile.heads, tile.columns, rows),
+            (num_queries, num_keys, attention.scale),
+            strides,
+            constants | dict(MASK=tile.mask),
+        )
+        _launch(kernel, (-(-own // blocks.own), heads, batch), arguments, blocks)
+
+
+def _row_strides(*tensors: torch.Tensor) -> list[int]:
+    return [x.stride(0) for x in tensors]
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
@@ -891,11 +1116,12 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _constants(query, key, pattern: DilatedPattern, plan: _Plan, blocks: Blocks, is_causal: bool, strides) -> dict:
+def _constants(attention: Attention, plan: _Plan, blocks: Blocks, strides: list[int]) -> dict:
     """What the kernels are compiled for."""
-    block_span = 256 * max(pattern.dilation_rates) * max(strides[2::3])  # in numbers, and more than it is
+    query, key = attention.query, attention.key
+    block_span = 256 * max(attention.pattern.dilation_rates) * max(strides[2::3])  # in numbers, and more than it is
     return dict(
-        IS_CAUSAL=is_causal,
+        IS_CAUSAL=attention.is_causal,
         GROUP=query.shape[1] // key.shape[1],
         NUM_DENSE=plan.num_dense,
         NUM_BRANCHES=plan.num_branches,
@@ -920,15 +1146,16 @@ def _row_constants(query: torch.Tensor, blocks: Blocks) -> dict:
 _compiled = {}
 
 
-def _launch(kernel, grid, tensors, numbers, strides, constants: dict, blocks: Blocks | None = None) -> None:
+def _launch(kernel, grid: tuple[int, int, int], arguments: _Arguments, blocks: Blocks | None = None) -> None:
     """`kernel[grid](*tensors, *numbers, *strides, **constants)`, but faster: Triton looks at every argument of every
     call to find the kernel that it compiled for such arguments, this at those that can make a difference."""
     if 0 in grid:
         return
+    tensors, numbers, strides, constants = arguments
     device = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _launch(kernel, grid, tensors, numbers, strides, constants, blocks)
+            return _launch(kernel, grid, arguments, blocks)
     kind = tuple(stride if stride <= 1 else (stride % 16 == 0, stride >= 2**31) for stride in strides)
     kind = (kernel, device, tensors[0].dtype, kind, blocks, *constants.values())
     is_aligned = all(x.data_ptr() % 16 == 0 for x in tensors)

@@ -13,12 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .dilated_operator import TileKernel, adjacent_rows, merge, uses_triton
+from .dilated_operator import uses_triton
 from .dilated_pattern import DilatedPattern
+from .dilated_tiles import TileKernel, adjacent_rows, attend_to_tiles, in_groups, merge, tile_gradients
 
 
 try:
-    from .dilated_past_kernels import (
+    from .dilated_kernels import (
+        PastAttention,
         triton_add_query_gradients,
         triton_add_stored_gradients,
         triton_attend_to_past,
@@ -34,12 +36,46 @@ _MANY_TILES = 65535 // 128
 
 
 class PastTile(NamedTuple):
-    """Tiles of new queries over stored keys, n at a time, in which a query comes once at most."""
+    """Tiles of new queries over stored keys, n at a time, in which a query comes once at most. Its rows are found by
+    index, among queries `[B, Hkv, H / Hkv, L, D]` and in what is stored."""
 
     mask: str  # "full" or "upper", see `Tile`
     heads: torch.Tensor  # [n, Kq], of the queries: one per row
     columns: torch.Tensor  # likewise, among the new tokens
     stored: tuple  # index into what is stored, of the keys: gives [B, n, Kk, D]
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, n * H / Hkv, K, D]`"""
+        return self._rows(x)[self._index].transpose(2, 3).flatten(1, 2)
+
+    def keys(self, x: torch.Tensor, group: int) -> torch.Tensor:
+        return x[self.stored][:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
+
+    def merge(self, output: torch.Tensor, lse: torch.Tensor, new_output: torch.Tensor, new_lse: torch.Tensor) -> None:
+        output, lse = self._rows(output), self._rows(lse)
+        merged_output, merged_lse = output[self._index].to(lse.dtype), lse[self._index]
+        merge(merged_output, merged_lse, self._unfold(new_output), self._unfold(new_lse))
+        output[self._index], lse[self._index] = merged_output.to(output.dtype), merged_lse
+
+    def add_to_queries(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+        self._rows(grad)[self._index] += self._unfold(x).to(grad.dtype)
+
+    def add_to_keys(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+        """`grad` is `[rows, D]`; tiles may have rows in common."""
+        x = x.unflatten(1, (len(self.heads), -1)).sum(2, dtype=grad.dtype)
+        grad.index_add_(0, self.stored[0].flatten(), x.flatten(0, 2))
+
+    @property
+    def _index(self) -> tuple:
+        return slice(None), self.heads, self.columns
+
+    @staticmethod
+    def _rows(x):
+        """`[B, Hkv, H / Hkv, L, D]` -> `[B, Hkv, L, H / Hkv, D]`: heads and columns are indexed together."""
+        return x.transpose(2, 3)
+
+    def _unfold(self, x):
+        return x.unflatten(1, (len(self.heads), -1)).transpose(2, 3)
 
 
 def past_tiles(
@@ -113,18 +149,9 @@ def attend_to_past(
     """
     if _uses_kernels(query, keys, kernel):
         query, keys, values = map(adjacent_rows, (query, keys, values))
-        return triton_attend_to_past(output, lse, query, keys, values, past, num_heads, kernel.scale)
-    group = query.shape[1] // num_heads
-    query, output, lse = (_side_by_side(x, num_heads) for x in (query, output, lse[..., None]))
-    for tile in past:
-        rows = slice(None), tile.heads, tile.columns
-        q = _fold(query[rows])
-        k, v = (_stored(x, tile, group).to(q.dtype) for x in (keys, values))
-        with torch.autocast(query.device.type, enabled=False):
-            new_output, new_lse = kernel.forward(q, k, v, tile.mask)
-        merged_output, merged_lse = output[rows].to(lse.dtype), lse[rows]
-        merge(merged_output, merged_lse, _unfold(new_output, group), _unfold(new_lse[..., None], group))
-        output[rows], lse[rows] = merged_output.to(output.dtype), merged_lse
+        return triton_attend_to_past(PastAttention(query, keys, values, output, lse, past, num_heads, kernel.scale))
+    output, lse, query = (in_groups(x, num_heads) for x in (output, lse[..., None], query))
+    attend_to_tiles(output, lse, query, keys, values, past, kernel)
 
 
 def past_gradients(
@@ -155,28 +182,21 @@ def past_gradients(
     if is_order_free and _uses_kernels(query, keys, kernel):
         tensors = map(adjacent_rows, (grad_output, output, query, keys, values))
         grad_output, output, query, keys, values = tensors
-        inputs = grad_output, output, lse, query, keys, values, past, num_heads, kernel.scale
-        triton_add_stored_gradients(grad_stored, *inputs)
-        return lambda grad: triton_add_query_gradients(grad, *inputs)
+        attention = PastAttention(query, keys, values, output, lse, past, num_heads, kernel.scale)
+        triton_add_stored_gradients(attention, grad_output, grad_stored)
+        return lambda grad: triton_add_query_gradients(attention, grad_output, grad)
 
-    group, query_grads = query.shape[1] // num_heads, []
-    grad_output, query, output, lse = (
-        _side_by_side(x, num_heads) for x in (grad_output, query, output, lse[..., None])
-    )
-    for tile in past:
-        rows = slice(None), tile.heads, tile.columns
-        do, q, o, lse_of_rows = (_fold(x[rows]) for x in (grad_output, query, output, lse))
-        k, v = (_stored(x, tile, group) for x in (keys, values))
-        with torch.autocast(query.device.type, enabled=False):
-            dq, dk, dv = kernel.backward(do, q, o, lse_of_rows, k, v, tile.mask)
-        query_grads.append(_unfold(dq, group))
-        of_keys = torch.cat((dk, dv), dim=-1).unflatten(1, (-1, group)).sum(2, dtype=grad_stored.dtype)
-        grad_stored.index_add_(0, tile.stored[0].flatten(), of_keys.flatten(0, 2))
+    grad_keys, grad_values = grad_stored.chunk(2, dim=-1)
+    of_queries = (in_groups(x, num_heads) for x in (grad_output, query, output, lse[..., None]))
+    query_grads = []
+    for tile, dq, dk, dv in tile_gradients(*of_queries, keys, values, past, kernel):
+        query_grads.append(dq)
+        tile.add_to_keys(grad_keys, dk)
+        tile.add_to_keys(grad_values, dv)
 
     def add_query_gradients(grad: torch.Tensor) -> None:
-        grad = _side_by_side(grad, num_heads)
-        for tile, x in zip(past, query_grads, strict=True):
-            grad[:, tile.heads, tile.columns] += x.to(grad.dtype)
+        for tile, dq in zip(past, query_grads, strict=True):
+            tile.add_to_queries(in_groups(grad, num_heads), dq)
 
     return add_query_gradients
 
@@ -184,22 +204,3 @@ def past_gradients(
 def _uses_kernels(query: torch.Tensor, keys: torch.Tensor, kernel: TileKernel) -> bool:
     """Keys in a cache lie apart by more than rows; there, blocks of new tokens are long, and kernels spare little."""
     return keys.dim() == 2 and uses_triton(query, kernel.dropout)
-
-
-def _side_by_side(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """`[B, H, L, D]` -> `[B, Hkv, L, H / Hkv, D]`: heads and columns are indexed together."""
-    return x.unflatten(1, (num_heads, -1)).transpose(2, 3)
-
-
-def _stored(x: torch.Tensor, tile: PastTile, group: int) -> torch.Tensor:
-    """A tile's keys for a kernel, repeated for every query head of a group."""
-    return x[tile.stored][:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
-
-
-def _fold(x: torch.Tensor) -> torch.Tensor:
-    """`[B, n, K, H / Hkv, D]` -> `[B, n * H / Hkv, K, D]`, as kernels ask for it."""
-    return x.transpose(2, 3).flatten(1, 2)
-
-
-def _unfold(x: torch.Tensor, group: int) -> torch.Tensor:
-    return x.unflatten(1, (-1, group)).transpose(2, 3)

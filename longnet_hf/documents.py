@@ -1,12 +1,224 @@
-"""Where the documents of a batch lie."""
+"""Where the documents of a batch lie: what a user may say of padding and packing, checked and read in one place.
+
+Shapes: B batch, H heads, Nq queries (the last of N positions), N keys, D head size.
+"""
+
+from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .dilated_operator import find_documents  # noqa
+
+class Document(NamedTuple):
+    """Where one document lies, for the operator and its kernels: position p of it is column `key_column + p` of the
+    keys, and column `query_column + p` of the queries."""
+
+    row: int  # of the batch
+    key_column: int
+    query_column: int  # negative if position 0 is not among the queries
+    length: int
+    first_query: int  # the position of its first query
 
 
-def is_packed(document_ids):
+def find_documents(
+    batch_size: int,
+    length: int,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Which document every token belongs to, from any of the three ways in which Transformers says it.
+
+    Arguments as in [`dilated_attention`]. Returns int32 `[B, N]`, numbered from 0 in every row, -1 at padding; `None`
+    if no argument is given, or if every row is one document without padding (not looked at under `torch.compile`).
+    """
+    if attention_mask is None and position_ids is None and cu_seq_lens is None:
+        return None
+    device = next(x.device for x in (attention_mask, position_ids, cu_seq_lens) if x is not None)
+    if attention_mask is None:
+        real = torch.ones(batch_size, length, dtype=torch.bool, device=device)
+    else:
+        check_padding_mask(attention_mask, (batch_size, length))
+        real = attention_mask != 0
+    # Not the running sum of a mask without starts: Inductor makes int64 of the running sum of a constant
+    ids = torch.zeros_like(real, dtype=torch.int32)
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
+            raise ValueError(
+                f"`position_ids` must have shape {(batch_size, length)} or {(1, length)}, got "
+                f"{tuple(position_ids.shape)}."
+            )
+        position_ids = position_ids.to(device).expand(batch_size, length)
+        columns = torch.arange(length, device=device).expand(batch_size, length)
+        last_real = columns.masked_fill(~real, -1).cummax(dim=1).values[:, :-1]
+        before = position_ids.gather(1, last_real.clamp(min=0)).masked_fill(last_real < 0, -1)
+        starts = (position_ids[:, 1:] <= before) & (last_real >= 0) & real[:, 1:]
+        ids[:, 1:] = starts.cumsum(1, dtype=torch.int32)
+    if cu_seq_lens is not None:
+        check_cu_seq_lens(cu_seq_lens, batch_size * length)
+        flat = torch.arange(batch_size * length, device=device)
+        document = torch.searchsorted(cu_seq_lens.to(device), flat, right=True).view(batch_size, length)
+        ids = ids + (document - document[:, :1]).to(torch.int32)
+    if not torch.compiler.is_compiling() and bool(real.all()) and bool((ids == 0).all()):
+        return None
+    return ids.masked_fill(~real, -1)
+
+
+def resolve_documents(
+    batch_size: int, length: int, document_ids: torch.Tensor | None, **given: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The `document_ids` that a user gave, checked, or what [`find_documents`] makes of the other arguments."""
+    if document_ids is None:
+        return find_documents(batch_size, length, **given)
+    if any(x is not None for x in given.values()):
+        raise ValueError(
+            "`document_ids` replaces `attention_mask`, `position_ids` and `cu_seq_lens`: give one or the other."
+        )
+    if document_ids.shape != (batch_size, length):
+        raise ValueError(f"`document_ids` must have shape {(batch_size, length)}, got {tuple(document_ids.shape)}.")
+    return document_ids
+
+
+def check_padding_mask(attention_mask: torch.Tensor, shape: tuple[int, int], meaning: str = "(batch, keys)") -> None:
+    """Refuse a mask of any other shape than that of a padding mask; `meaning` says what the two numbers count."""
+    if attention_mask.shape != shape:
+        raise ValueError(
+            f"`attention_mask` must be a 2-D padding mask of shape {shape} {meaning}, got "
+            f"{tuple(attention_mask.shape)}."
+            + (
+                " Masks of more dimensions are not supported: the pattern decides who attends to whom."
+                if attention_mask.dim() > 2
+                else ""
+            )
+        )
+
+
+def check_cu_seq_lens(cu_seq_lens: torch.Tensor, total: int, tokens: str = "tokens in the batch") -> None:
+    """Refuse boundaries of documents that do not grow from 0 to `total`, the number of `tokens`."""
+    if cu_seq_lens.dim() != 1:
+        raise ValueError(f"`cu_seq_lens` must have one dimension, got shape {tuple(cu_seq_lens.shape)}.")
+    if torch.compiler.is_compiling():
+        return
+    ends = cu_seq_lens[[0, -1]].tolist() if len(cu_seq_lens) else []
+    if ends != [0, total] or bool((cu_seq_lens.diff() < 0).any()):
+        raise ValueError(
+            f"`cu_seq_lens` must grow from 0 to {total}, the number of {tokens}, got {len(cu_seq_lens)} numbers from "
+            f"{ends[:1]} to {ends[1:]}."
+        )
+
+
+def is_packed(document_ids: torch.Tensor | None) -> bool:
+    """Whether any row `[B, N]` holds more than one document (not looked at under `torch.compile`)."""
     if document_ids is None or torch.compiler.is_compiling():
         return False
     first = document_ids.masked_fill(document_ids < 0, torch.iinfo(document_ids.dtype).max).amin(1)
     return bool((document_ids.amax(1) > first).any())
+
+
+class BatchDocuments:
+    """The documents of a batch for the operator, which computes where they lie or, if they are in several pieces, on a
+    copy without padding in which they lie end to end: one row, to and from which tensors are packed and unpacked."""
+
+    def __init__(self, query, key, documents, query_rows=None, key_rows=None):
+        self.query_shape, self.key_shape = query.shape, key.shape
+        self.documents: tuple[Document, ...] = tuple(documents)
+        self.query_rows, self.key_rows = query_rows, key_rows  # of the copy, in the flattened batch; None: no copy
+
+    @classmethod
+    def find(
+        cls, query: torch.Tensor, key: torch.Tensor, document_ids: torch.Tensor | None, in_place: bool = False
+    ) -> "BatchDocuments":
+        """With `in_place`, documents without padding inside are left where they are."""
+        batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+        first_column = keys - queries  # of the queries among the keys
+        pieces = [(row, 0, keys) for row in range(batch)] if document_ids is None else None
+        if in_place and document_ids is not None:
+            pieces = _remembered_pieces(document_ids)
+        if pieces is not None:
+            documents = [
+                Document(row, start, start - first_column, length, min(length, max(0, first_column - start)))
+                for row, start, length in pieces
+            ]
+            return cls(query, key, documents)
+        row = torch.arange(batch, device=document_ids.device)[:, None]
+        ids = (document_ids.long() + row * (document_ids.max() + 1)).flatten()
+        real = (document_ids >= 0).flatten()
+        key_rows = real.nonzero()[:, 0]
+        key_rows = key_rows[ids[key_rows].argsort(stable=True)]
+        column = key_rows % keys
+        is_query = column >= first_column
+        query_rows = (key_rows // keys * queries + column - first_column)[is_query]
+        _, document, key_counts = ids[key_rows].unique_consecutive(return_inverse=True, return_counts=True)
+        query_counts = torch.zeros_like(key_counts).index_add_(0, document, is_query.to(key_counts.dtype))
+        first_query = key_counts - query_counts
+        key_column = key_counts.cumsum(0) - key_counts
+        query_column = query_counts.cumsum(0) - query_counts - first_query
+        fields = (torch.zeros_like(key_counts), key_column, query_column, key_counts, first_query)
+        documents = [Document(*numbers) for numbers in torch.stack(fields, dim=1).tolist()]
+        return cls(query, key, documents, query_rows, key_rows)
+
+    def pack_queries(self, x: torch.Tensor) -> torch.Tensor:
+        return self._pack(x, self.query_rows)
+
+    def pack_keys(self, x: torch.Tensor) -> torch.Tensor:
+        return self._pack(x, self.key_rows)
+
+    def unpack_queries(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return self._unpack(x, self.query_rows, like)
+
+    def unpack_keys(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return self._unpack(x, self.key_rows, like)
+
+    def unpack_lse(self, x: torch.Tensor) -> torch.Tensor:
+        if self.query_rows is None:
+            return x
+        like = x.new_empty((*self.query_shape[:3], 1))
+        return self._unpack(x[..., None], self.query_rows, like, -torch.inf)[..., 0]
+
+    @staticmethod
+    def _pack(x, rows):
+        """`[B, H, N, D]` -> `[1, H, real tokens, D]`"""
+        return x if rows is None else x.transpose(1, 2).flatten(0, 1)[rows].transpose(0, 1)[None]
+
+    @staticmethod
+    def _unpack(x, rows, like, padding=0.0):
+        """`[1, H, real tokens, D]` -> `[B, H, N, D]` in the layout and dtype of `like`"""
+        if rows is None:
+            return x if x.stride() == like.stride() and x.dtype == like.dtype else torch.empty_like(like).copy_(x)
+        batch, heads, length, size = like.shape
+        flat = x.new_full((batch * length, heads, size), padding)
+        flat[rows] = x[0].transpose(0, 1)
+        return torch.empty_like(like).copy_(flat.unflatten(0, (batch, length)).transpose(1, 2))
+
+
+# Every layer asks for the documents of one batch, and to look for them waits for the GPU
+_pieces_of_ids = WeakTensorKeyDictionary()
+
+
+def _remembered_pieces(document_ids: torch.Tensor) -> list[tuple[int, int, int]] | None:
+    """What `_find_pieces` gives, looked for once as long as the tensor is not written to."""
+    version = None if document_ids.is_inference() else document_ids._version
+    if version is None:
+        return _find_pieces(document_ids)
+    if document_ids not in _pieces_of_ids or _pieces_of_ids[document_ids][0] != version:
+        _pieces_of_ids[document_ids] = version, _find_pieces(document_ids)
+    return _pieces_of_ids[document_ids][1]
+
+
+def _find_pieces(document_ids: torch.Tensor) -> list[tuple[int, int, int]] | None:
+    """Row, first column and length of every document; `None` if there is padding inside one."""
+    batch, length = document_ids.shape
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = begins.flatten().nonzero()[:, 0]
+    ids = document_ids.flatten()[starts]
+    starts, ids = torch.stack((starts, ids.long())).tolist()
+    ends = [*starts[1:], batch * length]
+    pieces, seen = [], set()
+    for start, end, document in zip(starts, ends, ids, strict=True):
+        if document >= 0:
+            row, column = divmod(start, length)
+            pieces.append((row, column, end - start))
+            seen.add((row, document))
+    return pieces if len(seen) == len(pieces) else None

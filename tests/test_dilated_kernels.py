@@ -12,6 +12,8 @@ from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_refe
 from longnet_hf import dilated_operator as operator_module
 from longnet_hf import dilated_past as past_module
 from longnet_hf.dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
+from longnet_hf.dilated_tiles import TileKernel
+from longnet_hf.documents import BatchDocuments
 
 
 kernels = pytest.importorskip("longnet_hf.dilated_kernels", reason="needs Triton", exc_type=ImportError)
@@ -80,26 +82,26 @@ def test_offsets_of_64_bits_agree_too(interpreted, monkeypatch):
 def test_documents_without_padding_inside_stay_in_place_and_are_looked_for_once(monkeypatch):
     ids = torch.tensor([[-1, 0, 0, 1, 1, 1], [0, 0, 0, 0, -1, -1]])
     query, key = torch.zeros(2, 1, 4, 2), torch.zeros(2, 1, 6, 2)
-    documents = operator_module._Documents.find(query, key, ids, in_place=True)
+    documents = BatchDocuments.find(query, key, ids, in_place=True)
     assert documents.query_rows is None
     # row, column of position 0 among keys and queries, length, first query
-    assert documents.places() == ((0, 1, -1, 2, 1), (0, 3, 1, 3, 0), (1, 0, -2, 4, 2))
+    assert documents.documents == ((0, 1, -1, 2, 1), (0, 3, 1, 3, 0), (1, 0, -2, 4, 2))
     monkeypatch.setattr(torch.Tensor, "nonzero", None)  # which waits for the GPU
-    assert operator_module._Documents.find(query, key, ids, in_place=True).places() == documents.places()
+    assert BatchDocuments.find(query, key, ids, in_place=True).documents == documents.documents
     monkeypatch.undo()
     ids[0, 4] = -1  # padding inside: these are packed
-    documents = operator_module._Documents.find(query, key, ids, in_place=True)
+    documents = BatchDocuments.find(query, key, ids, in_place=True)
     assert documents.query_rows is not None
-    assert documents.places() == ((0, 0, -1, 2, 1), (0, 2, 1, 2, 0), (0, 4, 1, 4, 2))
+    assert documents.documents == ((0, 0, -1, 2, 1), (0, 2, 1, 2, 0), (0, 4, 1, 4, 2))
 
 
 def test_plan_asks_for_no_more_programs_than_the_pattern_has_work():
     """Blocks of queries times keys that they meet: at most what the triangle of a block adds to the joined pairs."""
     length, block = 65536, 64
     plan = kernels._plan(PAPER, ((0, 0, 0, length, 0),), block, True, True, torch.device("cpu"))
-    assert len(plan.dense) // kernels._PROGRAM.value == length // block
+    assert len(plan.dense) // kernels._PROGRAM_SIZE.value == length // block
     kept = sum(-(-(w // r + 1) // block) * (length // w) for w, r in ((4096, 2), (8192, 4), (16384, 6), (32768, 12)))
-    assert len(plan.dilated) // kernels._PROGRAM.value <= kept
+    assert len(plan.dilated) // kernels._PROGRAM_SIZE.value <= kept
     assert plan.partial_rows <= sum(length // r + length // w for _, w, r in PAPER.branches[1:])
 
 
@@ -249,7 +251,7 @@ class Past:
         lse = in_layout(self.lse.to(accumulator), self.layouts[3])[..., 0]
         stored = self.stored.to(dtype)
         keys, values = stored.chunk(2, dim=-1)
-        kernel = operator_module.TileKernel(query, 0.3, 0.0, None)
+        kernel = TileKernel(query, 0.3, 0.0, None)
         attend_to_past(output, lse, query, keys, values, self.tiles, self.heads, kernel)
         lse = lse.nan_to_num(nan=torch.nan, neginf=0.0)  # of tokens that no key is for
         grad_stored = torch.ones_like(stored, dtype=accumulator)

@@ -8,6 +8,7 @@ from patterns import joined, random_pattern
 
 from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference, find_documents
 from longnet_hf import dilated_operator as operator_module
+from longnet_hf import dilated_tiles as tiles_module
 
 
 PATTERN = DilatedPattern([8, 16, 40], [1, 2, 3], ["segment", "segment", "window"])
@@ -92,9 +93,9 @@ def test_fast_operator_agrees_with_the_oracle(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_kernel_without_flash_attention_agrees_too(seed, monkeypatch):
     rng = random.Random(seed)
-    monkeypatch.setattr(operator_module, "_MAX_SCORES", rng.choice([1, 50, 1 << 20]))
-    monkeypatch.setattr(operator_module.TileKernel, "forward", without_flash(operator_module.TileKernel.forward))
-    monkeypatch.setattr(operator_module.TileKernel, "backward", without_flash(operator_module.TileKernel.backward))
+    monkeypatch.setattr(tiles_module, "_MAX_SCORES", rng.choice([1, 50, 1 << 20]))
+    monkeypatch.setattr(tiles_module.TileKernel, "forward", without_flash(tiles_module.TileKernel.forward))
+    monkeypatch.setattr(tiles_module.TileKernel, "backward", without_flash(tiles_module.TileKernel.backward))
     test_fast_operator_agrees_with_the_oracle(1000 + seed)
 
 
