@@ -1,6 +1,9 @@
 """The Triton kernels against the dense oracle: without a GPU in Triton's interpreter, on a GPU as they are."""
 
+import multiprocessing
+import os
 import random
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -115,15 +118,15 @@ def test_layers_share_their_plans(interpreted):
     assert kernels._plan.cache_info().misses == before + 2  # blocks of queries, blocks of keys
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("dtype", "size", "causal"),
-    [(torch.float64, 64, True), (torch.float32, 64, True), (torch.float32, 20, False), (torch.float16, 64, True)]
-    + [(torch.bfloat16, size, True) for size in (20, 64, 128, 256, 272)]
-    + [(torch.bfloat16, size, False) for size in (64, 128)],
-)
-def test_error_on_a_gpu(dtype, size, causal):
-    """Against the oracle in float64: at most twice the error of the oracle itself in the same precision."""
+GPU_CASES = [
+    *((torch.float64, 64, True), (torch.float32, 64, True), (torch.float32, 20, False), (torch.float16, 64, True)),
+    *((torch.bfloat16, size, True) for size in (20, 64, 128, 256, 272)),
+    *((torch.bfloat16, size, False) for size in (64, 128)),
+]
+
+
+def inputs_on_a_gpu(size):
+    """Patterns, inputs in float64, a gradient, and what is padding."""
     patterns = [
         DilatedPattern([64, 200, 500], [1, 4, 7]),
         DilatedPattern([64, 200, None], [1, 4, 1], ["window", "window", "window"], "grouped"),
@@ -133,20 +136,42 @@ def test_error_on_a_gpu(dtype, size, causal):
     mask[0, :99] = mask[1, 590:] = 0
     holes = mask.clone()
     holes[1, 200:220] = 0
-    layouts = [(603, {}), (603, {"attention_mask": mask}), (5, {"attention_mask": holes})]
     for pattern in patterns:
-        for queries, layout in layouts:
-            exact, grad = random_tensors(2, 2, 2, queries, 603, size, device="cuda")
-            low = [x.detach().to(dtype).requires_grad_() for x in exact]
-            expected = dilated_attention_reference(*exact, pattern, is_causal=causal, **layout)
-            plain = dilated_attention_reference(*low, pattern, is_causal=causal, **layout)
-            ours = dilated_attention(*low, pattern, is_causal=causal, **layout)
-            floor = 1e-10 if dtype == torch.float64 else 1e-6
-            assert (ours - expected).abs().max() <= 2 * (plain - expected).abs().max() + floor, (pattern, layout)
-            exact_grads = gradients(expected, exact, grad)
-            plain_grads = gradients(plain, low, grad.to(dtype))
-            for our, other, right in zip(gradients(ours, low, grad.to(dtype)), plain_grads, exact_grads, strict=True):
-                assert (our - right).abs().max() <= 2 * (other - right).abs().max() + 10 * floor
+        for queries, layout in [(603, {}), (603, {"attention_mask": mask}), (5, {"attention_mask": holes})]:
+            yield pattern, *random_tensors(2, 2, 2, queries, 603, size, device="cuda"), layout
+
+
+def compile_kernels(case):
+    dtype, size, causal = case
+    for pattern, exact, grad, layout in inputs_on_a_gpu(size):
+        low = [x.detach().to(dtype).requires_grad_() for x in exact]
+        gradients(dilated_attention(*low, pattern, is_causal=causal, **layout), low, grad.to(dtype))
+
+
+@pytest.fixture(scope="module")
+def compiled_kernels():
+    """All cases run once in processes side by side: the tests then find their kernels in Triton's cache. To compile
+    them one after the other is most of what these tests would take."""
+    workers = min(8, max(1, (os.cpu_count() or 1) // 2))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_kernels, GPU_CASES))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "size", "causal"), GPU_CASES)
+def test_error_on_a_gpu(dtype, size, causal, compiled_kernels):
+    """Against the oracle in float64: at most twice the error of the oracle itself in the same precision."""
+    for pattern, exact, grad, layout in inputs_on_a_gpu(size):
+        low = [x.detach().to(dtype).requires_grad_() for x in exact]
+        expected = dilated_attention_reference(*exact, pattern, is_causal=causal, **layout)
+        plain = dilated_attention_reference(*low, pattern, is_causal=causal, **layout)
+        ours = dilated_attention(*low, pattern, is_causal=causal, **layout)
+        floor = 1e-10 if dtype == torch.float64 else 1e-6
+        assert (ours - expected).abs().max() <= 2 * (plain - expected).abs().max() + floor, (pattern, layout)
+        exact_grads = gradients(expected, exact, grad)
+        plain_grads = gradients(plain, low, grad.to(dtype))
+        for our, other, right in zip(gradients(ours, low, grad.to(dtype)), plain_grads, exact_grads, strict=True):
+            assert (our - right).abs().max() <= 2 * (other - right).abs().max() + 10 * floor
 
 
 @pytest.mark.gpu
