@@ -10,6 +10,8 @@ import pytest
 import torch
 
 
+pytest.register_assert_rewrite("comparisons")
+
 if not torch.cuda.is_available():  # Triton then runs its kernels in Python; it wants to know before it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -1,25 +1,32 @@
-"""Processes of the tests that form a group."""
+"""Processes of the tests that form a group, and the one limit on how long anything may take."""
 
 import os
+import sys
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 
-# Seconds after which processes that wait for one another are given up: far more than any machine needs, however busy
-HANG = 3600
+# Seconds, many times what is needed on the busiest machine: it only ends what would never end by itself
+HANG_LIMIT = 30 * 60
+
+
+def start(function, world_size, folder, *arguments, backend="gloo"):
+    """Start processes that form a group and run `function(rank, world_size, *arguments)`."""
+    store = str(folder / f"store{len(list(folder.glob('store*')))}")  # a used one would not do
+    arguments = function, world_size, store, backend, arguments
+    return torch.multiprocessing.spawn(in_group, args=arguments, nprocs=world_size, join=False)
 
 
 def spawn(function, world_size, folder, *arguments, backend="gloo"):
-    """Run `function(rank, world_size, *arguments)` in processes that form a group."""
-    store = str(folder / f"store{len(list(folder.glob('store*')))}")  # a used one would not do
-    arguments = function, world_size, store, backend, arguments
-    processes = torch.multiprocessing.spawn(in_group, args=arguments, nprocs=world_size, join=False)
-    deadline = time.monotonic() + HANG
-    while not processes.join(timeout=5):
+    """Run `function(rank, world_size, *arguments)` in processes that form a group, and wait for them."""
+    context = start(function, world_size, folder, *arguments, backend=backend)
+    deadline = time.monotonic() + HANG_LIMIT
+    while not context.join(timeout=5):
         if time.monotonic() > deadline:
-            for process in processes.processes:
+            for process in context.processes:
                 process.kill()
             raise TimeoutError("the processes wait for one another")
 
@@ -28,10 +35,14 @@ def in_group(rank, function, world_size, store, backend, arguments):
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
+    limit = timedelta(seconds=HANG_LIMIT)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
     function(rank, world_size, *arguments)
     dist.barrier()  # a process that leaves early aborts the others' connections
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is checked; the threads of gloo now and then abort an orderly end of the interpreter
 
 
 def set_environment(rank, world_size, **variables):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from local_hub import LocalHub
 from models import build, random_ids
+from processes import HANG_LIMIT
 from safetensors import safe_open
 
 from longnet_hf import LongNetForCausalLM, LongNetForSequenceClassification, LongNetModel
@@ -49,7 +50,8 @@ def run(code, hub, cache, package=False):
     """Run `code` in a new process that sees the test hub."""
     environment = hub.env(cache) | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}" if package else ""}
     code = ("import longnet_hf" if package else WITHOUT_PACKAGE) + IMPORTS + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=cache)
+    command, options = [sys.executable, "-c", code], dict(capture_output=True, text=True, timeout=HANG_LIMIT)
+    done = subprocess.run(command, env=environment, cwd=cache, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 
 from local_hub import TOKEN, LocalHub
+from processes import HANG_LIMIT
 
 
 CLIENT = """
@@ -59,7 +60,8 @@ print(first, second)
 def test_the_client_pushes_and_pulls_every_revision(tmp_path):
     with LocalHub() as hub:
         command = [sys.executable, "-c", CLIENT]
-        done = subprocess.run(command, env=hub.env(tmp_path), cwd=tmp_path, capture_output=True, text=True)
+        options = dict(capture_output=True, text=True, timeout=HANG_LIMIT)
+        done = subprocess.run(command, env=hub.env(tmp_path), cwd=tmp_path, **options)
         assert done.returncode == 0, done.stderr[-3000:]
         first, second = done.stdout.split()
         assert hub.repos["tester/model"].branches["main"][1:] == [first, second]  # after the empty one

@@ -1,14 +1,12 @@
 """The loss, computed in chunks, is the plain loss, whatever is given with the labels."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from comparisons import all_gradients, assert_same_gradients, plain_loss
 from models import build, random_ids
+from processes import spawn
 from transformers import Trainer, TrainingArguments
 
 from longnet_hf import (
@@ -97,16 +95,14 @@ def test_label_smoothing_of_trainer_shifts_the_labels(tmp_path):
     assert type(transformers.AutoModelForCausalLM.from_config(model.config)) is LongNetForCausalLM
 
 
-def fsdp_worker(rank, port, expected):
+def fsdp_worker(rank, world_size, expected):
     """One of two processes: FSDP2 as Accelerate lays it out, layers one by one and the rest together."""
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
     from torch.distributed.fsdp import fully_shard
 
     modeling_longnet._MAX_LOGITS = 97 * 5
-    torch.set_num_threads(1)
     model, ids = build(LongNetForCausalLM, dtype=torch.float64).train(), expected.pop("ids")
     model.gradient_checkpointing_enable()
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    mesh = torch.distributed.init_device_mesh("cpu", (world_size,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -115,15 +111,9 @@ def fsdp_worker(rank, port, expected):
     loss.backward()
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight.grad.full_tensor(), expected[name], rtol=0, atol=1e-6, msg=name)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # all is checked; the threads of gloo now and then abort an orderly end of the interpreter
 
 
-def test_the_chunked_loss_is_exact_under_fsdp2():
+def test_the_chunked_loss_is_exact_under_fsdp2(tmp_path):
     model, ids = build(LongNetForCausalLM, dtype=torch.float64).train(), random_ids(2, 23)
     expected = all_gradients(model, model(ids, labels=ids).loss) | {"ids": ids}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(fsdp_worker, (port, expected), nprocs=2)
+    spawn(fsdp_worker, 2, tmp_path, expected)

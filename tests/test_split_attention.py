@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from models import build, random_ids
 from patterns import random_pattern
-from processes import spawn
+from processes import HANG_LIMIT, spawn, start
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -156,5 +156,11 @@ def die_in_the_middle(rank, world_size):
 
 
 def test_a_killed_process_ends_the_others_with_an_error(tmp_path):
+    """By themselves: nothing else ends them, however long they take."""
+    context = start(die_in_the_middle, 2, tmp_path)
+    for process in context.processes:
+        process.join(HANG_LIMIT)
+    other, killed = (process.exitcode for process in context.processes)
+    assert killed == -signal.SIGKILL and other not in (None, 0, -signal.SIGKILL)
     with pytest.raises((ProcessExitedException, ProcessRaisedException)):
-        spawn(die_in_the_middle, 2, tmp_path)
+        context.join()
