@@ -197,9 +197,8 @@ class DilatedCache(Cache):
             real: `[B, L]`, nonzero where there is no padding; default: everywhere.
         """
         if real is not None and real.shape != (batch_size, length):
-            raise ValueError(
-                f"The mask of the new tokens must have shape {(batch_size, length)}, got {tuple(real.shape)}."
-            )
+            expected = batch_size, length
+            raise ValueError(f"The mask of the new tokens must have shape {expected}, got {tuple(real.shape)}.")
         is_first = self.positions is None
         if is_first:
             self._start(batch_size, device)
@@ -506,15 +505,7 @@ class DilatedLayer(CacheLayerMixin):
         column = real_first[:, None].expand(-1, self.num_heads, -1).gather(2, number.clamp(min=0))
         return column, number >= 0
 
-    def attend_to_slots(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        tokens: NewTokens,
-        scale: float,
-        dropout: float,
-    ) -> torch.Tensor:
+    def attend_to_slots(self, query, keys, values, tokens: NewTokens, scale: float, dropout: float) -> torch.Tensor:
         """Attention of new queries to what [`update`] returned, which holds their keys: one masked attention."""
         mask, sees_any = tokens.once_per_pattern(DilatedLayer._slots_seen, self)
         heads, length = keys.shape[1], query.shape[2]
@@ -544,15 +535,7 @@ class DilatedLayer(CacheLayerMixin):
         sees_any = mask.any(-1, keepdim=True)
         return mask | ~sees_any, sees_any  # no softmax over nothing
 
-    def attend_before_update(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        tokens: NewTokens,
-        scale: float,
-        dropout: float,
-    ) -> torch.Tensor:
+    def attend_before_update(self, query, key, value, tokens: NewTokens, scale: float, dropout: float) -> torch.Tensor:
         """Attention of new queries to their own keys, and then to earlier ones in the slots, branch by branch."""
         self.prefetch()
         result = torch.zeros_like(query)
@@ -597,8 +580,7 @@ class DilatedLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys, self.values = (x[indices.to(x.device)] for x in (self.keys, self.values))
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.batch_select_indices(beam_idx)
+    reorder_cache = batch_select_indices
 
     def crop(self, tokens_to_remove: int) -> None:
         """Nothing to do: keys at or behind the cache's position are not seen, and then overwritten."""
@@ -623,24 +605,24 @@ class _Rings(NamedTuple):
 
     @classmethod
     def of(cls, pattern: DilatedPattern, num_heads: int, reserve: int) -> "_Rings":
-        rings, first_slot = [], 0  # of numbers, heads side by side
+        rings, first_slot = [], 0  # one ring of plain numbers after the other
         for branch in pattern.branches:
-            is_segment, capacity = branch.type == "segment", _capacity(branch, reserve)
+            w, r, is_segment = branch.length, branch.rate, branch.type == "segment"
             for head in range(num_heads):
                 phase = pattern.phase(branch, head, num_heads)
                 ring = cls(
                     is_segment=is_segment,
-                    length=branch.length,
-                    rate=branch.rate,
+                    length=w,
+                    rate=r,
                     phase=phase,
                     shift=pattern.grid_shift(branch),
-                    segment_length=branch.length if is_segment else _UNBOUNDED,
-                    keys_per_segment=max(0, -(-(branch.length - phase) // branch.rate)) if is_segment else _UNBOUNDED,
-                    capacity=capacity,
+                    segment_length=w if is_segment else _UNBOUNDED,
+                    keys_per_segment=max(0, -(-(w - phase) // r)) if is_segment else _UNBOUNDED,
+                    capacity=_capacity(branch, reserve),
                     first_slot=first_slot,
                 )
                 rings.append(ring)
-            first_slot += capacity
+            first_slot += _capacity(branch, reserve)
         shape = len(pattern.branches), num_heads
         return cls(*(torch.tensor(field).view(shape).T.contiguous() for field in zip(*rings, strict=True)))
 
