@@ -17,15 +17,12 @@ memory that the latter allocates at its peak. The attentions:
 import argparse
 import functools
 import os
-import platform
-import subprocess
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import describe, milliseconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils.benchmark import Timer
 
 from longnet_hf import DilatedPattern, dilated_attention
 
@@ -36,18 +33,6 @@ PATTERNS = {
 }
 # Beyond these lengths an attention takes too long to be worth its place in the table
 LONGEST = {"cpu": {"full": 2**14}, "cuda": {"flex": 2**15, "full, flash": 2**16, "full, cuDNN": 2**17}}
-
-
-def environment(device: str) -> str:
-    """Hardware, versions and commit: what a number means."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    name = f"{platform.processor()} {torch.get_num_threads()} threads"
-    if device == "cuda":
-        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    commit = os.environ.get("COMMIT") or commit.stdout.strip() or "unknown"
-    return f"{name}, torch {torch.__version__}, longnet-hf {commit}"
 
 
 def gather_attention(query, key, value, pattern, is_causal):
@@ -133,11 +118,6 @@ def pattern_flops(
     return pairs * head_dim * (10 if backward else 4)
 
 
-def milliseconds(run, seconds: float) -> float:
-    """Median time of a call."""
-    return 1e3 * Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=seconds).median
-
-
 def captured(run):
     """The work of a call on the GPU, without what the CPU does to launch it."""
     for _ in range(3):
@@ -185,7 +165,7 @@ def main():
     options = parser.parse_args()
     heads, pattern = options.width // options.head_dim, PATTERNS[options.pattern]
 
-    print(f"{environment(device)}; {heads} heads x {options.head_dim}, {options.dtype}, pattern {options.pattern}, ")
+    print(f"{describe(device)}; {heads} heads x {options.head_dim}, {options.dtype}, pattern {options.pattern}, ")
     print(f"{'bidirectional' if options.bidirectional else 'causal'}{', CUDA graphs' * options.cuda_graph}\n")
     print("| tokens | attention | forward ms | forward + backward ms | TFLOP/s | TFLOP/s | peak MiB |")
     print("|---|---|---|---|---|---|---|")
@@ -215,7 +195,8 @@ def main():
             except torch.cuda.OutOfMemoryError:
                 print(f"| {length} | {name} | out of memory |")
                 continue
-            flops = pattern_flops(work, length, heads, options.head_dim, is_causal=not options.bidirectional) / 1e9
+            is_causal = not options.bidirectional
+            flops = pattern_flops(work, length, heads, options.head_dim, is_causal=is_causal) / 1e9
             rates = flops / times[0], 3.5 * flops / times[1]
             columns = (
                 length,

@@ -24,7 +24,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from attention import environment
+from common import describe
 from peft import LoraConfig, inject_adapter_in_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -180,7 +180,7 @@ def main():
         return
 
     on_gpu, available = torch.cuda.is_available(), torch.cuda.device_count() or 8
-    print(f"{environment('cuda' if on_gpu else 'cpu')}; {options.size}{', LoRA' * options.lora}, {options.layout}\n")
+    print(f"{describe('cuda' if on_gpu else 'cpu')}; {options.size}{', LoRA' * options.lora}, {options.layout}\n")
     if not on_gpu:
         print(f"No GPU: the processes share {os.cpu_count()} CPU cores, so that times say little. Without Llama.\n")
     print("| processes | tokens | model | seconds per step | tokens per second | efficiency | MiB sent | peak GiB |")

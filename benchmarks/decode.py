@@ -13,7 +13,7 @@ out. Needs a CUDA GPU.
 import argparse
 
 import torch
-from attention import environment, milliseconds
+from common import describe, milliseconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_step import SIZES, make_model
 from transformers import CompileConfig, DynamicCache
@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=1.0, help="to measure for")
     options = parser.parse_args()
 
-    print(f"{environment('cuda')}; {options.size}, batch {options.batch_size}\n")
+    print(f"{describe('cuda')}; {options.size}, batch {options.batch_size}\n")
     print("| context | model | ms per token | compiled | cache MiB |")
     print("|---|---|---|---|---|")
     for name in options.models:

@@ -10,7 +10,7 @@ through PyTorch's scaled_dot_product_attention (cuDNN). Needs a CUDA GPU.
 import argparse
 
 import torch
-from attention import environment
+from common import describe
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,7 +61,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile every layer")
     options = parser.parse_args()
 
-    print(f"{environment('cuda')}; {options.size}, checkpointing {not options.no_checkpointing}")
+    print(f"{describe('cuda')}; {options.size}, checkpointing {not options.no_checkpointing}")
     print(f"compiled {options.compile}, MLPs in chunks of {options.chunk_size}\n")
     print("| tokens | model | parameters | seconds per step | tokens per second | peak GiB |")
     print("|---|---|---|---|---|---|")

@@ -18,11 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from lora_long_context import stretched_positions
 from peft import LoraConfig, get_peft_model
 from record import Results, environment, peak_gibibytes, write
 from tqdm.auto import tqdm
-from train import RESUME_WITH_SAME, check_settings, train_on
+from training import RESUME_WITH_SAME, check_settings, stretched_positions, train_on
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -70,7 +69,7 @@ class Arguments:
         default=None,
         metadata={
             "help": "Layers that attend to everything. Default: every fifth; better for documents longer than a "
-            "window: those that `lora_long_context.py --variants hybrid-measured` finds."
+            "window: those that `benchmarks/lora_long_context.py --variants hybrid-measured` finds."
         },
     )
     lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})

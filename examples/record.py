@@ -1,7 +1,8 @@
-"""Records: how they are kept, and what they have to say beside their figures."""
+"""Records of examples and benchmarks: how they are kept, and the hardware, versions and commit beside their figures."""
 
 import json
 import os
+import platform
 import resource
 import subprocess
 from pathlib import Path
@@ -40,8 +41,9 @@ class Results(dict):
 
 def environment(device: str) -> dict[str, str]:
     """Hardware, versions and commit."""
+    cpu = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
     return {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "longnet_hf": f"{longnet_hf.__version__}, commit {COMMIT}",

@@ -21,85 +21,29 @@ The paper's base model (arXiv 2307.02486, section 4: half a million tokens a ste
 """
 
 import copy
-import glob
 import json
 import math
 import subprocess
 import sys
-import sysconfig
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from datasets import Dataset, DatasetDict, load_dataset
-from matplotlib.figure import Figure
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm.auto import tqdm
-from transformers import (
-    HfArgumentParser,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
+from corpus import (
+    DataArguments,
+    bits_per_byte,
+    count_bytes,
+    load_documents,
+    split_contexts,
+    split_documents,
+    token_losses,
+    train_tokenizer,
 )
+from matplotlib.figure import Figure
+from training import RESUME_WITH_SAME, ModelArguments, check_settings, train_on
+from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from longnet_hf import LongNetConfig, LongNetForCausalLM
-
-
-@dataclass
-class ModelArguments:
-    """Fields of LongNetConfig, whose documentation says more."""
-
-    vocab_size: int = field(default=1024, metadata={"help": "Size of the tokenizer that is trained on the data."})
-    hidden_size: int = field(default=96, metadata={"help": "Width of the model."})
-    intermediate_size: int = field(default=384, metadata={"help": "Width of the MLPs."})
-    num_hidden_layers: int = field(default=3, metadata={"help": "Number of layers."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Number of attention heads."})
-    segment_lengths: list[int] = field(
-        default_factory=lambda: [32, 256, 2048, 8192],
-        metadata={"help": "Segment length w of every branch in tokens, the local branch first."},
-    )
-    dilation_rates: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Dilation rate r of every branch."}
-    )
-    branch_types: list[str] | None = field(
-        default=None, metadata={"help": "segment (the paper's; default) or window, for every branch."}
-    )
-    head_offset: str = field(
-        default="rotating", metadata={"help": "Which positions a head keeps: paper, grouped or rotating."}
-    )
-    segment_shift: bool = field(
-        default=False, metadata={"help": "Move the segments by half their length in odd layers."}
-    )
-    full_attention_layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of layers with full attention."}
-    )
-    use_sub_norm: bool = field(
-        default=False, metadata={"help": "MAGNETO's extra norms, as in the paper. The demo learns faster without."}
-    )
-    initializer_range: float = field(
-        default=0.1, metadata={"help": "Standard deviation of the initial weights; about 1 / sqrt(hidden_size)."}
-    )
-
-
-@dataclass
-class DataArguments:
-    """What is read, and in which pieces."""
-
-    data: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Files, folders and patterns such as 'src/**/*.py', or one dataset on the Hub as name or "
-            "name:config. Default: the sources of Python's standard library."
-        },
-    )
-    text_column: str = field(default="text", metadata={"help": "Column with the text, in a dataset on the Hub."})
-    context_length: int = field(default=8192, metadata={"help": "Tokens in a training example."})
-    held_out: float = field(default=0.06, metadata={"help": "Share of the documents that is kept for evaluation."})
-    max_held_out_contexts: int = field(default=24, metadata={"help": "Evaluate on at most so many contexts."})
 
 
 @dataclass
@@ -127,136 +71,9 @@ DEMO_DEFAULTS = dict(
     save_total_limit=2,
     dataloader_pin_memory=torch.cuda.is_available(),
 )
-# What a checkpoint cannot be continued without
-RESUME_WITH_SAME = (
-    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
-    *("max_grad_norm", "optim", "bf16", "fp16", "seed", "data_seed"),
-)
-
-
-# Data
-
-
-def standard_library_files() -> list[Path]:
-    """Python's own sources without tests, and without those that are mostly tables."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-    paths = (path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts))
-    return [path for path in paths if not path.name.startswith("_sysconfigdata")]
-
-
-def find_files(names: list[str]) -> list[Path]:
-    """The text files that `--data` names, each once."""
-    found: set[Path] = set()
-    for name in names:
-        matches = [Path(name)] if Path(name).exists() else map(Path, glob.glob(name, recursive=True))
-        for path in matches:
-            found.update(path.rglob("*") if path.is_dir() else [path])
-    # As git does: a file with a zero byte near its start is no text
-    return [path for path in found if path.is_file() and b"\0" not in path.open("rb").read(8000)]
-
-
-def load_documents(args: DataArguments) -> Dataset:
-    """One document a row, in the column "text"."""
-    files = find_files(args.data) if args.data else standard_library_files()
-    if files:
-        # Sorted by folder: related files become neighbours, see `make_contexts`
-        names = [glob.escape(str(path)) for path in sorted(files)]
-        return load_dataset("text", data_files=names, sample_by="document", encoding_errors="replace", split="train")
-    if not args.data:
-        raise ValueError(f"There are no .py files in {sysconfig.get_paths()['stdlib']}: name your own with `--data`.")
-    name, _, config = args.data[0].partition(":")
-    try:
-        dataset = load_dataset(name, config or None, split="train")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"`--data {' '.join(args.data)}`: no text file has that name, lies in a folder of that name or matches it "
-            f"as a pattern, and as a dataset on the Hub it could not be loaded: {error}"
-        ) from error
-    if args.text_column not in dataset.column_names:
-        raise ValueError(f"`--text_column` must be one of {dataset.column_names}, got {args.text_column!r}.")
-    return dataset.select_columns(args.text_column).rename_column(args.text_column, "text")
-
-
-def split_documents(documents: Dataset, held_out: float) -> DatasetDict:
-    """Hold out whole documents: the last ones, which are neighbours like those trained on. One alone is cut in two."""
-    if len(documents) == 1:
-        lines = documents[0]["text"].splitlines(keepends=True)
-        cut = int(len(lines) * (1 - held_out))
-        documents = Dataset.from_dict({"text": ["".join(lines[:cut]), "".join(lines[cut:])]})
-    return documents.train_test_split(test_size=held_out, shuffle=False)
-
-
-def train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: it can write every text, and every token stands for a known number of bytes."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    sample = documents.select(range(min(len(documents), 20_000)))
-    tokenizer.train_from_iterator((row["text"] for row in sample), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
-
-
-def make_contexts(documents: Dataset, tokenizer: PreTrainedTokenizerFast, length: int) -> Dataset:
-    """Lay the documents end to end and cut them into contexts of `length` tokens.
-
-    Most files are shorter than a context. What a long context has to offer are then the names and habits that the
-    files of one folder share, so the documents keep their order: neighbours in a folder are neighbours in a context.
-    """
-
-    def tokenize(rows):
-        return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in tokenizer(rows["text"])["input_ids"]]}
-
-    def cut(rows):
-        tokens = [token for ids in rows["input_ids"] for token in ids]
-        contexts = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
-        return {"input_ids": contexts, "labels": contexts}
-
-    tokens = documents.map(tokenize, batched=True, remove_columns="text", desc="Tokenize")
-    return tokens.map(cut, batched=True, desc=f"Cut into contexts of {length} tokens")
-
-
-def split_contexts(
-    documents: DatasetDict, tokenizer: PreTrainedTokenizerFast, args: DataArguments
-) -> tuple[Dataset, Dataset]:
-    """Contexts to train on, and others to evaluate on."""
-    contexts, held_out = (make_contexts(documents[name], tokenizer, args.context_length) for name in ("train", "test"))
-    if not len(contexts) or not len(held_out):
-        raise ValueError(
-            f"The data fills {len(contexts)} contexts of {args.context_length} tokens for training and "
-            f"{len(held_out)} for evaluation, where one is the least. Give more `--data`, a smaller "
-            "`--context_length` or another `--held_out`."
-        )
-    return contexts, held_out.shuffle(seed=0).select(range(min(len(held_out), args.max_held_out_contexts)))
 
 
 # Training
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint: Trainer writes trainer_state.json last."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=checkpoint_step, default=None)
-
-
-def checkpoint_step(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
-
-
-def train_on(trainer: Trainer, folder: Path) -> tuple[dict, int]:
-    """Train, from the last checkpoint on if there is one: Trainer's metrics, and the steps that they are of."""
-    checkpoint = last_checkpoint(folder)
-    if checkpoint and trainer.is_world_process_zero():
-        print(f"Going on from {checkpoint}")
-    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    return metrics, trainer.state.global_step - checkpoint_step(checkpoint)
 
 
 def train(config: LongNetConfig, args: TrainingArguments, folder: Path, tokenizer, contexts, held_out) -> None:
@@ -284,39 +101,7 @@ def train(config: LongNetConfig, args: TrainingArguments, folder: Path, tokenize
     trainer.save_metrics("train", metrics | {"steps": steps, "seconds": seconds})
 
 
-# Evaluation
-
-
-@torch.no_grad()
-def token_losses(model: PreTrainedModel, held_out: Dataset, args: TrainingArguments, name: str) -> torch.Tensor:
-    """Cross-entropy in bits of every held-out token but the first of each context: `[contexts, N - 1]`."""
-    losses = []
-    for row in tqdm(held_out.with_format("torch"), desc=f"Evaluate {name}"):
-        input_ids = row["input_ids"].to(args.device)
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            hidden_states = model.model(input_ids[None], use_cache=False).last_hidden_state[0, :-1]
-            # In pieces, so that no [N, vocabulary] matrix exists
-            pieces = zip(hidden_states.split(1024), input_ids[1:].split(1024), strict=True)
-            loss = [F.cross_entropy(model.lm_head(h).float(), y, reduction="none") for h, y in pieces]
-        losses.append(torch.cat(loss).cpu())
-    return torch.stack(losses).double() / math.log(2)
-
-
-def count_bytes(held_out: Dataset, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """UTF-8 bytes that the tokens of `token_losses` stand for: byte-level BPE writes a byte as one character. The end
-    of a document costs bits, and has no bytes."""
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    sizes = torch.tensor([0 if token in tokenizer.all_special_tokens else len(token) for token in tokens])
-    return sizes[torch.tensor(held_out["input_ids"][:])][:, 1:]
-
-
-def bits_per_byte(bits: torch.Tensor, num_bytes: torch.Tensor) -> dict[str, float]:
-    """By position in the context, 1-63, 64-127, 128-255 and so on, and over all of it."""
-    length = num_bytes.shape[1] + 1
-    starts = [1] + [64 << i for i in range(length.bit_length()) if 64 << i < length]
-    spans = {f"{a}-{b - 1}": slice(a - 1, b - 1) for a, b in zip(starts, starts[1:] + [length], strict=True)}
-    spans["all"] = slice(None)
-    return {name: (bits[:, span].sum() / num_bytes[:, span].sum()).item() for name, span in spans.items()}
+# Table and plot
 
 
 def print_table(results: dict[str, dict]) -> None:
@@ -362,20 +147,6 @@ def plot(results: dict[str, dict], config: LongNetConfig, title: str, path: Path
 
 
 # The run
-
-
-def check_settings(path: Path, settings: dict) -> None:
-    """Refuse to go on with a run that was started with other settings."""
-    settings = json.loads(json.dumps(settings))
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-    changed = [f"{name} was {old.get(name)}, is {new}" for name, new in settings.items() if old.get(name) != new]
-    if changed:
-        raise ValueError(
-            f"{path.parent} holds a run with other settings: {'; '.join(changed)}. Repeat its settings to go on with "
-            "it, choose another `--output_dir`, or delete it."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def main():

@@ -14,15 +14,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from train import (
-    DataArguments,
-    ModelArguments,
-    load_documents,
-    split_contexts,
-    split_documents,
-    train_on,
-    train_tokenizer,
-)
+from corpus import DataArguments, load_documents, split_contexts, split_documents, train_tokenizer
+from training import ModelArguments, train_on
 from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from longnet_hf import LongNetConfig, LongNetForCausalLM

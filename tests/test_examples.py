@@ -1,5 +1,6 @@
-"""The examples run, resume and refuse as their users expect, in miniature."""
+"""The examples, and the benchmark that trains, run, resume and refuse as their users expect, in miniature."""
 
+import functools
 import json
 import os
 import subprocess
@@ -26,9 +27,9 @@ TINY = (
 )
 
 
-def run(script, *arguments, folder):
+def run(script, *arguments, folder, of="examples"):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / of / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
 
@@ -112,8 +113,9 @@ def test_patterns_are_compared_and_the_comparison_goes_on_where_it_was_stopped(t
         *("--max_steps", 3, "--save_steps", 2, "--output_dir", "run", "--use_cpu", "--report_to", "none"),
         *("--disable_tqdm", "true"),
     )
+    compare = functools.partial(run, "lora_long_context.py", of="benchmarks")
     variants = ("native", "full", "sliding", "shifted", "hybrid-measured")
-    done = run("lora_long_context.py", *common, "--variants", *variants, folder=tmp_path)
+    done = compare(*common, "--variants", *variants, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(f"| {variant} |" in done.stdout for variant in variants)
     results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
@@ -134,14 +136,14 @@ def test_patterns_are_compared_and_the_comparison_goes_on_where_it_was_stopped(t
     result_file.write_text(json.dumps(stopped))
     for path in (tmp_path / "run" / "hybrid-measured" / "checkpoint-3").iterdir():
         path.unlink()
-    done = run("lora_long_context.py", *common, "--variants", *variants, folder=tmp_path)
+    done = compare(*common, "--variants", *variants, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("is measured already") == 4
     again = json.loads(result_file.read_text())["after"]
     assert again["bits_per_byte"]["all"] == pytest.approx(after["bits_per_byte"]["all"], rel=1e-6)
 
     for wrong, words in ((("--variants", "full", "dense"), "got ['dense']"), (("--context_length", 256), "32 tokens")):
-        refused = run("lora_long_context.py", *common, *wrong, "--output_dir", "other", folder=tmp_path)
+        refused = compare(*common, *wrong, "--output_dir", "other", folder=tmp_path)
         assert refused.returncode != 0 and words in refused.stderr
 
 

@@ -1,7 +1,7 @@
 """Take a pretrained model to a longer context with LoRA, and compare the patterns that it may attend by.
 
-    python examples/lora_long_context.py --data 'linux/fs/**/*.c' --bf16     # SmolLM2-135M at 32 K tokens, on a GPU
-    python examples/lora_long_context.py --context_length 2048 --max_steps 10 --variants full sliding windows
+    python benchmarks/lora_long_context.py --data 'linux/fs/**/*.c' --bf16     # SmolLM2-135M at 32 K tokens, on a GPU
+    python benchmarks/lora_long_context.py --context_length 2048 --max_steps 10 --variants full sliding windows
                                                                              # small, on a CPU
 
 Each variant starts from the same weights, is measured, trained with LoRA on the same documents, and measured again:
@@ -26,26 +26,12 @@ import torch.nn.functional as F
 from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from record import Results, environment, peak_gibibytes, write
 from tqdm.auto import tqdm
-from train import (
-    RESUME_WITH_SAME,
-    DataArguments,
-    bits_per_byte,
-    check_settings,
-    count_bytes,
-    load_documents,
-    split_contexts,
-    split_documents,
-    token_losses,
-    train_on,
-)
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     HfArgumentParser,
     LlamaForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -56,6 +42,20 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from longnet_hf import DilatedPattern, LongNetForCausalLM
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # whose data, training and records it shares
+from corpus import (  # noqa: E402
+    DataArguments,
+    bits_per_byte,
+    count_bytes,
+    load_documents,
+    split_contexts,
+    split_documents,
+    token_losses,
+)
+from record import Results, environment, peak_gibibytes, write  # noqa: E402
+from training import RESUME_WITH_SAME, check_settings, stretched_positions, train_on  # noqa: E402
 
 
 VARIANTS = {
@@ -148,26 +148,6 @@ def attention_of(variant: str, length: int, num_layers: int) -> dict | None:
     if variant == "hybrid":
         fields["full_attention_layers"] = list(range(4, num_layers, 5))
     return fields
-
-
-def stretched_positions(config: PreTrainedConfig, length: int) -> dict:
-    """The fields that let rotary positions reach over `length` tokens: with YaRN, where the model was not made for
-    them."""
-    native = config.max_position_embeddings
-    if length <= native:
-        return {}
-    if config.rope_parameters["rope_type"] != "default":
-        raise ValueError(
-            f"`--model` {config.name_or_path} scales its rotary positions already "
-            f"({config.rope_parameters['rope_type']}): it can take at most {native} tokens, not {length}."
-        )
-    yarn = {
-        "rope_type": "yarn",
-        "rope_theta": config.rope_parameters["rope_theta"],
-        "factor": length / native,
-        "original_max_position_embeddings": native,
-    }
-    return {"max_position_embeddings": length, "rope_parameters": yarn}
 
 
 def load_model(attention: dict | None, positions: dict, args: Arguments) -> PreTrainedModel:

@@ -1,0 +1,104 @@
+"""What the examples that train share: the fields of a model, longer rotary positions, and runs that can be stopped."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedConfig, Trainer
+
+
+# What a checkpoint cannot be continued without
+RESUME_WITH_SAME = (
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
+    *("max_grad_norm", "optim", "bf16", "fp16", "seed", "data_seed"),
+)
+
+
+@dataclass
+class ModelArguments:
+    """Fields of LongNetConfig, whose documentation says more."""
+
+    vocab_size: int = field(default=1024, metadata={"help": "Size of the tokenizer that is trained on the data."})
+    hidden_size: int = field(default=96, metadata={"help": "Width of the model."})
+    intermediate_size: int = field(default=384, metadata={"help": "Width of the MLPs."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "Number of layers."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Number of attention heads."})
+    segment_lengths: list[int] = field(
+        default_factory=lambda: [32, 256, 2048, 8192],
+        metadata={"help": "Segment length w of every branch in tokens, the local branch first."},
+    )
+    dilation_rates: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Dilation rate r of every branch."}
+    )
+    branch_types: list[str] | None = field(
+        default=None, metadata={"help": "segment (the paper's; default) or window, for every branch."}
+    )
+    head_offset: str = field(
+        default="rotating", metadata={"help": "Which positions a head keeps: paper, grouped or rotating."}
+    )
+    segment_shift: bool = field(
+        default=False, metadata={"help": "Move the segments by half their length in odd layers."}
+    )
+    full_attention_layers: list[int] | None = field(
+        default=None, metadata={"help": "Indices of layers with full attention."}
+    )
+    use_sub_norm: bool = field(
+        default=False, metadata={"help": "MAGNETO's extra norms, as in the paper. The demo learns faster without."}
+    )
+    initializer_range: float = field(
+        default=0.1, metadata={"help": "Standard deviation of the initial weights; about 1 / sqrt(hidden_size)."}
+    )
+
+
+def stretched_positions(config: PreTrainedConfig, length: int) -> dict:
+    """The fields that let rotary positions reach over `length` tokens: with YaRN, where the model was not made for
+    them."""
+    native = config.max_position_embeddings
+    if length <= native:
+        return {}
+    if config.rope_parameters["rope_type"] != "default":
+        raise ValueError(
+            f"`--model` {config.name_or_path} scales its rotary positions already "
+            f"({config.rope_parameters['rope_type']}): it can take at most {native} tokens, not {length}."
+        )
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "factor": length / native,
+        "original_max_position_embeddings": native,
+    }
+    return {"max_position_embeddings": length, "rope_parameters": yarn}
+
+
+def check_settings(path: Path, settings: dict) -> None:
+    """Refuse to go on with a run that was started with other settings."""
+    settings = json.loads(json.dumps(settings))
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    changed = [f"{name} was {old.get(name)}, is {new}" for name, new in settings.items() if old.get(name) != new]
+    if changed:
+        raise ValueError(
+            f"{path.parent} holds a run with other settings: {'; '.join(changed)}. Repeat its settings to go on with "
+            "it, choose another `--output_dir`, or delete it."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint: Trainer writes trainer_state.json last."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def train_on(trainer: Trainer, folder: Path) -> tuple[dict, int]:
+    """Train, from the last checkpoint on if there is one: Trainer's metrics, and the steps that they are of."""
+    checkpoint = last_checkpoint(folder)
+    if checkpoint and trainer.is_world_process_zero():
+        print(f"Going on from {checkpoint}")
+    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    return metrics, trainer.state.global_step - checkpoint_step(checkpoint)
