@@ -1,4 +1,4 @@
-"""Records of examples and benchmarks: how they are kept, and the hardware, versions and commit beside their figures."""
+"""Records of examples and benchmarks: how they are kept, and hardware, versions and commit beside their figures."""
 
 import json
 import os
