@@ -152,10 +152,10 @@ class LongNetConfig(PreTrainedConfig):
                 "dequantize it first."
             )
         same = (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-            *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range"),
-            *("attention_dropout", "use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
-        )
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "hidden_act max_position_embeddings initializer_range attention_dropout use_cache tie_word_embeddings "
+            "bos_token_id eos_token_id pad_token_id"
+        ).split()
         qkv_bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
         fields = {name: getattr(config, name) for name in same} | {
             "rope_parameters": copy.deepcopy(config.rope_parameters),

@@ -435,13 +435,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
         hidden_states = outputs.last_hidden_state
         own_loss = hasattr(self, "_loss_function")  # set by the user, who expects it to be given all logits
         if skip_logits is None:
-            all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
-            skip_logits = self.config.skip_logits and has_labels and all_logits and not own_loss
-            if skip_logits and not self.training and not torch.compiler.is_compiling():
-                logger.warning_once(
-                    "The logits are left out because there are labels. If something reads them (`compute_metrics` or "
-                    "`predict` of Trainer), set `model.config.skip_logits = False`."
-                )
+            skip_logits = has_labels and not own_loss and self.leaves_out_logits(logits_to_keep)
         logits = None if skip_logits else self.lm_head(keep_positions(hidden_states, logits_to_keep))
 
         loss = None
@@ -472,6 +466,17 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def leaves_out_logits(self, logits_to_keep: int | torch.Tensor) -> bool:
+        """Whether, where there are labels, no logits are returned: a caller who asks for some positions gets them."""
+        all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        is_left_out = self.config.skip_logits and all_logits
+        if is_left_out and not self.training and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "The logits are left out because there are labels. If something reads them (`compute_metrics` or "
+                "`predict` of Trainer), set `model.config.skip_logits = False`."
+            )
+        return is_left_out
 
     def chunked_loss(
         self,
