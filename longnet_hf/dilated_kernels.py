@@ -114,11 +114,12 @@ def _joined(
 def _number(offset, phase, r, distances):
     """Of positions `offset` behind a block's first one: their numbers among those that a phase keeps of a segment, and
     whether they are kept. `distances` are those of a merge's segment."""
-    rest = tl.load(distances + _TO_BLOCK_REST) - phase
-    number = tl.load(distances + _TO_BLOCK) - tl.where(rest < 0, 1, 0)
+    distance, distance_rest = tl.load(distances + _TO_BLOCK), tl.load(distances + _TO_BLOCK_REST)
+    first, first_rest = tl.load(distances + _TO_FIRST), tl.load(distances + _TO_FIRST_REST)
+    rest = distance_rest - phase
+    number = distance - tl.where(rest < 0, 1, 0)
     rest += tl.where(rest < 0, r, 0) + offset
     more = ((rest.to(tl.float32) + 0.5) * (1.0 / r.to(tl.float32))).to(tl.int32)  # exact below 2 ** 21
-    first, first_rest = tl.load(distances + _TO_FIRST), tl.load(distances + _TO_FIRST_REST)
     skipped = tl.maximum(0, first + tl.where(first_rest > phase, 1, 0))
     return number + more - skipped, (more * r == rest) & (number + more >= 0)
 
