@@ -1,5 +1,6 @@
 """Processes of the tests that form a group, and the one limit on how long anything may take."""
 
+import multiprocessing
 import os
 import sys
 import time
@@ -17,7 +18,10 @@ def start(function, world_size, folder, *arguments, backend="gloo"):
     """Start processes that form a group and run `function(rank, world_size, *arguments)`."""
     store = str(folder / f"store{len(list(folder.glob('store*')))}")  # a used one would not do
     arguments = function, world_size, store, backend, arguments
-    return torch.multiprocessing.spawn(in_group, args=arguments, nprocs=world_size, join=False)
+    # Forked from a process that has imported what takes long, once for all tests. Not where CUDA may be at work in it
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    multiprocessing.set_forkserver_preload(["longnet_hf", "transformers.trainer", "torch.distributed.fsdp"])
+    return torch.multiprocessing.start_processes(in_group, arguments, world_size, join=False, start_method=method)
 
 
 def spawn(function, world_size, folder, *arguments, backend="gloo"):
