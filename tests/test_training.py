@@ -58,7 +58,7 @@ def test_attention_dropout_acts_in_training_only():
 
 @pytest.mark.parametrize("kind", ["paper", "hybrid"])
 def test_compiles_into_one_graph(kind):
-    model, ids = build(LongNetForCausalLM, kind, num_hidden_layers=2), random_ids(2, 30)
+    model, ids = build(LongNetForCausalLM, kind), random_ids(2, 30)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
