@@ -1,9 +1,6 @@
 """The Triton kernels against the dense oracle: without a GPU in Triton's interpreter, on a GPU as they are."""
 
-import multiprocessing
-import os
 import random
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -141,25 +138,9 @@ def inputs_on_a_gpu(size):
             yield pattern, *random_tensors(2, 2, 2, queries, 603, size, device="cuda"), layout
 
 
-def compile_kernels(case):
-    dtype, size, causal = case
-    for pattern, exact, grad, layout in inputs_on_a_gpu(size):
-        low = [x.detach().to(dtype).requires_grad_() for x in exact]
-        gradients(dilated_attention(*low, pattern, is_causal=causal, **layout), low, grad.to(dtype))
-
-
-@pytest.fixture(scope="module")
-def compiled_kernels():
-    """All cases run once in processes side by side: the tests then find their kernels in Triton's cache. To compile
-    them one after the other is most of what these tests would take."""
-    workers = min(8, max(1, (os.cpu_count() or 1) // 2))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_kernels, GPU_CASES))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "size", "causal"), GPU_CASES)
-def test_error_on_a_gpu(dtype, size, causal, compiled_kernels):
+def test_error_on_a_gpu(dtype, size, causal):
     """Against the oracle in float64: at most twice the error of the oracle itself in the same precision."""
     for pattern, exact, grad, layout in inputs_on_a_gpu(size):
         low = [x.detach().to(dtype).requires_grad_() for x in exact]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import HANG_LIMIT
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
@@ -30,7 +31,8 @@ TINY = (
 def run(script, *arguments, folder, of="examples"):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / of / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    options = dict(capture_output=True, text=True, timeout=HANG_LIMIT)
+    return subprocess.run(command, cwd=folder, env=environment, **options)
 
 
 def test_training_goes_on_where_it_was_stopped(tmp_path):

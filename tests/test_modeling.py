@@ -14,6 +14,7 @@ from longnet_hf import (
     LongNetForCausalLM,
     LongNetModel,
     dilated_attention_reference,
+    modeling_longnet,
 )
 from longnet_hf.modeling_longnet import LongNetRotaryEmbedding
 
@@ -206,3 +207,17 @@ def test_other_attentions_are_refused():
 def test_masks_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"`attention_mask` must be a 2-D padding mask of shape \(2, 9\)"):
         build(LongNetModel)(random_ids(2, 9), attention_mask=torch.ones(shape))
+
+
+def test_the_operator_goes_by_its_own_name_too(tmp_path):
+    model, ids = build(LongNetForCausalLM), random_ids(1, 30)
+    expected = model(ids).logits
+    model.set_attn_implementation("dilated")
+    assert torch.equal(model(ids).logits, expected)
+    model.save_pretrained(tmp_path)
+    loaded = LongNetForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config._attn_implementation == "dilated"
+    assert torch.equal(loaded(ids).logits, expected)
+    x = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match="Linear needs the package: `import longnet_hf`"):
+        modeling_longnet.dilated_attention_forward(torch.nn.Linear(1, 1), x, x, x, None, 1.0)
