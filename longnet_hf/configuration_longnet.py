@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .dilated_pattern import DilatedPattern, layer_patterns
+from .dilated_pattern import DilatedPattern, heads_of_layers, layer_patterns
 from .pattern_report import pattern_warnings
 
 
@@ -31,6 +31,10 @@ class LongNetConfig(PreTrainedConfig):
         segment_shift (`bool`): move the segments by half their length in odd layers, which lets information cross the
             segment boundaries of even layers. The paper has none.
         full_attention_layers (`list[int]`, *optional*): indices of layers with full attention (a hybrid stack).
+        full_attention_heads (`dict[int, list[int]]`, *optional*): for some layers the key/value heads with full
+            attention, in place of all branches (see [`rank_heads`], which finds those that need it).
+        sink_tokens (`int`): every query also attends to so many first tokens of its document, where the branches of a
+            head do not join them already. Pretrained models that are given windows need one at least.
         is_causal (`bool`): `False` makes an encoder, for the classification heads.
         vocab_size (`int`): by default the size of the paper's tokenizer, cl100k_base, rounded up to a multiple of 64.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`): sizes, as in Llama.
@@ -89,6 +93,8 @@ class LongNetConfig(PreTrainedConfig):
     head_offset: str = "paper"
     segment_shift: bool = False
     full_attention_layers: list[int] | tuple[int, ...] | None = None
+    full_attention_heads: dict | None = None
+    sink_tokens: int = 0
     is_causal: bool = True
     max_position_embeddings: int = 32768
     rope_parameters: dict | None = None
@@ -110,6 +116,9 @@ class LongNetConfig(PreTrainedConfig):
                     f"({self.num_attention_heads}) where `head_dim` is not given."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.full_attention_heads is not None:  # JSON makes text of its keys
+            heads = heads_of_layers(self.full_attention_heads, self.num_hidden_layers, self.num_key_value_heads)
+            self.full_attention_heads = {layer: list(of_layer) for layer, of_layer in heads.items()}
         super().__post_init__(**kwargs)
 
     @property
@@ -123,6 +132,9 @@ class LongNetConfig(PreTrainedConfig):
             self.head_offset,
             self.segment_shift,
             self.full_attention_layers,
+            self.full_attention_heads,
+            self.sink_tokens,
+            num_heads=self.num_key_value_heads,
         )
 
     @classmethod
@@ -200,7 +212,7 @@ class LongNetConfig(PreTrainedConfig):
                 raise ValueError(
                     f"LongNet does not read `{name}` (got {getattr(self, name)!r}). Say it with the pattern: "
                     '`branch_types=["window"]` is a sliding window of `segment_lengths` tokens, and '
-                    "`full_attention_layers` names the layers with full attention."
+                    "`full_attention_layers` and `full_attention_heads` name what has full attention."
                 )
         for text in pattern_warnings(self.layer_patterns, self.num_key_value_heads):
             warnings.warn(text, stacklevel=2)

@@ -8,6 +8,7 @@ This module does not travel with weights: whoever loads such a model imports `lo
 import contextlib
 import copy
 import functools
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +52,8 @@ def set_dilated_attention(
     head_offset: str = "paper",
     segment_shift: bool = False,
     full_attention_layers: list[int] | None = None,
+    full_attention_heads: dict[int, list[int]] | None = None,
+    sink_tokens: int = 0,
     probe: bool = True,
 ) -> PreTrainedModel:
     """Exchange the attention of a Transformers model for dilated attention, and note the pattern in its configuration.
@@ -62,8 +65,8 @@ def set_dilated_attention(
     Args:
         model: any model with self-attention alone whose attention Transformers can exchange; changed in place. Of a
             PEFT model, give the base model.
-        segment_lengths, dilation_rates, branch_types, head_offset, segment_shift, full_attention_layers: the pattern,
-            as in [`LongNetConfig`].
+        segment_lengths, dilation_rates, branch_types, head_offset, segment_shift, full_attention_layers,
+        full_attention_heads, sink_tokens: the pattern, as in [`LongNetConfig`].
         probe: run a few tokens through the model, with its own attention and with ours under a pattern that keeps
             everything, and refuse it if ours is not called or the outputs differ. Switch it off for a model whose
             weights are not there yet, or whose routing between experts rounding errors may tip.
@@ -92,9 +95,11 @@ def set_dilated_attention(
         head_offset=head_offset,
         segment_shift=segment_shift,
         full_attention_layers=full_attention_layers,
+        full_attention_heads=full_attention_heads,
+        sink_tokens=sink_tokens,
     )
-    patterns = layer_patterns(config.num_hidden_layers, **fields)
-    fields = {name: list(x) if isinstance(x, (list, tuple)) else x for name, x in fields.items()}  # as JSON has them
+    patterns = _patterns_of(config, fields)
+    fields = json.loads(json.dumps(fields))  # as a saved configuration has them
 
     before, old = config._attn_implementation, getattr(config, "dilated_attention", None)
     try:
@@ -107,14 +112,24 @@ def set_dilated_attention(
         _set_pattern(config, old)
         raise
     _set_pattern(config, fields)
-    if old is None or layer_patterns(config.num_hidden_layers, **old) != patterns:
+    if old is None or _patterns_of(config, old) != patterns:
         # PEFT would write the model's name into adapters, and load them on what is saved there
         model.name_or_path = None
         for adapter in getattr(model, "peft_config", {}).values():
             adapter.base_model_name_or_path = None
-    for text in pattern_warnings(patterns, getattr(config, "num_key_value_heads", config.num_attention_heads)):
+    for text in pattern_warnings(patterns, _num_heads(config)):
         logger.warning(text)
     return model
+
+
+def _num_heads(config: PreTrainedConfig) -> int:
+    """Number of key/value heads."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _patterns_of(config: PreTrainedConfig, fields: dict) -> list[DilatedPattern]:
+    """The pattern of every layer."""
+    return layer_patterns(config.num_hidden_layers, **fields, num_heads=_num_heads(config))
 
 
 def _set_pattern(config: PreTrainedConfig, fields: dict | None) -> None:
@@ -240,7 +255,7 @@ def _find_pattern(module: torch.nn.Module, fields: dict | None) -> tuple[dict, D
     if getattr(module, "layer_idx", None) is None:
         raise ValueError(f"{type(module).__name__} does not know which layer it is in (it has no `layer_idx`).")
     try:
-        pattern = layer_patterns(module.config.num_hidden_layers, **fields)[module.layer_idx].canonical()
+        pattern = _patterns_of(module.config, fields)[module.layer_idx].canonical()
     except (TypeError, ValueError) as error:
         raise ValueError(f"`dilated_attention` of the configuration is {fields!r}, and no pattern: {error}") from error
     module._dilated_pattern = copy.deepcopy(fields), pattern

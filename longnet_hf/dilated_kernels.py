@@ -16,15 +16,56 @@ Inside a branch, the keys of a block of queries are numbered 0, 1, ..., and its 
 is all that the inner loops know of a pattern; blocks of keys that all rows join are done without a mask.
 """
 
-import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from .dilated_pattern import Branch, DilatedPattern
+from .dilated_pattern import DilatedPattern
+from .dilated_plan import (
+    BLOCK_NUMBER,
+    ENTRY_OR_BRANCH,
+    ENTRY_SIZE,
+    FIRST_PARTIAL,
+    FIRST_PHASE,
+    FIRST_QUERY,
+    GRID_LENGTH,
+    GRID_RATE,
+    GRID_SHIFT,
+    HEAD,
+    KEY_COLUMN,
+    LENGTH,
+    MERGE_RATE,
+    MERGE_SIZE,
+    NEXT_PARTIAL,
+    NEXT_SEGMENT,
+    PARTIAL_BASE,
+    PARTIAL_ROWS,
+    PARTIAL_START,
+    PROGRAM_RATE,
+    PROGRAM_SIZE,
+    PROGRAM_WINDOW,
+    QUERY_COLUMN,
+    ROW,
+    SEGMENT_START,
+    SEGMENT_STOP,
+    SINK_EXTENT,
+    SINKS,
+    THIS_SEGMENT,
+    TO_BLOCK,
+    TO_BLOCK_REST,
+    TO_FIRST,
+    TO_FIRST_REST,
+    TO_KEYS,
+    TO_QUERIES,
+    TO_STOP,
+    TO_STOP_REST,
+    WINDOW_LENGTH,
+    Plan,
+    make_head_table,
+    make_plan,
+    without_heads,
+)
 from .documents import Document
 
 
@@ -39,34 +80,14 @@ MAX_HEAD_DIM = 256
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
-# The tables of a `_Plan` hold records of integers, whose fields have the same names here and in the kernels.
-# A program's record: its document (the fields of `Document`) and block; of dense programs, the number of their first
-# entry; of dilated ones, their branch, the segment that they work in, and the distances from the segment's start, as
-# multiples of the rate and rests, to its stop, to where the queries begin, and to where the keys do.
-_ROW, _KEY_COLUMN, _QUERY_COLUMN, _LENGTH, _FIRST_QUERY, _BLOCK, _ENTRY_OR_BRANCH = map(tl.constexpr, range(7))
-_RATE, _SEGMENT_START, _PARTIAL_START, _WINDOW = map(tl.constexpr, range(7, 11))
-_TO_STOP, _TO_STOP_REST, _TO_QUERIES, _TO_QUERIES_REST, _TO_KEYS, _TO_KEYS_REST = map(tl.constexpr, range(11, 17))
-_PROGRAM_SIZE = tl.constexpr(20)
-# An entry, for a document and a branch: length, rate and shift of the grid (a window's is one segment); the window's
-# length, 0 for a segment; where partial results begin, and how many there may be in a segment.
-_GRID_LENGTH, _GRID_RATE, _GRID_SHIFT, _WINDOW_LENGTH, _PARTIAL_BASE, _PARTIAL_ROWS = map(tl.constexpr, range(6))
-_ENTRY_SIZE = tl.constexpr(6)
-# A merge, for a dense program and a dilated branch: where the segment of the block's first position ends, where its
-# partial results begin, how many rows further those of the next segment do, and the rate; then for each of the two
-# segments, the distances from its start to the block's first position and to where numbers begin.
-_SEGMENT_STOP, _FIRST_PARTIAL, _NEXT_PARTIAL, _MERGE_RATE = map(tl.constexpr, range(4))
-_THIS_SEGMENT, _NEXT_SEGMENT = tl.constexpr(4), tl.constexpr(8)
-_TO_BLOCK, _TO_BLOCK_REST, _TO_FIRST, _TO_FIRST_REST = map(tl.constexpr, range(4))
-_MERGE_SIZE = tl.constexpr(12)
-
 
 @triton.jit
 def _load_document(program):
     """Row of the batch, columns of position 0 among the keys and the queries, length, position of the first query."""
-    row = tl.load(program + _ROW).to(tl.int64)
-    key_column = tl.load(program + _KEY_COLUMN).to(tl.int64)
-    query_column = tl.load(program + _QUERY_COLUMN).to(tl.int64)
-    return row, key_column, query_column, tl.load(program + _LENGTH), tl.load(program + _FIRST_QUERY)
+    row = tl.load(program + ROW).to(tl.int64)
+    key_column = tl.load(program + KEY_COLUMN).to(tl.int64)
+    query_column = tl.load(program + QUERY_COLUMN).to(tl.int64)
+    return row, key_column, query_column, tl.load(program + LENGTH), tl.load(program + FIRST_QUERY)
 
 
 @triton.jit
@@ -76,9 +97,9 @@ def _kept(program, phase, BEGIN: tl.constexpr):
     An integer division takes some 25 instructions. Hence quotient and rest of the distances from the segment's start
     to its stop, and to where to begin (the field BEGIN), stand in the record.
     """
-    start, r = tl.load(program + _SEGMENT_START) + phase, tl.load(program + _RATE)
+    start, r = tl.load(program + SEGMENT_START) + phase, tl.load(program + PROGRAM_RATE)
     skipped = tl.maximum(0, tl.load(program + BEGIN) + tl.where(tl.load(program + BEGIN + 1) > phase, 1, 0))
-    count = tl.load(program + _TO_STOP) + tl.where(tl.load(program + _TO_STOP_REST) > phase, 1, 0)
+    count = tl.load(program + TO_STOP) + tl.where(tl.load(program + TO_STOP_REST) > phase, 1, 0)
     return start + skipped * r, tl.maximum(0, count - skipped)
 
 
@@ -92,8 +113,8 @@ def _joined(
     `edge` is where the segment of the block's first position begins. Unless SHORT, segments are longer than blocks, so
     that there is one more in the block at most. UNIT says that every step is 1.
     """
-    w, g = tl.load(entry + _GRID_LENGTH), tl.load(entry + _GRID_SHIFT)
-    window = tl.load(entry + _WINDOW_LENGTH)
+    w, g = tl.load(entry + GRID_LENGTH), tl.load(entry + GRID_SHIFT)
+    window = tl.load(entry + WINDOW_LENGTH)
     if SHORT:
         segment = (position + g) // w * w - g
     else:
@@ -114,8 +135,8 @@ def _joined(
 def _number(offset, phase, r, distances):
     """Of positions `offset` behind a block's first one: their numbers among those that a phase keeps of a segment, and
     whether they are kept. `distances` are those of a merge's segment."""
-    distance, distance_rest = tl.load(distances + _TO_BLOCK), tl.load(distances + _TO_BLOCK_REST)
-    first, first_rest = tl.load(distances + _TO_FIRST), tl.load(distances + _TO_FIRST_REST)
+    distance, distance_rest = tl.load(distances + TO_BLOCK), tl.load(distances + TO_BLOCK_REST)
+    first, first_rest = tl.load(distances + TO_FIRST), tl.load(distances + TO_FIRST_REST)
     rest = distance_rest - phase
     number = distance - tl.where(rest < 0, 1, 0)
     rest += tl.where(rest < 0, r, 0) + offset
@@ -128,24 +149,44 @@ def _number(offset, phase, r, distances):
 def _partial_row(first_position, last_position, offset, merge, entry, phase, first, SHORT: tl.constexpr):
     """Where the partial results of the positions `first_position + offset` are stored, and whether there are any."""
     if SHORT:  # any number of segments in a block
-        w, r, g = tl.load(entry + _GRID_LENGTH), tl.load(entry + _GRID_RATE), tl.load(entry + _GRID_SHIFT)
+        w, r, g = tl.load(entry + GRID_LENGTH), tl.load(entry + GRID_RATE), tl.load(entry + GRID_SHIFT)
         position = first_position + offset
         segment = (position + g) // w
         start = segment * w - g + phase
         number = (position - start) // r
         kept = (position >= start) & (number * r == position - start)
-        row = tl.load(entry + _PARTIAL_BASE) + segment * tl.load(entry + _PARTIAL_ROWS)
+        row = tl.load(entry + PARTIAL_BASE) + segment * tl.load(entry + PARTIAL_ROWS)
         row += number - tl.maximum(0, tl.cdiv(first - start, r))
     else:  # one or two
-        edge, base, r = tl.load(merge + _SEGMENT_STOP), tl.load(merge + _FIRST_PARTIAL), tl.load(merge + _MERGE_RATE)
-        number, kept = _number(offset, phase, r, merge + _THIS_SEGMENT)
+        edge, base, r = tl.load(merge + SEGMENT_STOP), tl.load(merge + FIRST_PARTIAL), tl.load(merge + MERGE_RATE)
+        number, kept = _number(offset, phase, r, merge + THIS_SEGMENT)
         row = base + number
         if last_position >= edge:
-            number, kept_there = _number(offset, phase, r, merge + _NEXT_SEGMENT)
+            number, kept_there = _number(offset, phase, r, merge + NEXT_SEGMENT)
             is_there = first_position + offset >= edge
-            row = tl.where(is_there, base + tl.load(merge + _NEXT_PARTIAL) + number, row)
+            row = tl.where(is_there, base + tl.load(merge + NEXT_PARTIAL) + number, row)
             kept = tl.where(is_there, kept_there, kept)
-    return row, kept
+    return row, kept & (phase + 0 * offset >= 0)  # added, since the interpreter broadcasts no conditions
+
+
+@triton.jit
+def _joined_by_sink(
+    n, m, sinks, first_query, heads, entries,
+    IS_CAUSAL: tl.constexpr, NUM_BRANCHES: tl.constexpr,
+):  # fmt: skip
+    """Which queries `n`, from `first_query` on, the sink joins to keys `m`: those that no other branch does."""
+    joined = (m < sinks) & (n >= 0)
+    if IS_CAUSAL:
+        joined &= m <= n
+    if first_query < tl.load(heads + SINK_EXTENT):
+        for branch in tl.static_range(NUM_BRANCHES):
+            entry, phase = entries + branch * ENTRY_SIZE, tl.load(heads + FIRST_PHASE + branch)
+            w, r, g = tl.load(entry + GRID_LENGTH), tl.load(entry + GRID_RATE), tl.load(entry + GRID_SHIFT)
+            window = tl.load(entry + WINDOW_LENGTH)
+            is_kept = ((m + g) % w % r == phase) & ((window > 0) | ((n + g) % w % r == phase))
+            in_window, in_segment = (n - m < window) & (m - n < window), (n + g) // w == (m + g) // w
+            joined &= (phase < 0) | ~(is_kept & tl.where(window > 0, in_window, in_segment))
+    return joined
 
 
 @triton.jit
@@ -261,31 +302,34 @@ def _meet_keys(
 @triton.jit(do_not_specialize=["partial_rows", "num_queries"])
 def _query_kernel(
     Q, K, V, OUT, LSE, DO, STATS, PARTIAL, PARTIAL_LSE,
-    programs, entries, merges, phases, partial_rows, num_queries, scale,
+    programs, entries, merges, heads, partial_rows, num_queries, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_batch, o_head, o_row, do_batch, do_head, do_row,
-    DILATED: tl.constexpr, GRADIENT: tl.constexpr, IS_CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+    DILATED: tl.constexpr, GRADIENT: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
     NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: its output and log-sum-exp, or with GRADIENT its gradient. With DILATED those
     of one branch, into PARTIAL, else of all branches, into OUT."""
-    program = programs + tl.program_id(0).to(tl.int64) * _PROGRAM_SIZE
-    head = tl.program_id(1).to(tl.int64)
+    program = programs + tl.program_id(0).to(tl.int64) * PROGRAM_SIZE
     num_heads = tl.num_programs(1)
-    kv_head = head // GROUP
-    phases += kv_head * NUM_BRANCHES
+    heads += tl.program_id(1) // GROUP * (FIRST_PHASE + NUM_BRANCHES)
+    phases = heads + FIRST_PHASE
+    kv_head = tl.load(heads + HEAD).to(tl.int64)
+    head = kv_head * GROUP + tl.program_id(1) % GROUP
     row, key_column, query_column, length, first_query = _load_document(program)
-    first_row, index = tl.load(program + _BLOCK) * BLOCK_M, tl.load(program + _ENTRY_OR_BRANCH)
+    first_row, index = tl.load(program + BLOCK_NUMBER) * BLOCK_M, tl.load(program + ENTRY_OR_BRANCH)
 
     # The block's queries: rows i of those at `start`, `start + step`, ...
     if DILATED:
-        phase, step = tl.load(phases + index), tl.load(program + _RATE)
-        start, rows = _kept(program, phase, _TO_QUERIES)
+        phase, step = tl.load(phases + index), tl.load(program + PROGRAM_RATE)
+        start, rows = _kept(program, phase, TO_QUERIES)
     else:
         step = 1
         start, rows = first_query, length - first_query
+    if DILATED:
+        rows = tl.where(phase < 0, 0, rows)
     if first_row >= rows:
         return
     last_row = tl.minimum(first_row + BLOCK_M, rows) - 1
@@ -309,20 +353,20 @@ def _query_kernel(
     k_base = K + row * k_batch + kv_head * k_head + key_column * k_row
     v_base = V + row * v_batch + kv_head * v_head + key_column * v_row
     for branch in range(1 if DILATED else NUM_DENSE):
-        entry = entries + (index + branch) * _ENTRY_SIZE
+        entry = entries + (index + branch) * ENTRY_SIZE
         if DILATED:
             r = step
-            key_start, num_keys = _kept(program, phase, _TO_KEYS)
+            key_start, num_keys = _kept(program, phase, TO_KEYS)
             skipped = num_keys - rows  # the queries are the last of the segment
             first, all_first, all_stop, stop = 0, 0, num_keys, num_keys
             if IS_CAUSAL:
                 all_stop, stop = skipped + first_row + 1, skipped + last_row + 1
         else:
-            key_start, r = tl.load(phases + branch), tl.load(entry + _GRID_RATE)
+            key_start, r = tl.load(phases + branch), tl.load(entry + GRID_RATE)
             num_keys = length
             if not UNIT:
                 num_keys = tl.cdiv(tl.maximum(length - key_start, 0), r)
-            w, g = tl.load(entry + _GRID_LENGTH), tl.load(entry + _GRID_SHIFT)
+            w, g = tl.load(entry + GRID_LENGTH), tl.load(entry + GRID_SHIFT)
             edge = (start + first_row + g) // w * w - g
             first, all_stop = _joined(
                 start + first_row, entry, edge, length, key_start, r, IS_CAUSAL, True, UNIT, SHORT
@@ -331,7 +375,7 @@ def _query_kernel(
                 start + last_row, entry, edge, length, key_start, r, IS_CAUSAL, True, UNIT, SHORT
             )
             all_stop += 1
-            stop += 1
+            stop = tl.where(key_start < 0, first, stop + 1)  # the head may not have the branch
         before, inside, after = _cut(first, all_first, all_stop, stop, BLOCK_N)
         keys, values = k_base + key_start.to(tl.int64) * k_row, v_base + key_start.to(tl.int64) * v_row
         key_step, value_step = _wide(r, WIDE) * k_row, _wide(r, WIDE) * v_row
@@ -353,24 +397,38 @@ def _query_kernel(
             True, GRADIENT, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES, WIDE,
         )  # fmt: skip
 
+    if SINK and not DILATED:
+        sinks = tl.minimum(tl.load(heads + SINKS), length)
+        for block in range(0, sinks, BLOCK_N):
+            j = block + tl.arange(0, BLOCK_N)
+            k = _load(_pointers(k_base, j, k_row, BLOCK_D), j < sinks, HEAD_DIM, BLOCK_D, False)
+            v = _load(_pointers(v_base, j, v_row, BLOCK_D), j < sinks, HEAD_DIM, BLOCK_D, False)
+            joined = _joined_by_sink(
+                position[:, None], j[None, :], sinks, start + first_row, heads, entries + index * ENTRY_SIZE,
+                IS_CAUSAL, NUM_BRANCHES,
+            )  # fmt: skip
+            acc, total, top = _query_step(
+                acc, total, top, q, do, lse, delta, k, v, joined, scale * _LOG2_E, True, GRADIENT, PRECISION
+            )
+
     if GRADIENT:
         acc *= scale
     PARTIAL += head * partial_rows * HEAD_DIM
     PARTIAL_LSE += head * partial_rows
     if DILATED:
-        i += tl.load(program + _PARTIAL_START)
+        i += tl.load(program + PARTIAL_START)
         if not GRADIENT:
             acc *= (1.0 / total)[:, None]
             tl.store(PARTIAL_LSE + i, top + tl.log2(total), mask=valid)
         _store(_pointers(PARTIAL, i, HEAD_DIM, BLOCK_D), acc, valid, HEAD_DIM, BLOCK_D)
     else:
-        merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * _MERGE_SIZE
+        merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * MERGE_SIZE
         if not GRADIENT:
             old_top = top
             for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
                 at, kept = _partial_row(
-                    start + first_row, start + last_row, position - start - first_row, merge + branch * _MERGE_SIZE,
-                    entries + (index + branch) * _ENTRY_SIZE, tl.load(phases + branch), first_query, SHORT,
+                    start + first_row, start + last_row, position - start - first_row, merge + branch * MERGE_SIZE,
+                    entries + (index + branch) * ENTRY_SIZE, tl.load(phases + branch), first_query, SHORT,
                 )  # fmt: skip
                 top = tl.maximum(top, tl.load(PARTIAL_LSE + at, mask=valid & kept, other=-float("inf")))
             pivot = tl.where(top == -float("inf"), 0.0, top)
@@ -379,8 +437,8 @@ def _query_kernel(
             total *= decay
         for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
             at, kept = _partial_row(
-                start + first_row, start + last_row, position - start - first_row, merge + branch * _MERGE_SIZE,
-                entries + (index + branch) * _ENTRY_SIZE, tl.load(phases + branch), first_query, SHORT,
+                start + first_row, start + last_row, position - start - first_row, merge + branch * MERGE_SIZE,
+                entries + (index + branch) * ENTRY_SIZE, tl.load(phases + branch), first_query, SHORT,
             )  # fmt: skip
             part = _load(_pointers(PARTIAL, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
             if GRADIENT:
@@ -454,6 +512,26 @@ def _meet_queries(
 
 
 @triton.jit
+def _meet_queries_of_sinks(
+    dk, dv, k, v, q_base, do_base, stats_base, q_row, do_row, position, sinks, begin, length,
+    heads, entries, scale,
+    IS_CAUSAL: tl.constexpr, NUM_BRANCHES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Take a block with keys of the sink through all queries from position `begin` on."""
+    for block in tl.range(begin, length, BLOCK_M, num_stages=STAGES):
+        n = block + tl.arange(0, BLOCK_M)
+        q = _load(_pointers(q_base, n, q_row, BLOCK_D), n < length, HEAD_DIM, BLOCK_D, False)
+        do = _load(_pointers(do_base, n, do_row, BLOCK_D), n < length, HEAD_DIM, BLOCK_D, False)
+        stats = stats_base + n.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        lse, delta = tl.split(tl.load(stats, mask=(n < length)[:, None], other=0.0))
+        joined = _joined_by_sink(n[None, :], position[:, None], sinks, block, heads, entries, IS_CAUSAL, NUM_BRANCHES)
+        joined &= (n < length)[None, :]
+        dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, joined, scale, True, PRECISION)
+    return dk, dv
+
+
+@triton.jit
 def _joined_by_kept(j, start, step, window, skipped, first_query, num_queries, IS_CAUSAL: tl.constexpr):
     """Which queries the j-th kept key of a segment (the queries are kept ones, too), or of a window joins: the first
     and the last."""
@@ -468,30 +546,33 @@ def _joined_by_kept(j, start, step, window, skipped, first_query, num_queries, I
 @triton.jit(do_not_specialize=["partial_rows", "num_queries"])
 def _key_kernel(
     Q, K, V, DO, STATS, DK, DV, PARTIAL_DK, PARTIAL_DV,
-    programs, entries, merges, phases, partial_rows, num_queries, scale,
+    programs, entries, merges, heads, partial_rows, num_queries, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    DILATED: tl.constexpr, IS_CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+    DILATED: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
     NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of keys of one key/value head: its gradients and those of its values. With DILATED those of one branch,
     into PARTIAL_*, else of all branches, into DK and DV."""
-    program = programs + tl.program_id(0).to(tl.int64) * _PROGRAM_SIZE
-    kv_head = tl.program_id(1).to(tl.int64)
+    program = programs + tl.program_id(0).to(tl.int64) * PROGRAM_SIZE
     num_heads = tl.num_programs(1) * GROUP
-    phases += kv_head * NUM_BRANCHES
+    heads += tl.program_id(1) * (FIRST_PHASE + NUM_BRANCHES)
+    phases = heads + FIRST_PHASE
+    kv_head = tl.load(heads + HEAD).to(tl.int64)
     row, key_column, query_column, length, first_query = _load_document(program)
-    first_row, index = tl.load(program + _BLOCK) * BLOCK_N, tl.load(program + _ENTRY_OR_BRANCH)
+    first_row, index = tl.load(program + BLOCK_NUMBER) * BLOCK_N, tl.load(program + ENTRY_OR_BRANCH)
 
     # The block's keys: rows j of those at `start`, `start + step`, ...
     if DILATED:
-        phase, step = tl.load(phases + index), tl.load(program + _RATE)
-        start, rows = _kept(program, phase, _TO_KEYS)
+        phase, step = tl.load(phases + index), tl.load(program + PROGRAM_RATE)
+        start, rows = _kept(program, phase, TO_KEYS)
     else:
         step = 1
         start, rows = 0, length
+    if DILATED:
+        rows = tl.where(phase < 0, 0, rows)
     if first_row >= rows:
         return
     last_row = tl.minimum(first_row + BLOCK_N, rows) - 1
@@ -512,9 +593,9 @@ def _key_kernel(
         stats_base = STATS + ((row * num_heads + head) * num_queries + query_column) * 2
         for branch in range(1 if DILATED else NUM_DENSE):
             if DILATED:
-                window = tl.load(program + _WINDOW)
+                window = tl.load(program + PROGRAM_WINDOW)
                 # The queries of a window are all, those of a segment its kept ones, the last of which are given
-                query_start, query_rows = _kept(program, phase, _TO_QUERIES)
+                query_start, query_rows = _kept(program, phase, TO_QUERIES)
                 query_start = tl.where(window > 0, first_query, query_start)
                 query_rows = tl.where(window > 0, length - first_query, query_rows)
                 query_step = tl.where(window > 0, 1, step)
@@ -526,8 +607,8 @@ def _key_kernel(
                     last_row, start, step, window, skipped, first_query, query_rows, IS_CAUSAL
                 )
             else:
-                entry = entries + (index + branch) * _ENTRY_SIZE
-                w, g = tl.load(entry + _GRID_LENGTH), tl.load(entry + _GRID_SHIFT)
+                entry = entries + (index + branch) * ENTRY_SIZE
+                w, g = tl.load(entry + GRID_LENGTH), tl.load(entry + GRID_SHIFT)
                 edge = (first_row + g) // w * w - g
                 query_start, query_step, query_rows = first_query, 1, length - first_query
                 first, all_stop = _joined(
@@ -535,6 +616,8 @@ def _key_kernel(
                 )
                 all_first, stop = _joined(last_row, entry, edge, length, query_start, 1, IS_CAUSAL, False, True, SHORT)
             stop = tl.minimum(stop + 1, query_rows)
+            if not DILATED:
+                stop = tl.where(tl.load(phases + branch) < 0, first, stop)
             before, inside, after = _cut(first, all_first, all_stop + 1, stop, BLOCK_M)
             queries = q_base + query_start.to(tl.int64) * q_row
             grads = do_base + query_start.to(tl.int64) * do_row
@@ -558,19 +641,31 @@ def _key_kernel(
                 True, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, STAGES, WIDE,
             )  # fmt: skip
 
+        if SINK and not DILATED:
+            sinks = tl.load(heads + SINKS)
+            if first_row < sinks:
+                begin = first_query
+                if IS_CAUSAL:
+                    begin = tl.maximum(first_query, first_row)
+                dk, dv = _meet_queries_of_sinks(
+                    dk, dv, k, v, q_base, do_base, stats_base, q_row, do_row, position, sinks, begin, length,
+                    heads, entries + index * ENTRY_SIZE, scale * _LOG2_E,
+                    IS_CAUSAL, NUM_BRANCHES, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, STAGES,
+                )  # fmt: skip
+
     dk *= scale
     PARTIAL_DK += kv_head * partial_rows * HEAD_DIM
     PARTIAL_DV += kv_head * partial_rows * HEAD_DIM
     if DILATED:
-        j += tl.load(program + _PARTIAL_START)
+        j += tl.load(program + PARTIAL_START)
         _store(_pointers(PARTIAL_DK, j, HEAD_DIM, BLOCK_D), dk, valid, HEAD_DIM, BLOCK_D)
         _store(_pointers(PARTIAL_DV, j, HEAD_DIM, BLOCK_D), dv, valid, HEAD_DIM, BLOCK_D)
     else:
-        merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * _MERGE_SIZE
+        merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * MERGE_SIZE
         for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
             at, kept = _partial_row(
-                first_row, last_row, position - first_row, merge + branch * _MERGE_SIZE,
-                entries + (index + branch) * _ENTRY_SIZE, tl.load(phases + branch), 0, SHORT,
+                first_row, last_row, position - first_row, merge + branch * MERGE_SIZE,
+                entries + (index + branch) * ENTRY_SIZE, tl.load(phases + branch), 0, SHORT,
             )  # fmt: skip
             dk += _load(_pointers(PARTIAL_DK, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
             dv += _load(_pointers(PARTIAL_DV, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
@@ -768,169 +863,6 @@ class Attention(NamedTuple):
     scale: float
 
 
-class _Plan(NamedTuple):
-    """Which programs to launch, as tables of int32 on the device, whose records are described at the top.
-
-    `dense` and `dilated` have a program's record for every program of a launch, `entries` one for every document and
-    branch, the dense branches first, and `merges` one for every dense program and dilated branch. The phases of the
-    heads, in which layers may differ, stand apart.
-    """
-
-    dense: torch.Tensor
-    dilated: torch.Tensor
-    entries: torch.Tensor
-    merges: torch.Tensor
-    num_dense: int
-    num_branches: int
-    partial_rows: int
-    is_unit: bool  # every dense branch has r = 1
-    is_short: bool  # some segments are shorter than a block
-
-
-@functools.lru_cache(maxsize=1024)
-def _without_phases(pattern: DilatedPattern) -> DilatedPattern:
-    return replace(pattern, head_offset="paper", layer_idx=0)
-
-
-def _ordered_branches(pattern: DilatedPattern, of_queries: bool) -> tuple[list[Branch], int]:
-    """The branches, dense ones first, and how many these are."""
-
-    def is_dilated(branch: Branch) -> bool:
-        return branch.rate > 1 and not (of_queries and branch.type == "window")
-
-    return sorted(pattern.branches, key=is_dilated), sum(not is_dilated(branch) for branch in pattern.branches)
-
-
-@functools.lru_cache(maxsize=1024)
-def _phases(pattern: DilatedPattern, num_kv_heads: int, of_queries: bool, device: torch.device) -> torch.Tensor:
-    """For every key/value head and branch, in the order of the plan. A window's grid is moved by its phase alone."""
-    branches, _ = _ordered_branches(pattern, of_queries)
-
-    def phase(branch: Branch, head: int) -> int:
-        phase = pattern.phase(branch, head, num_kv_heads)
-        return (phase - pattern.grid_shift(branch)) % branch.rate if branch.type == "window" else phase
-
-    phases = [[phase(branch, head) for branch in branches] for head in range(num_kv_heads)]
-    return torch.tensor(phases, dtype=torch.int32, device=device)
-
-
-@functools.lru_cache(maxsize=32)
-def _plan(
-    pattern: DilatedPattern,
-    documents: tuple[Document, ...],
-    block: int,
-    of_queries: bool,
-    is_causal: bool,
-    device: torch.device,
-) -> _Plan:
-    """The plan for blocks of queries or of keys of the documents, for a pattern `_without_phases`."""
-    table = np.array(documents, dtype=np.int64).reshape(-1, len(Document._fields))
-    length, first_query = table[:, _LENGTH.value], table[:, _FIRST_QUERY.value]
-    first = first_query * of_queries
-    branches, num_dense = _ordered_branches(pattern, of_queries)
-    reverse = of_queries and is_causal  # the blocks with most to do come first
-
-    dense, document, number = _programs(table, -(-(length - first) // block), reverse)
-    dense[:, _BLOCK.value], dense[:, _ENTRY_OR_BRANCH.value] = number, document * len(branches)
-    entries = np.zeros((len(documents), len(branches), _ENTRY_SIZE.value), dtype=np.int64)
-    merges = np.zeros((len(dense), len(branches) - num_dense, _MERGE_SIZE.value), dtype=np.int64)
-    dilated, partial_rows, is_short = [], 0, False
-    for index, branch in enumerate(branches):
-        r = branch.rate
-        if branch.type == "window":
-            w, g = length, 0 * length
-            window = length if branch.length is None else np.minimum(branch.length, length)
-        else:  # a segment longer than the document is as good as one that just holds it
-            g, window = pattern.grid_shift(branch), 0
-            whole = branch.length >= length + g
-            w, g = np.where(whole, length + g % r, branch.length), np.where(whole, g % r, g)
-            is_short |= (bool((~whole).any()) and branch.length < block) or r > 2**20
-        entry = entries[:, index]
-        for field, x in ((_GRID_LENGTH, w), (_GRID_RATE, r), (_GRID_SHIFT, g), (_WINDOW_LENGTH, window)):
-            entry[:, field.value] = x
-        if index < num_dense:
-            continue
-        first_segment = (first + g) // w
-        segments = np.where(length > first, (length - 1 + g) // w - first_segment + 1, 0)
-        rows = np.minimum(-(-w // r), -(-(length - first) // r))  # per segment, at most
-        base = partial_rows + np.cumsum(segments * rows) - segments * rows - first_segment * rows
-        entry[:, _PARTIAL_BASE.value], entry[:, _PARTIAL_ROWS.value] = base, rows
-        partial_rows += int(sum(segments * rows))
-        key_begin = first if of_queries else first_query
-        dilated.insert(0, _dilated_programs(table, entry, index, block, (first_segment, segments, key_begin), reverse))
-        merges[:, index - num_dense] = _merges(entry[document], first[document], number * block)
-    tables = dense, np.concatenate(dilated or [[]]), entries, merges
-    is_unit = all(branch.rate == 1 for branch in branches[:num_dense])
-    return _Plan(*_on_device(tables, device), num_dense, len(branches), partial_rows, is_unit, is_short)
-
-
-def _programs(documents: np.ndarray, counts: np.ndarray, reverse: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Records of `counts` programs for every document, with the document's number and the program's."""
-    document = np.repeat(np.arange(len(counts)), counts)
-    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    if reverse:
-        number = counts[document] - 1 - number
-    records = np.zeros((len(document), _PROGRAM_SIZE.value), dtype=np.int64)
-    records[:, : documents.shape[1]] = documents[document]
-    return records, document, number
-
-
-def _dilated_programs(
-    documents: np.ndarray,
-    entry: np.ndarray,
-    branch: int,
-    block: int,
-    segments_of: tuple[np.ndarray, np.ndarray, np.ndarray],
-    reverse: bool,
-) -> np.ndarray:
-    """Records of a dilated branch. `segments_of` has for every document its first segment, how many there are, and the
-    position where its queries begin."""
-    first_segment, segments, query_begin = segments_of
-    blocks = -(-entry[:, _PARTIAL_ROWS.value] // block)
-    records, document, number = _programs(documents, segments * blocks, reverse)
-    entry, length = entry[document], documents[document, _LENGTH.value]
-    segment = first_segment[document] + number // blocks[document]
-    start = segment * entry[:, _GRID_LENGTH.value] - entry[:, _GRID_SHIFT.value]
-    r = entry[:, _GRID_RATE.value]
-    records[:, _BLOCK.value], records[:, _ENTRY_OR_BRANCH.value] = number % blocks[document], branch
-    records[:, _RATE.value], records[:, _SEGMENT_START.value] = r, start
-    records[:, _PARTIAL_START.value] = entry[:, _PARTIAL_BASE.value] + segment * entry[:, _PARTIAL_ROWS.value]
-    records[:, _WINDOW.value] = entry[:, _WINDOW_LENGTH.value]
-    stop = np.minimum(start + entry[:, _GRID_LENGTH.value], length)
-    for field, end in ((_TO_STOP, stop), (_TO_QUERIES, query_begin[document]), (_TO_KEYS, 0)):
-        records[:, field.value], records[:, field.value + 1] = np.divmod(end - start, r)
-    return records
-
-
-def _merges(entry: np.ndarray, first: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Records of the dense programs for a dilated branch: with the entries and first positions of their documents, and
-    the blocks' offsets from there."""
-    merge = np.zeros((len(entry), _MERGE_SIZE.value), dtype=np.int64)
-    w, r, g = (entry[:, field.value] for field in (_GRID_LENGTH, _GRID_RATE, _GRID_SHIFT))
-    rows, first_position = entry[:, _PARTIAL_ROWS.value], first + offset
-    segment = (first_position + g) // w
-    start = segment * w - g
-    merge[:, _SEGMENT_STOP.value] = start + w
-    merge[:, _FIRST_PARTIAL.value] = entry[:, _PARTIAL_BASE.value] + segment * rows
-    merge[:, _NEXT_PARTIAL.value], merge[:, _MERGE_RATE.value] = rows, r
-    for side, begin in ((_THIS_SEGMENT, start), (_NEXT_SEGMENT, start + w)):
-        for field, position in ((_TO_BLOCK, first_position), (_TO_FIRST, first)):
-            at = side.value + field.value
-            merge[:, at], merge[:, at + 1] = np.divmod(position - begin, r)
-    return merge
-
-
-def _on_device(tables: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Tables as int32, in one copy to the device; each begins at a multiple of 16 bytes, whatever the others hold."""
-    tables = [np.asarray(table, dtype=np.int32).ravel() for table in tables]
-    starts = np.cumsum([0] + [-(-len(table) // 4) * 4 for table in tables])
-    joined = np.zeros(starts[-1], dtype=np.int32)
-    for start, table in zip(starts, tables, strict=False):
-        joined[start : start + len(table)] = table
-    joined = torch.from_numpy(joined).to(device)
-    return [joined[start : start + len(table)] for start, table in zip(starts, tables, strict=False)]
-
-
 def triton_forward(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
     """Output, with the strides of the query, and log-sum-exp `[B, H, Nq]`. Outside of all documents it is 0."""
     query = attention.query
@@ -978,8 +910,8 @@ def _run_queries(
     if not is_gradient:
         grad_output = query  # not looked at
     blocks = _blocks(query, "queries" if is_gradient else "forward")
-    plan = _plan(_without_phases(pattern), documents, blocks.own, True, is_causal, query.device)
-    phases = _phases(pattern, key.shape[1], True, query.device)
+    plan = make_plan(without_heads(pattern), documents, blocks.own, True, is_causal, query.device)
+    head_table = make_head_table(pattern, key.shape[1], True, query.device)
     heads = query.shape[1]
     partial = query.new_empty((heads, plan.partial_rows, query.shape[3]))
     partial_lse = lse_or_stats if is_gradient else lse_or_stats.new_empty((heads, plan.partial_rows))
@@ -991,7 +923,7 @@ def _run_queries(
         strides,
         constants | _constants(attention, plan, blocks, strides),
     )
-    _launch_both(_query_kernel, heads, plan, phases, arguments, blocks)
+    _launch_both(_query_kernel, heads, plan, head_table, arguments, blocks)
 
 
 def _run_keys(
@@ -1000,8 +932,8 @@ def _run_keys(
     """Write the gradients of all keys and values."""
     query, key, value, pattern, documents, is_causal, scale = attention
     blocks = _blocks(query, "keys")
-    plan = _plan(_without_phases(pattern), documents, blocks.own, False, is_causal, query.device)
-    phases = _phases(pattern, key.shape[1], False, query.device)
+    plan = make_plan(without_heads(pattern), documents, blocks.own, False, is_causal, query.device)
+    head_table = make_head_table(pattern, key.shape[1], False, query.device)
     heads = key.shape[1]
     partial_dk, partial_dv = (key.new_empty((heads, plan.partial_rows, key.shape[3])) for _ in range(2))
     strides = _strides(query, key, value, grad_output, dk, dv)
@@ -1012,7 +944,7 @@ def _run_keys(
         strides,
         constants | _constants(attention, plan, blocks, strides),
     )
-    _launch_both(_key_kernel, heads, plan, phases, arguments, blocks)
+    _launch_both(_key_kernel, heads, plan, head_table, arguments, blocks)
 
 
 class _Arguments(NamedTuple):
@@ -1024,17 +956,19 @@ class _Arguments(NamedTuple):
     constants: dict  # what it is compiled for
 
 
-def _launch_both(kernel, heads: int, plan: _Plan, phases: torch.Tensor, arguments: _Arguments, blocks: Blocks) -> None:
+def _launch_both(
+    kernel, heads: int, plan: Plan, head_table: torch.Tensor, arguments: _Arguments, blocks: Blocks
+) -> None:
     """The dilated programs of a plan, then the dense ones, which take up what those left."""
     tensors, numbers, strides, constants = arguments
     for programs, is_dilated in ((plan.dilated, True), (plan.dense, False)):
         with_plan = _Arguments(
-            (*tensors, programs, plan.entries, plan.merges, phases),
+            (*tensors, programs, plan.entries, plan.merges, head_table),
             (plan.partial_rows, *numbers),
             strides,
             dict(DILATED=is_dilated) | constants,
         )
-        _launch(kernel, (len(programs) // _PROGRAM_SIZE.value, heads, 1), with_plan, blocks)
+        _launch(kernel, (len(programs) // PROGRAM_SIZE.value, heads, 1), with_plan, blocks)
 
 
 class PastAttention(NamedTuple):
@@ -1117,12 +1051,13 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _constants(attention: Attention, plan: _Plan, blocks: Blocks, strides: list[int]) -> dict:
+def _constants(attention: Attention, plan: Plan, blocks: Blocks, strides: list[int]) -> dict:
     """What the kernels are compiled for."""
     query, key = attention.query, attention.key
     block_span = 256 * max(attention.pattern.dilation_rates) * max(strides[2::3])  # in numbers, and more than it is
     return dict(
         IS_CAUSAL=attention.is_causal,
+        SINK="sink" in attention.pattern.branch_types,
         GROUP=query.shape[1] // key.shape[1],
         NUM_DENSE=plan.num_dense,
         NUM_BRANCHES=plan.num_branches,

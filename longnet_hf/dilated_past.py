@@ -7,14 +7,14 @@ the gradients: a few dense tiles per branch, each done for all heads at a time.
 Shapes: B batch, H query heads, Hkv key/value heads, L new tokens, D head size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .dilated_operator import uses_triton
-from .dilated_pattern import DilatedPattern
+from .dilated_pattern import DilatedPattern, Tile, sink_tiles
 from .dilated_tiles import TileKernel, adjacent_rows, attend_to_tiles, in_groups, merge, tile_gradients
 
 
@@ -31,6 +31,8 @@ except ImportError:  # PyTorch without Triton
 
 # Rows that are cheaper to copy than to compute in several pieces
 _FEW_ROWS = 1 << 17
+# Queries of a tile with a sink, which many more can have in common than other keys
+_SINK_QUERIES = 4096
 # A launch can have 65 535 heads of tiles: enough for 128 query heads per key/value head
 _MANY_TILES = 65535 // 128
 
@@ -93,32 +95,24 @@ def past_tiles(
         find: of a branch (its number), heads `[n, 1]` and positions `[n, K]` of keys, where these are stored: an index
             that gives `[B, n, K]`.
     """
-    back = min(position, max(position if w is None else w for w in pattern.segment_lengths))
-    alike: dict[tuple, list[tuple[int, int, int]]] = {}  # tiles that differ in heads and in where they begin
+    alike: dict[tuple, list[tuple[int, np.ndarray, np.ndarray]]] = {}  # tiles of one shape: head, queries, keys
     number_of_tile: dict[tuple[int, range, int], int] = {}
-    near = pattern.at(position - back)
-    for tile in near.tiles(back + length, num_heads, num_queries=length, num_keys=back):
+    for tile, queries, keys in _tiles_of_past(pattern, num_heads, position, length):
         # So that a query comes once in each of `alike`: those of one head have other rests by the dilation rate
-        queries, keys = tile.queries, tile.keys
-        which = tile.branch, tile.heads, queries.start % pattern.dilation_rates[tile.branch]
+        which = tile.branch, tile.heads, int(queries[0]) % pattern.dilation_rates[tile.branch]
         number_of_tile[which] = number_of_tile.get(which, -1) + 1
-        # Only one segment, or block of a window, has keys before `position` and queries after
-        assert tile.repeats == 1
-        shape, mask = (len(queries), queries.step, len(keys), keys.step), tile.mask
-        if mask == "lower":  # a triangle of which one key is left
-            assert len(queries) == len(keys) == 1
-            mask = "full"
-        begins = alike.setdefault((tile.branch, number_of_tile[which], mask, *shape), [])
-        begins.extend((head, queries.start - back, keys.start + position - back) for head in tile.heads)
+        mask = "upper" if tile.mask == "upper" else "full"
+        of_shape = alike.setdefault((tile.branch, number_of_tile[which], mask, len(queries), len(keys)), [])
+        of_shape.extend((head, queries, keys) for head in tile.heads)
 
     past = []
-    for (branch, _, mask, num_queries, query_step, num_keys, key_step), begins in alike.items():
+    for (branch, _, mask, num_queries, num_keys), tiles in alike.items():
         # Without kernels tiles are copies: of a long sequence, a quarter as many rows at a time as there are new ones
         size = max(_FEW_ROWS, num_heads * length // 4) // (num_queries + num_keys)
         size = max(1, min(size, _MANY_TILES))
-        for start in range(0, len(begins), size):
-            heads, queries, keys = np.array(begins[start : start + size], dtype=np.int64).T[..., None]
-            queries, keys = queries + np.arange(num_queries) * query_step, keys + np.arange(num_keys) * key_step
+        for start in range(0, len(tiles), size):
+            heads, queries, keys = (np.stack(x) for x in zip(*tiles[start : start + size], strict=True))
+            heads = heads[:, None]
             # Of one shape and layout, or indexing on a GPU would copy them each time
             indices = *np.broadcast_arrays(heads, queries), *find(branch, heads, keys)
             heads, queries, *stored = (
@@ -126,6 +120,34 @@ def past_tiles(
             )
             past.append(PastTile(mask, heads, queries, tuple(stored)))
     return past
+
+
+def _tiles_of_past(
+    pattern: DilatedPattern, num_heads: int, position: int, length: int
+) -> Iterator[tuple[Tile, np.ndarray, np.ndarray]]:
+    """The tiles of `length` queries from `position` on over the keys before, with the columns of their queries among
+    these and the positions of their keys. All pairs are joined, but for those above an "upper" diagonal."""
+    widths = [branch.length or position for branch in pattern.branches if branch.type != "sink"]
+    back = min(position, max(widths, default=0))
+    for tile in pattern.at(position - back).tiles(back + length, num_heads, num_queries=length, num_keys=back):
+        if pattern.branches[tile.branch].type == "sink":  # lies further back
+            continue
+        # Only one segment, or block of a window, has keys before `position` and queries after
+        assert tile.repeats == 1
+        # A lower triangle has but one key left
+        assert tile.mask != "lower" or len(tile.queries) == len(tile.keys) == 1
+        yield tile, np.array(tile.queries) - back, np.array(tile.keys) + position - back
+    for tile in sink_tiles(pattern, position + length, num_heads, length, position, is_causal=True):
+        if not tile.keys:
+            continue
+        queries, keys = np.array(tile.queries) - position, np.array(tile.keys)
+        joined = np.ones((len(queries), len(keys)), dtype=bool) if tile.joined is None else tile.joined
+        # Keys that the same queries join make a tile, or several: a GPU does them side by side
+        sets, number = np.unique(joined, axis=1, return_inverse=True)
+        for i in range(sets.shape[1]):
+            of_set, keys_of_set = queries[sets[:, i]], keys[number.ravel() == i]
+            for start in range(0, len(of_set), _SINK_QUERIES):
+                yield tile, of_set[start : start + _SINK_QUERIES], keys_of_set
 
 
 def attend_to_past(

@@ -10,30 +10,41 @@ Positions are counted from the first real token of a document: n is a query's po
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 
-BRANCH_TYPES = ("segment", "window")
+
+BRANCH_TYPES = ("segment", "window", "sink")
 HEAD_OFFSETS = ("paper", "grouped", "rotating")
 
 
 class Branch(NamedTuple):
-    """One branch of a pattern: its type, length w (`None`: unbounded) and dilation rate r, in positions."""
+    """One branch of a pattern: its type, length w (`None`: unbounded) and dilation rate r, in positions, and the
+    key/value heads that have it (`None`: all)."""
 
     type: str
     length: int | None
     rate: int
+    heads: tuple[int, ...] | None = None
+
+    def belongs_to(self, head):
+        """Whether key/value head `head` has this branch; of an integer tensor, element by element."""
+        if self.heads is None:
+            return head == head
+        return functools.reduce(operator.or_, (head == one for one in self.heads))
 
 
 class Tile(NamedTuple):
     """A dense piece of attention: `queries` attend to `keys` (both positions), for every key/value head in `heads`.
     It belongs to the pattern's branch number `branch`.
 
-    `mask` is `"full"` (every pair), `"lower"` (the i-th query attends to the keys up to the i-th) or `"upper"` (the
-    i-th query attends to the keys from the i-th on); the latter two are square and include the diagonal. The tile
-    stands `repeats` times, each `period` positions after the last.
+    `mask` is `"full"` (every pair), `"lower"` (the i-th query attends to the keys up to the i-th), `"upper"` (the
+    i-th query attends to the keys from the i-th on) or `"given"` (the pairs that `joined` says). Those with a triangle
+    are square and include the diagonal. The tile stands `repeats` times, each `period` positions after the last.
     """
 
     heads: range
@@ -43,12 +54,16 @@ class Tile(NamedTuple):
     repeats: int = 1
     period: int = 0
     branch: int = 0
+    joined: np.ndarray | None = None  # bool, queries by keys
 
     @property
     def pairs(self) -> int:
         """Number of (query, key, head) triples in the tile, repeats included."""
         rows, columns = len(self.queries), len(self.keys)
-        area = rows * columns if self.mask == "full" else rows * (rows + 1) // 2
+        if self.mask == "given":
+            area = int(self.joined.sum())
+        else:
+            area = rows * columns if self.mask == "full" else rows * (rows + 1) // 2
         return area * len(self.heads) * self.repeats
 
 
@@ -62,14 +77,18 @@ class DilatedPattern:
       kept, (n + g) % w % r == s_j and the same for m; g is 0, or w // 2 with `shift` (the first segment is then
       partial);
     - `"window"`: every query n joins the keys m with m % r == s_j and |n - m| < w. w = `None` with r = 1 is full
-      attention.
+      attention;
+    - `"sink"` (StreamingLLM's attention sinks, arXiv 2309.17453): every query joins the first w keys, m < w, but those
+      that another branch of the head joins to it already. r is 1, and a pattern has one such branch at most.
 
-    A pair counts once per branch that joins it. In causal attention only keys m <= n count.
+    A pair counts once per branch that joins it. In causal attention only keys m <= n count. A branch may belong to
+    some of the heads only.
 
     Args:
         segment_lengths: w of every branch, in positions (the paper's w_i).
         dilation_rates: r of every branch (the paper's r_i). Nothing requires r to divide w or the number of heads.
-        branch_types: `"segment"` or `"window"` for every branch; all `"segment"` by default.
+        branch_types: `"segment"`, `"window"` or `"sink"` for every branch; all `"segment"` by default.
+        branch_heads: for every branch the key/value heads that have it, or `None`: all heads; by default all have all.
         head_offset: how s_j follows from the head j: `"paper"`, j % r (section 2.3); `"grouped"`, j // ceil(H / r)
             (torchscale's, for its published weights); `"rotating"`, (j + layer_idx * H) % r, with which few heads
             cover all phases in depth. H and j count key/value heads.
@@ -88,6 +107,7 @@ class DilatedPattern:
     shift: bool = False
     layer_idx: int = 0
     offset: int = 0
+    branch_heads: tuple[tuple[int, ...] | None, ...] | None = None
 
     def __post_init__(self):
         for name in ("segment_lengths", "dilation_rates", "branch_types"):
@@ -97,6 +117,7 @@ class DilatedPattern:
             if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
                 raise ValueError(f"`{name}` must be a list with one entry per branch, got {value!r}.")
             object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "branch_heads", _checked_heads(self.branch_heads, len(self.segment_lengths)))
         if not len(self.segment_lengths) == len(self.dilation_rates) == len(self.branch_types):
             raise ValueError(
                 "`segment_lengths`, `dilation_rates` and `branch_types` must have one entry per branch, got "
@@ -113,6 +134,10 @@ class DilatedPattern:
                     "`segment_lengths` must be integers of at least 1 (or None for full attention, with branch type "
                     f"'window' and dilation rate 1), got {branch.length!r} in {branch}."
                 )
+            if branch.type == "sink" and branch.rate != 1:
+                raise ValueError(f"`dilation_rates` must be 1 for a branch of type 'sink', got {branch.rate}.")
+        if self.branch_types.count("sink") > 1:
+            raise ValueError(f"`branch_types` may have one 'sink', got {self.branch_types}.")
         if self.head_offset not in HEAD_OFFSETS:
             raise ValueError(f"`head_offset` must be one of {HEAD_OFFSETS}, got {self.head_offset!r}.")
         for name in ("layer_idx", "offset"):
@@ -120,7 +145,8 @@ class DilatedPattern:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"`{name}` must be an integer of at least 0, got {value!r}.")
         # Written once, here: torch.compile cannot trace the json module
-        object.__setattr__(self, "_json", json.dumps(asdict(self)))
+        fields = {name: x for name, x in asdict(self).items() if name != "branch_heads" or x is not None}
+        object.__setattr__(self, "_json", json.dumps(fields))
 
     @classmethod
     def full(cls, layer_idx: int = 0) -> "DilatedPattern":
@@ -137,9 +163,29 @@ class DilatedPattern:
         """The pattern of a sequence that begins `offset` positions behind this one's."""
         return replace(self, offset=self.offset + offset) if offset else self
 
+    def with_branch(self, type: str, length: int | None, heads: Sequence[int] | None = None) -> "DilatedPattern":
+        """The pattern with one more branch, of rate 1."""
+        return replace(
+            self,
+            segment_lengths=(*self.segment_lengths, length),
+            dilation_rates=(*self.dilation_rates, 1),
+            branch_types=(*self.branch_types, type),
+            branch_heads=(*(branch.heads for branch in self.branches), heads),
+        )
+
+    def with_full_heads(self, heads: Sequence[int], num_heads: int) -> "DilatedPattern":
+        """A pattern whose branches all heads have, where some of `num_heads` have full attention in place of them."""
+        if not heads:
+            return self
+        if len(heads) == num_heads:
+            return DilatedPattern.full(self.layer_idx)
+        others = [head for head in range(num_heads) if head not in heads]
+        return replace(self, branch_heads=(others,) * len(self.branches)).with_branch("window", None, heads)
+
     @property
     def branches(self) -> tuple[Branch, ...]:
-        return tuple(map(Branch, self.branch_types, self.segment_lengths, self.dilation_rates))
+        heads = self.branch_heads or (None,) * len(self.segment_lengths)
+        return tuple(map(Branch, self.branch_types, self.segment_lengths, self.dilation_rates, heads))
 
     def to_json(self) -> str:
         return self._json
@@ -159,32 +205,36 @@ class DilatedPattern:
         return (head + first) % branch.rate
 
     def phases(self, branch: Branch, num_heads: int) -> list[int]:
-        """The phases of all heads, each once, but for those that keep no row."""
-        phases = {self.phase(branch, head, num_heads) for head in range(num_heads)}
-        return sorted(s for s in phases if branch.type == "window" or s < branch.length)
+        """The phases of all heads that have a branch, each once, but for those that keep no row."""
+        return sorted(self.heads_by_phase(branch, num_heads))
 
-    def heads_of_phase(self, branch: Branch, phase: int, num_heads: int) -> range:
-        """The heads j with s_j = `phase`; always evenly spaced."""
-        if self.head_offset == "grouped":
-            size = -(-num_heads // branch.rate)
-            return range(min(phase * size, num_heads), min((phase + 1) * size, num_heads))
-        first = self.layer_idx * num_heads if self.head_offset == "rotating" else 0
-        return range((phase - first) % branch.rate, num_heads, branch.rate)
+    def heads_by_phase(self, branch: Branch, num_heads: int) -> dict[int, list[int]]:
+        """The heads that have a branch and keep any row in it, by their phase s_j."""
+        heads: dict[int, list[int]] = {}
+        for head in filter(branch.belongs_to, range(num_heads)):
+            phase = self.phase(branch, head, num_heads)
+            if branch.type != "segment" or phase < branch.length:
+                heads.setdefault(phase, []).append(head)
+        return heads
 
     def grid_shift(self, branch: Branch) -> int:
-        """g: how far the grid of a branch is moved, in positions. A window's grid has one segment without end."""
-        if branch.type == "window":
+        """g: how far the grid of a branch is moved, in positions. The grids of windows and sinks have one segment
+        without end."""
+        if branch.type != "segment":
             return self.offset
         return ((branch.length // 2 if self.shift else 0) + self.offset) % branch.length
 
-    def joins(self, branch: Branch, n, m, phase):
-        """Whether `branch` joins query `n` to key `m` for a head with `phase`, causality aside."""
-        w, r, g = branch.length, branch.rate, self.grid_shift(branch)
-        n, m = n + g, m + g
+    def joins(self, branch: Branch, n, m, head, num_heads: int):
+        """Whether `branch` joins query `n` to key `m` in key/value head `head` of `num_heads`, causality aside."""
+        w, r, g, phase = branch.length, branch.rate, self.grid_shift(branch), self.phase(branch, head, num_heads)
+        n, m, has = n + g, m + g, branch.belongs_to(head)
+        if branch.type == "sink":
+            others = (self.joins(x, n - g, m - g, head, num_heads) for x in self.branches if x.type != "sink")
+            return has & (m < w) & (sum(others) == 0)
         if branch.type == "window":
-            kept = m % r == phase
+            kept = has & (m % r == phase)
             return kept if w is None else kept & (n - m < w) & (m - n < w)
-        return (n // w == m // w) & (n % w % r == phase) & (m % w % r == phase)
+        return has & (n // w == m // w) & (n % w % r == phase) & (m % w % r == phase)
 
     def multiplicity(self, n, m, head, num_heads: int, is_causal: bool = True):
         """C[n, m]: in how many branches `head` joins query `n` to key `m`, as an integer (tensor).
@@ -193,7 +243,7 @@ class DilatedPattern:
         of them: softmax(QK^T / sqrt(d) + log C) V, with log 0 = -inf.
         """
         visible = (m <= n) if is_causal else (m == m)
-        return sum(visible & self.joins(branch, n, m, self.phase(branch, head, num_heads)) for branch in self.branches)
+        return sum(visible & self.joins(branch, n, m, head, num_heads) for branch in self.branches)
 
     # How much work that is, and what a cache has to hold
 
@@ -208,6 +258,10 @@ class DilatedPattern:
     def past_keys(self, branch: Branch, head: int, num_heads: int, position: int) -> range:
         """The keys before `position` that a query from there on asks for in a branch, in causal attention."""
         g, phase, w, r = self.grid_shift(branch), self.phase(branch, head, num_heads), branch.length, branch.rate
+        if not branch.belongs_to(head) or (branch.type == "sink" and self.is_unbounded(head)):
+            return range(0)
+        if branch.type == "sink":
+            return range(min(max(0, w - g), position))
         if branch.type == "window":
             oldest = 0 if w is None else max(0, position + 1 - w)
             return range(oldest + (phase - g - oldest) % r, position, r)
@@ -215,12 +269,25 @@ class DilatedPattern:
         kept = range(start + phase, start + w, r)
         return clip(kept, 0, position) if kept and kept[-1] >= position else range(0)
 
-    def max_live_keys(self) -> int | None:
-        """How many keys a causal cache has to hold for one head, at most, at any position: the sum of w_i / r_i.
-        `None` if that number grows with the position."""
-        if any(branch.length is None for branch in self.branches):
+    def max_live_keys(self, head: int | None = None) -> int | None:
+        """How many keys a causal cache has to hold for a key/value head (default: for any), at most, at any position:
+        the sum of w_i / r_i over the head's branches. `None` if that number grows with the position."""
+        branches = [branch for branch in self.branches if head is None or branch.belongs_to(head)]
+        if any(branch.length is None for branch in branches):
             return None
-        return sum(-(-branch.length // branch.rate) for branch in self.branches)
+        return sum(-(-branch.length // branch.rate) for branch in branches)
+
+    def sink_extent(self, others: Sequence[Branch], num_keys: int) -> int:
+        """From which position on none of a head's other branches joins a query to any of the first `num_keys` keys."""
+        extent, last = 0, num_keys - 1
+        for branch in others:
+            w, g = branch.length, self.grid_shift(branch)
+            extent = max(extent, last + w if branch.type == "window" else ((last + g) // w + 1) * w - g)
+        return extent
+
+    def is_unbounded(self, head: int) -> bool:
+        """Whether a key/value head has full attention."""
+        return any(branch.length is None and branch.belongs_to(head) for branch in self.branches)
 
     # Attention as dense pieces
 
@@ -252,18 +319,28 @@ def layer_patterns(
     head_offset: str = "paper",
     segment_shift: bool = False,
     full_attention_layers: Sequence[int] | None = None,
+    full_attention_heads: Mapping[int, Sequence[int]] | None = None,
+    sink_tokens: int = 0,
+    *,
+    num_heads: int,
 ) -> list[DilatedPattern]:
-    """The pattern of every layer, first layer first, from what a configuration says (see [`LongNetConfig`])."""
+    """The pattern of every layer, first layer first, from what a configuration says (see [`LongNetConfig`]).
+    `num_heads` is the number of key/value heads."""
     if not isinstance(full_attention_layers, (Sequence, type(None))) or isinstance(full_attention_layers, str):
         raise ValueError(f"`full_attention_layers` must be a list of layer indices, got {full_attention_layers!r}.")
     full = set(full_attention_layers or ())
     outside = sorted(full - set(range(num_layers)))
     if outside:
         raise ValueError(f"`full_attention_layers` must be layer indices from 0 to {num_layers - 1}, got {outside}.")
-    return [
-        DilatedPattern.full(layer_idx)
-        if layer_idx in full
-        else DilatedPattern(
+    full_heads = heads_of_layers(full_attention_heads, num_layers, num_heads)
+    twice = sorted(full & set(full_heads))
+    if twice:
+        raise ValueError(f"`full_attention_heads` and `full_attention_layers` both have the layers {twice}.")
+    if isinstance(sink_tokens, bool) or not isinstance(sink_tokens, int) or sink_tokens < 0:
+        raise ValueError(f"`sink_tokens` must be an integer of at least 0, got {sink_tokens!r}.")
+    patterns = []
+    for layer_idx in range(num_layers):
+        pattern = DilatedPattern(
             segment_lengths,
             dilation_rates,
             branch_types,
@@ -271,8 +348,57 @@ def layer_patterns(
             shift=segment_shift and layer_idx % 2 == 1,
             layer_idx=layer_idx,
         )
-        for layer_idx in range(num_layers)
-    ]
+        if sink_tokens:
+            pattern = pattern.with_branch("sink", sink_tokens)
+        heads = full_heads.get(layer_idx, range(num_heads if layer_idx in full else 0))
+        patterns.append(pattern.with_full_heads(heads, num_heads))
+    return patterns
+
+
+def heads_of_layers(
+    heads: Mapping[int, Sequence[int]] | None, num_layers: int, num_heads: int
+) -> dict[int, tuple[int, ...]]:
+    """`full_attention_heads` as a user or a JSON file has it, checked and in order, without empty layers.
+
+    Raises:
+        ValueError: naming the layer or the heads that the model does not have.
+    """
+    if not isinstance(heads, (Mapping, type(None))):
+        raise ValueError(
+            f"`full_attention_heads` must map indices of layers to lists of key/value heads, got {heads!r}."
+        )
+    checked = {}
+    for layer, of_layer in (heads or {}).items():
+        layer_idx = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer  # the keys of JSON are text
+        if isinstance(layer_idx, bool) or not isinstance(layer_idx, int) or not 0 <= layer_idx < num_layers:
+            raise ValueError(f"`full_attention_heads` must name layers from 0 to {num_layers - 1}, got {layer!r}.")
+        is_list = isinstance(of_layer, Sequence) and not isinstance(of_layer, str)
+        if not is_list or any(type(head) is not int or not 0 <= head < num_heads for head in of_layer):
+            raise ValueError(
+                f"`full_attention_heads` must list key/value heads from 0 to {num_heads - 1}, got {of_layer!r} for "
+                f"layer {layer}."
+            )
+        if of_layer:
+            checked[layer_idx] = tuple(sorted(set(of_layer)))
+    return dict(sorted(checked.items()))
+
+
+def _checked_heads(branch_heads, num_branches: int) -> tuple[tuple[int, ...] | None, ...] | None:
+    """`branch_heads` as tuples in order; `None` if all heads have all branches."""
+    if branch_heads is None:
+        return None
+    is_list = isinstance(branch_heads, Sequence) and not isinstance(branch_heads, str)
+    if not is_list or len(branch_heads) != num_branches:
+        raise ValueError(
+            f"`branch_heads` must be a list with one entry for each of {num_branches} branches, got {branch_heads!r}."
+        )
+    for heads in branch_heads:
+        is_list = isinstance(heads, Sequence) and not isinstance(heads, str) and len(heads) > 0
+        if heads is not None and not (is_list and all(type(head) is int and head >= 0 for head in heads)):
+            raise ValueError(f"`branch_heads` must be lists of key/value heads, or None for all, got {heads!r}.")
+    if all(heads is None for heads in branch_heads):
+        return None
+    return tuple(None if heads is None else tuple(sorted(set(heads))) for heads in branch_heads)
 
 
 def _is_positive_int(value) -> bool:
@@ -298,6 +424,7 @@ class Piece(NamedTuple):
     columns: range
     repeats: int = 1
     period: int = 0
+    joined: np.ndarray | None = None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -308,16 +435,91 @@ def _tiles(
     for name, value in (("num_queries", num_queries), ("num_keys", num_keys)):
         if not 0 <= value <= length:
             raise ValueError(f"`{name}` must lie between 0 and the length {length}, got {value}.")
+    for branch in pattern.branches:
+        if branch.heads is not None and max(branch.heads) >= num_heads:
+            raise ValueError(f"`branch_heads` must lie below the number of heads, {num_heads}, got {branch.heads}.")
     tiles: list[Tile] = []
     for index, branch in enumerate(pattern.branches):
-        cut = _segment_pieces if branch.type == "segment" else _window_pieces
-        for phase in pattern.phases(branch, num_heads):
-            heads = pattern.heads_of_phase(branch, phase, num_heads)
+        cut = {"segment": _segment_pieces, "window": _window_pieces, "sink": _no_pieces}[branch.type]
+        for phase, heads in pattern.heads_by_phase(branch, num_heads).items():
             for piece in cut(branch, pattern.grid_shift(branch), phase, length, num_queries, num_keys, is_causal):
-                tiles.append(
-                    Tile(heads, piece.mask, piece.rows, piece.columns, piece.repeats, piece.period, branch=index)
-                )
+                tiles += _tiles_of_heads(heads, piece, index)
+    tiles += sink_tiles(pattern, length, num_heads, num_queries, num_keys, is_causal)
     return tuple(tile for tile in tiles if tile.pairs)
+
+
+def _tiles_of_heads(heads: list[int], piece: "Piece", branch: int) -> Iterator[Tile]:
+    """A tile for all heads, or several: those of one are evenly spaced, so that their rows are a view of a tensor."""
+    while heads:
+        step = heads[1] - heads[0] if len(heads) > 1 else 1
+        count = 1
+        while count < len(heads) and heads[count] - heads[count - 1] == step:
+            count += 1
+        yield Tile(
+            range(heads[0], heads[count - 1] + 1, step),
+            piece.mask,
+            piece.rows,
+            piece.columns,
+            piece.repeats,
+            piece.period,
+            branch,
+            piece.joined,
+        )
+        heads = heads[count:]
+
+
+def sink_tiles(
+    pattern: DilatedPattern, length: int, num_heads: int, num_queries: int, num_keys: int, is_causal: bool
+) -> Iterator[Tile]:
+    """The tiles of the pattern's sink, see [`DilatedPattern.tiles`]: what is left of it by the other branches."""
+    for index, branch in enumerate(pattern.branches):
+        if branch.type != "sink":
+            continue
+        keys = range(min(max(0, branch.length - pattern.offset), num_keys))
+        alike: dict[tuple, list[int]] = {}  # heads of which the other branches join the same
+        for head in filter(branch.belongs_to, range(num_heads)):
+            others = [x for x in pattern.branches if x is not branch and x.type != "sink" and x.belongs_to(head)]
+            if all(x.length is not None for x in others):
+                key = tuple((x, pattern.phase(x, head, num_heads)) for x in others)
+                alike.setdefault(key, []).append(head)
+        for others, heads in alike.items():
+            for piece in _sink_pieces(pattern, [x for x, _ in others], heads[0], num_heads, keys, length, is_causal):
+                rows = clip(piece.rows, length - num_queries, length)
+                joined = piece.joined
+                if joined is not None:
+                    joined = joined[rows.start - piece.rows.start :][: len(rows)]
+                if rows:
+                    yield from _tiles_of_heads(heads, piece._replace(rows=rows, joined=joined), index)
+
+
+def _sink_pieces(
+    pattern: DilatedPattern,
+    others: list[Branch],
+    head: int,
+    num_heads: int,
+    keys: range,
+    length: int,
+    is_causal: bool,
+) -> Iterator["Piece"]:
+    """The pieces of the sink's `keys` for a head that has the branches `others` beside it: as far as any of these
+    joins a query to any of the keys, the pairs that none does; and all pairs behind that."""
+    if not keys:
+        return
+    stop = min(max(pattern.sink_extent(others, len(keys)), len(keys) if is_causal else 0), length)
+    n, m = np.arange(stop)[:, None], np.arange(len(keys))
+    joined = (m <= n) if is_causal else np.ones((stop, len(keys)), dtype=bool)
+    for branch in others:
+        joined = joined & ~pattern.joins(branch, n, m, head, num_heads)
+    rows = joined.any(1).nonzero()[0]
+    if len(rows):
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        yield Piece("given", range(first, last), keys, joined=joined[first:last])
+    yield Piece("full", range(stop, length), keys)
+
+
+def _no_pieces(*args) -> tuple[()]:
+    """Sinks depend on the other branches: see `sink_tiles`."""
+    return ()
 
 
 def _segment_pieces(

@@ -39,7 +39,7 @@ def in_groups(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 class PlacedTile(Protocol):
     """A tile and where its rows lie. Tensors come `in_groups`, keys as the tile's kind has them."""
 
-    mask: str  # see `Tile`
+    mask: str | torch.Tensor  # see `Tile`; the pairs, bool `[queries, keys]`, in place of "given"
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """The tile's rows of a tensor of queries, for a kernel: `[batch, heads, K, D]`."""
@@ -97,7 +97,8 @@ def tile_gradients(
 
 def merge(output: torch.Tensor, lse: torch.Tensor, new_output: torch.Tensor, new_lse: torch.Tensor) -> None:
     """Continue the softmax `output` `[..., D]`, `lse` `[..., 1]` over further keys, in place."""
-    output.lerp_(new_output.to(output.dtype), torch.sigmoid(new_lse - lse))
+    share = torch.sigmoid(new_lse - lse).masked_fill_(new_lse == -torch.inf, 0.0)  # no keys, and perhaps none before
+    output.lerp_(new_output.to(output.dtype), share)
     torch.logaddexp(lse, new_lse, out=lse)
 
 
@@ -109,8 +110,8 @@ class DocumentTile(NamedTuple):
     key_column: int
 
     @property
-    def mask(self) -> str:
-        return self.tile.mask
+    def mask(self) -> str | torch.Tensor:
+        return self.tile.mask if self.tile.joined is None else torch.from_numpy(self.tile.joined)
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """`[B * repeats, heads * H / Hkv, K, D]`"""
@@ -153,7 +154,7 @@ class DocumentTile(NamedTuple):
 
 class TileKernel:
     """Softmax attention of one tile, with its log-sum-exp: PyTorch's flash kernels, or plain products where they do
-    not apply (dropout, float32 and float64 on a GPU, other devices). Inputs are `[batch, heads, K, D]`."""
+    not apply (given pairs, dropout, float32 and float64 on a GPU, other devices). Inputs: `[batch, heads, K, D]`."""
 
     def __init__(self, like: torch.Tensor, scale: float, dropout: float, seed: torch.Tensor | None):
         self.scale, self.dropout = scale, dropout
@@ -164,17 +165,18 @@ class TileKernel:
         self.on_cpu = dropout == 0 and like.device.type == "cpu"
         self.on_cuda = dropout == 0 and like.device.type == "cuda" and half and like.shape[-1] <= 256
 
-    def forward(self, q, k, v, mask: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q, k, v, mask: str | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and log-sum-exp of a tile."""
-        if mask == "upper":  # in reverse order, an upper triangle is a lower one
+        is_given = torch.is_tensor(mask)
+        if not is_given and mask == "upper":  # in reverse order, an upper triangle is a lower one
             output, lse = self.forward(q.flip(2), k.flip(2), v.flip(2), "lower")
             return output.flip(2), lse.flip(2)
-        is_causal = mask == "lower"
-        if self.on_cpu:
+        is_causal = not is_given and mask == "lower"
+        if self.on_cpu and not is_given:
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, is_causal, scale=self.scale
             )
-        if self.on_cuda:
+        if self.on_cuda and not is_given:
             padded = map(_pad_head, (q, k, v))
             output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
                 *padded, 0.0, is_causal, scale=self.scale
@@ -183,25 +185,28 @@ class TileKernel:
         q, k, v = (x.to(accumulator(x.dtype)) for x in (q, k, v))
         output, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
         for rows, columns in self._chunks(q, k, is_causal):
-            scores = self._scores(q, k, rows, columns, is_causal)
+            scores = self._scores(q, k, rows, columns, mask)
             lse[:, :, rows] = scores.logsumexp(-1)
-            weights = (scores - lse[:, :, rows, None]).exp_()
+            weights = (scores - _finite(lse[:, :, rows, None])).exp_()
             if self.dropout:
                 weights *= self._kept_weights(weights)
             output[:, :, rows] = weights @ v[:, :, columns]
         return output, lse
 
-    def backward(self, do, q, o, lse, k, v, mask: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(
+        self, do, q, o, lse, k, v, mask: str | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The tile's share of the gradients, given the merged output `o` and log-sum-exp `[..., 1]` of its queries."""
-        if mask == "upper":
+        is_given = torch.is_tensor(mask)
+        if not is_given and mask == "upper":
             flipped = (x.flip(2) for x in (do, q, o, lse, k, v))
             return tuple(x.flip(2) for x in self.backward(*flipped, "lower"))
-        is_causal, lse = mask == "lower", lse[..., 0]
-        if self.on_cpu:
+        is_causal, lse = not is_given and mask == "lower", lse[..., 0]
+        if self.on_cpu and not is_given:
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 do, q, k, v, o, lse, 0.0, is_causal, scale=self.scale
             )
-        if self.on_cuda:
+        if self.on_cuda and not is_given:
             padded = map(_pad_head, (do, q, k, v, o))
             no_random_state = torch.empty(2, dtype=torch.uint64, device=q.device)
             grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -221,7 +226,7 @@ class TileKernel:
         do, q, k, v, o = (x.to(accumulator(x.dtype)) for x in (do, q, k, v, o))
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows, columns in self._chunks(q, k, is_causal):
-            weights = (self._scores(q, k, rows, columns, is_causal) - lse[:, :, rows, None]).exp_()
+            weights = (self._scores(q, k, rows, columns, mask) - _finite(lse[:, :, rows, None])).exp_()
             grad_weights = do[:, :, rows] @ v[:, :, columns].transpose(-1, -2)
             kept = self._kept_weights(weights) if self.dropout else 1.0
             mean = (do[:, :, rows] * o[:, :, rows]).sum(-1, keepdim=True)
@@ -239,9 +244,11 @@ class TileKernel:
             stop = min(start + size, q.shape[2])
             yield slice(start, stop), slice(0, stop if is_causal else k.shape[2])
 
-    def _scores(self, q, k, rows, columns, is_causal):
+    def _scores(self, q, k, rows, columns, mask):
         scores = q[:, :, rows] @ k[:, :, columns].transpose(-1, -2) * self.scale
-        if is_causal:
+        if torch.is_tensor(mask):
+            scores = scores.masked_fill(~mask[rows, columns].to(q.device), -torch.inf)
+        elif mask == "lower":
             n, m = torch.arange(rows.start, rows.stop, device=q.device), torch.arange(columns.stop, device=q.device)
             scores = scores.masked_fill(m > n[:, None], -torch.inf)
         return scores
@@ -249,6 +256,11 @@ class TileKernel:
     def _kept_weights(self, weights):
         kept = torch.rand(weights.shape, device=weights.device, generator=self.generator) >= self.dropout
         return kept.to(weights.dtype) / (1 - self.dropout)
+
+
+def _finite(lse: torch.Tensor) -> torch.Tensor:
+    """To be subtracted from scores, all of which are -inf where the log-sum-exp is."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
 def _pad_head(x: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,10 @@ def _joined_keys(pattern: DilatedPattern, queries: int, num_heads: int, length: 
         w, r = branch.length, branch.rate
         g = pattern.grid_shift(branch)
         for phase in pattern.phases(branch, num_heads):
-            if branch.type == "window":
+            if branch.type == "sink":  # what it leaves out, another branch of the same head joins
+                stop = min(max(0, w - g), queries.bit_length() if is_causal else length)
+                joined |= _bits(range(stop))
+            elif branch.type == "window":
                 seen = queries
                 if w is None or w >= length:
                     seen = (1 << queries.bit_length()) - 1 if is_causal else everything
@@ -134,15 +137,15 @@ def _ranges(bits: int) -> list[range]:
 
 def _first_query_without_keys(pattern: DilatedPattern, num_heads: int) -> tuple[int, int] | None:
     """(head, position) of the first query that no branch joins to a key at or before it."""
-    if any(branch.rate == 1 for branch in pattern.branches):
+    if any(branch.rate == 1 and branch.heads is None for branch in pattern.branches):
         return None
     for position in range(_SEARCHED_POSITIONS):
         for head in range(num_heads):
-            for branch in pattern.branches:
+            for branch in filter(lambda branch, head=head: branch.belongs_to(head), pattern.branches):
                 phase = pattern.phase(branch, head, num_heads)
                 rest = (position + pattern.grid_shift(branch) - phase) % branch.rate
                 nearest = position - rest if branch.type == "window" else position
-                if nearest >= 0 and pattern.joins(branch, position, nearest, phase):
+                if branch.rate == 1 or (nearest >= 0 and pattern.joins(branch, position, nearest, head, num_heads)):
                     break
             else:
                 return head, position
@@ -154,16 +157,14 @@ def _first_position_of_first_branch_only(patterns: Sequence[DilatedPattern], num
     kept = []
     for pattern in patterns:
         for branch in pattern.branches if pattern.branches[0].length is None else pattern.branches[1:]:
-            phases = {pattern.phase(branch, head, num_heads) for head in range(num_heads)}
-            if len(phases) == branch.rate:
+            heads = [head for head in range(num_heads) if branch.belongs_to(head) and branch.type != "sink"]
+            if len({pattern.phase(branch, head, num_heads) for head in heads}) == branch.rate:
                 return None
-            kept.append((pattern, branch, phases))
+            kept += [(pattern, branch, head) for head in heads]
     if not kept:  # there is only one branch
         return None
     for position in range(_SEARCHED_POSITIONS):
-        if not any(
-            pattern.joins(branch, position, position, phase) for pattern, branch, phases in kept for phase in phases
-        ):
+        if not any(pattern.joins(branch, position, position, head, num_heads) for pattern, branch, head in kept):
             return position
     return None
 

@@ -8,7 +8,7 @@ import torch
 from patterns import random_pattern
 from test_dilated_operator import gradients, random_layout, random_tensors
 
-from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference
+from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference, dilated_plan
 from longnet_hf import dilated_operator as operator_module
 from longnet_hf import dilated_past as past_module
 from longnet_hf.dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
@@ -40,22 +40,11 @@ def interpreted(monkeypatch):
 def test_kernels_agree_with_the_oracle(seed, interpreted):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    pattern, batch, heads, group = (
-        random_pattern(rng),
-        rng.choice([1, 2]),
-        rng.choice([1, 2, 3]),
-        rng.choice([1, 1, 2]),
-    )
+    batch, heads, group = rng.choice([1, 2]), rng.choice([1, 2, 3]), rng.choice([1, 1, 2])
+    pattern = random_pattern(rng, heads)
     if seed % 2:  # segments longer than blocks
         lengths = [w and w * rng.choice([1, 4, 8]) for w in pattern.segment_lengths]
-        pattern = DilatedPattern(
-            lengths,
-            pattern.dilation_rates,
-            pattern.branch_types,
-            pattern.head_offset,
-            pattern.shift,
-            pattern.layer_idx,
-        )
+        pattern = replace(pattern, segment_lengths=lengths, offset=0)
     keys = rng.choice([1, 7, 31, rng.randint(1, 70)]) if seed % 4 else rng.randint(60, 100)
     queries = rng.choice([keys, keys, 1, rng.randint(1, keys)])
     inputs, grad = random_tensors(batch, heads, group, queries, keys, rng.choice([1, 3, 16]), torch.float32)
@@ -98,21 +87,21 @@ def test_documents_without_padding_inside_stay_in_place_and_are_looked_for_once(
 def test_plan_asks_for_no_more_programs_than_the_pattern_has_work():
     """Blocks of queries times keys that they meet: at most what the triangle of a block adds to the joined pairs."""
     length, block = 65536, 64
-    plan = kernels._plan(PAPER, ((0, 0, 0, length, 0),), block, True, True, torch.device("cpu"))
-    assert len(plan.dense) // kernels._PROGRAM_SIZE.value == length // block
+    plan = dilated_plan.make_plan(PAPER, ((0, 0, 0, length, 0),), block, True, True, torch.device("cpu"))
+    assert len(plan.dense) // dilated_plan.PROGRAM_SIZE.value == length // block
     kept = sum(-(-(w // r + 1) // block) * (length // w) for w, r in ((4096, 2), (8192, 4), (16384, 6), (32768, 12)))
-    assert len(plan.dilated) // kernels._PROGRAM_SIZE.value <= kept
-    assert plan.partial_rows <= sum(length // r + length // w for _, w, r in PAPER.branches[1:])
+    assert len(plan.dilated) // dilated_plan.PROGRAM_SIZE.value <= kept
+    assert plan.partial_rows <= sum(length // x.rate + length // x.length for x in PAPER.branches[1:])
 
 
 def test_layers_share_their_plans(interpreted):
     inputs, grad = random_tensors(1, 2, 1, 40, 40, 4, torch.float32)
-    before = kernels._plan.cache_info().misses
+    before = dilated_plan.make_plan.cache_info().misses
     for offset in ("paper", "rotating"):
         for layer_idx in range(3):
             pattern = DilatedPattern([16, 41], [1, 3], None, offset, layer_idx=layer_idx)
             gradients(dilated_attention(*inputs, pattern), inputs, grad)
-    assert kernels._plan.cache_info().misses == before + 2  # blocks of queries, blocks of keys
+    assert dilated_plan.make_plan.cache_info().misses == before + 2  # blocks of queries, blocks of keys
 
 
 GPU_CASES = [
@@ -277,9 +266,9 @@ class Past:
 def test_kernels_for_keys_of_the_past_agree_with_the_tiles(seed, interpreted, monkeypatch):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    pattern = replace(random_pattern(rng), offset=0)
     position, length = rng.choice([1, 5, rng.randint(1, 70)]), rng.choice([1, rng.randint(1, 70)])
     batch, heads, group, size = rng.choice([1, 2]), rng.choice([1, 2, 3]), rng.choice([1, 2]), rng.choice([1, 3, 16])
+    pattern = replace(random_pattern(rng, heads), offset=0)
     past = Past.of_pattern(pattern, position, batch, length, heads, group, size, "cpu")
     past.assert_equal_on_both_paths(monkeypatch)
 

@@ -20,14 +20,16 @@ def flat(ranges):
 @pytest.mark.parametrize("seed", range(120))
 def test_tiles_hold_every_joined_pair_as_often_as_branches_join_it(seed):
     rng = random.Random(seed)
-    pattern, heads, length, causal = random_pattern(rng), rng.choice([1, 2, 3, 5]), rng.randint(1, 50), seed % 2 == 0
+    heads, length, causal = rng.choice([1, 2, 3, 5]), rng.randint(1, 50), seed % 2 == 0
+    pattern = random_pattern(rng, heads)
     queries, keys = (rng.choice([length, 1, rng.randint(1, length)]) for _ in range(2))
     counts = {}
     for tile in pattern.tiles(length, heads, num_queries=queries, num_keys=keys, is_causal=causal):
         for repeat in range(tile.repeats):
             for i, n in enumerate(tile.queries):
                 for j, m in enumerate(tile.keys):
-                    if tile.mask == "full" or (j <= i if tile.mask == "lower" else j >= i):
+                    joins = {"full": True, "lower": j <= i, "upper": j >= i}
+                    if tile.joined[i, j] if tile.mask == "given" else joins[tile.mask]:
                         for head in tile.heads:
                             at = (n + repeat * tile.period, m + repeat * tile.period, head)
                             counts[at] = counts.get(at, 0) + 1
@@ -45,12 +47,13 @@ def test_tiles_hold_every_joined_pair_as_often_as_branches_join_it(seed):
 @pytest.mark.parametrize("seed", range(30))
 def test_multiplicity_and_kept_rows_follow_the_definition(seed):
     rng = random.Random(seed)
-    pattern, heads, length = random_pattern(rng), rng.choice([1, 3, 4]), 40
+    heads, length = rng.choice([1, 3, 4]), 40
+    pattern = random_pattern(rng, heads)
     for head in range(heads):
         for n in range(length):
             for m in range(length):
                 assert pattern.multiplicity(n, m, head, heads) == joined(pattern, n, m, head, heads)
-        for branch in pattern.branches:
+        for branch in (x for x in pattern.branches if x.type != "sink"):
             alone = DilatedPattern(
                 [branch.length],
                 [branch.rate],
@@ -59,6 +62,7 @@ def test_multiplicity_and_kept_rows_follow_the_definition(seed):
                 shift=pattern.shift,
                 layer_idx=pattern.layer_idx,
                 offset=pattern.offset,
+                branch_heads=[branch.heads],
             )
             kept = [m for m in range(length) if any(joined(alone, n, m, head, heads) for n in range(m, m + 8))]
             assert flat(kept_rows(pattern, branch, head, heads, length)) == kept
@@ -67,7 +71,8 @@ def test_multiplicity_and_kept_rows_follow_the_definition(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_live_keys_are_those_that_a_later_query_joins(seed):
     rng = random.Random(seed)
-    pattern, heads = random_pattern(rng), rng.choice([1, 2, 4])
+    heads = rng.choice([1, 2, 4])
+    pattern = random_pattern(rng, heads)
     for position in (0, 5, 23, 40):
         for head in range(heads):
             later = range(position + 1, position + 80)
@@ -79,7 +84,8 @@ def test_live_keys_are_those_that_a_later_query_joins(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_reach_follows_joined_pairs_through_the_layers(seed):
     rng = random.Random(seed)
-    patterns, heads, length, causal = [random_pattern(rng) for _ in range(3)], rng.choice([1, 2]), 30, seed % 2 == 0
+    heads, length, causal = rng.choice([1, 2]), 30, seed % 2 == 0
+    patterns = [random_pattern(rng, heads) for _ in range(3)]
     position = rng.randrange(length)
     known = {position}
     for pattern in reversed(patterns):

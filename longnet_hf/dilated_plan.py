@@ -1,0 +1,225 @@
+"""What the kernels of dilated_kernels.py launch: which programs, and what each of them has to know, as tables.
+
+A table holds records of integers, whose fields have the same names here and in the kernels. It is made on the CPU, in
+NumPy, and copied to the GPU once for all layers with a pattern, as long as the documents of a batch lie alike.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .dilated_pattern import Branch, DilatedPattern
+from .documents import Document
+
+
+try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("The kernels need the package triton, which comes with PyTorch for GPUs.") from error
+
+
+# A program's record: its document (the fields of `Document`) and block; of dense programs, the number of their first
+# entry; of dilated ones, their branch, the segment that they work in, and the distances from the segment's start, as
+# multiples of the rate and rests, to its stop, to where the queries begin, and to where the keys do.
+ROW, KEY_COLUMN, QUERY_COLUMN, LENGTH, FIRST_QUERY, BLOCK_NUMBER, ENTRY_OR_BRANCH = map(tl.constexpr, range(7))
+PROGRAM_RATE, SEGMENT_START, PARTIAL_START, PROGRAM_WINDOW = map(tl.constexpr, range(7, 11))
+TO_STOP, TO_STOP_REST, TO_QUERIES, TO_QUERIES_REST, TO_KEYS, TO_KEYS_REST = map(tl.constexpr, range(11, 17))
+PROGRAM_SIZE = tl.constexpr(20)
+# A head: its number, among the key/value heads; how many keys of the sink it has, and from which position on no other
+# branch joins a query to any of them; its phase in every branch, or -1 where it does not have the branch.
+HEAD, SINKS, SINK_EXTENT, FIRST_PHASE = map(tl.constexpr, range(4))
+# An entry, for a document and a branch: length, rate and shift of the grid (a window's is one segment); the window's
+# length, 0 for a segment; where partial results begin, and how many there may be in a segment.
+GRID_LENGTH, GRID_RATE, GRID_SHIFT, WINDOW_LENGTH, PARTIAL_BASE, PARTIAL_ROWS = map(tl.constexpr, range(6))
+ENTRY_SIZE = tl.constexpr(6)
+# A merge, for a dense program and a dilated branch: where the segment of the block's first position ends, where its
+# partial results begin, how many rows further those of the next segment do, and the rate; then for each of the two
+# segments, the distances from its start to the block's first position and to where numbers begin.
+SEGMENT_STOP, FIRST_PARTIAL, NEXT_PARTIAL, MERGE_RATE = map(tl.constexpr, range(4))
+THIS_SEGMENT, NEXT_SEGMENT = tl.constexpr(4), tl.constexpr(8)
+TO_BLOCK, TO_BLOCK_REST, TO_FIRST, TO_FIRST_REST = map(tl.constexpr, range(4))
+MERGE_SIZE = tl.constexpr(12)
+
+
+class Plan(NamedTuple):
+    """Which programs to launch, as tables of int32 on the device, whose records are described at the top.
+
+    `dense` and `dilated` have a program's record for every program of a launch, `entries` one for every document and
+    branch, the dense branches first, and `merges` one for every dense program and dilated branch. What differs from
+    head to head, and so from layer to layer, stands in a table of its own (`make_head_table`).
+    """
+
+    dense: torch.Tensor
+    dilated: torch.Tensor
+    entries: torch.Tensor
+    merges: torch.Tensor
+    num_dense: int
+    num_branches: int
+    partial_rows: int
+    is_unit: bool  # every dense branch has r = 1
+    is_short: bool  # some segments are shorter than a block
+
+
+@functools.lru_cache(maxsize=1024)
+def without_heads(pattern: DilatedPattern) -> DilatedPattern:
+    """The pattern without what differs from head to head, for which there is one plan."""
+    return replace(pattern, head_offset="paper", layer_idx=0, branch_heads=None)
+
+
+def _ordered_branches(pattern: DilatedPattern, of_queries: bool) -> tuple[list[Branch], int]:
+    """The branches, dense ones first, and how many these are. The sink is not among them."""
+
+    def is_dilated(branch: Branch) -> bool:
+        return branch.rate > 1 and not (of_queries and branch.type == "window")
+
+    branches = sorted((branch for branch in pattern.branches if branch.type != "sink"), key=is_dilated)
+    return branches, sum(not is_dilated(branch) for branch in branches)
+
+
+@functools.lru_cache(maxsize=1024)
+def make_head_table(
+    pattern: DilatedPattern, num_kv_heads: int, of_queries: bool, device: torch.device
+) -> torch.Tensor:
+    """A record for every key/value head, those with most to do first, with the phases in the order of the plan. A
+    window's grid is moved by its phase alone."""
+    branches, _ = _ordered_branches(pattern, of_queries)
+    sink = next((branch for branch in pattern.branches if branch.type == "sink"), None)
+
+    def phase(branch: Branch, head: int) -> int:
+        phase = pattern.phase(branch, head, num_kv_heads)
+        if not branch.belongs_to(head):
+            return -1
+        return (phase - pattern.grid_shift(branch)) % branch.rate if branch.type == "window" else phase
+
+    def record(head: int) -> list[int]:
+        has_sink = sink is not None and sink.belongs_to(head) and not pattern.is_unbounded(head)
+        sinks = max(0, sink.length - pattern.offset) if has_sink else 0
+        extent = pattern.sink_extent([x for x in branches if x.belongs_to(head)], sinks) if sinks else 0
+        return [head, min(sinks, 2**31 - 1), min(extent, 2**31 - 1), *(phase(branch, head) for branch in branches)]
+
+    def work(head: int) -> tuple[bool, float]:
+        return pattern.is_unbounded(head), pattern.max_live_keys(head) or 0
+
+    heads = sorted(range(num_kv_heads), key=work, reverse=True)
+    return torch.tensor([record(head) for head in heads], dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=32)
+def make_plan(
+    pattern: DilatedPattern,
+    documents: tuple[Document, ...],
+    block: int,
+    of_queries: bool,
+    is_causal: bool,
+    device: torch.device,
+) -> Plan:
+    """The plan for blocks of queries or of keys of the documents, for a pattern `without_heads`."""
+    table = np.array(documents, dtype=np.int64).reshape(-1, len(Document._fields))
+    length, first_query = table[:, LENGTH.value], table[:, FIRST_QUERY.value]
+    first = first_query * of_queries
+    branches, num_dense = _ordered_branches(pattern, of_queries)
+    reverse = of_queries and is_causal  # the blocks with most to do come first
+
+    dense, document, number = _programs(table, -(-(length - first) // block), reverse)
+    dense[:, BLOCK_NUMBER.value], dense[:, ENTRY_OR_BRANCH.value] = number, document * len(branches)
+    entries = np.zeros((len(documents), len(branches), ENTRY_SIZE.value), dtype=np.int64)
+    merges = np.zeros((len(dense), len(branches) - num_dense, MERGE_SIZE.value), dtype=np.int64)
+    dilated, partial_rows, is_short = [], 0, False
+    for index, branch in enumerate(branches):
+        r = branch.rate
+        if branch.type == "window":
+            w, g = length, 0 * length
+            window = length if branch.length is None else np.minimum(branch.length, length)
+        else:  # a segment longer than the document is as good as one that just holds it
+            g, window = pattern.grid_shift(branch), 0
+            whole = branch.length >= length + g
+            w, g = np.where(whole, length + g % r, branch.length), np.where(whole, g % r, g)
+            is_short |= (bool((~whole).any()) and branch.length < block) or r > 2**20
+        entry = entries[:, index]
+        for field, x in ((GRID_LENGTH, w), (GRID_RATE, r), (GRID_SHIFT, g), (WINDOW_LENGTH, window)):
+            entry[:, field.value] = x
+        if index < num_dense:
+            continue
+        first_segment = (first + g) // w
+        segments = np.where(length > first, (length - 1 + g) // w - first_segment + 1, 0)
+        rows = np.minimum(-(-w // r), -(-(length - first) // r))  # per segment, at most
+        base = partial_rows + np.cumsum(segments * rows) - segments * rows - first_segment * rows
+        entry[:, PARTIAL_BASE.value], entry[:, PARTIAL_ROWS.value] = base, rows
+        partial_rows += int(sum(segments * rows))
+        key_begin = first if of_queries else first_query
+        dilated.insert(0, _dilated_programs(table, entry, index, block, (first_segment, segments, key_begin), reverse))
+        merges[:, index - num_dense] = _merges(entry[document], first[document], number * block)
+    tables = dense, np.concatenate(dilated or [[]]), entries, merges
+    is_unit = all(branch.rate == 1 for branch in branches[:num_dense])
+    return Plan(*_on_device(tables, device), num_dense, len(branches), partial_rows, is_unit, is_short)
+
+
+def _programs(documents: np.ndarray, counts: np.ndarray, reverse: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Records of `counts` programs for every document, with the document's number and the program's."""
+    document = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    if reverse:
+        number = counts[document] - 1 - number
+    records = np.zeros((len(document), PROGRAM_SIZE.value), dtype=np.int64)
+    records[:, : documents.shape[1]] = documents[document]
+    return records, document, number
+
+
+def _dilated_programs(
+    documents: np.ndarray,
+    entry: np.ndarray,
+    branch: int,
+    block: int,
+    segments_of: tuple[np.ndarray, np.ndarray, np.ndarray],
+    reverse: bool,
+) -> np.ndarray:
+    """Records of a dilated branch. `segments_of` has for every document its first segment, how many there are, and the
+    position where its queries begin."""
+    first_segment, segments, query_begin = segments_of
+    blocks = -(-entry[:, PARTIAL_ROWS.value] // block)
+    records, document, number = _programs(documents, segments * blocks, reverse)
+    entry, length = entry[document], documents[document, LENGTH.value]
+    segment = first_segment[document] + number // blocks[document]
+    start = segment * entry[:, GRID_LENGTH.value] - entry[:, GRID_SHIFT.value]
+    r = entry[:, GRID_RATE.value]
+    records[:, BLOCK_NUMBER.value], records[:, ENTRY_OR_BRANCH.value] = number % blocks[document], branch
+    records[:, PROGRAM_RATE.value], records[:, SEGMENT_START.value] = r, start
+    records[:, PARTIAL_START.value] = entry[:, PARTIAL_BASE.value] + segment * entry[:, PARTIAL_ROWS.value]
+    records[:, PROGRAM_WINDOW.value] = entry[:, WINDOW_LENGTH.value]
+    stop = np.minimum(start + entry[:, GRID_LENGTH.value], length)
+    for field, end in ((TO_STOP, stop), (TO_QUERIES, query_begin[document]), (TO_KEYS, 0)):
+        records[:, field.value], records[:, field.value + 1] = np.divmod(end - start, r)
+    return records
+
+
+def _merges(entry: np.ndarray, first: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Records of the dense programs for a dilated branch: with the entries and first positions of their documents, and
+    the blocks' offsets from there."""
+    merge = np.zeros((len(entry), MERGE_SIZE.value), dtype=np.int64)
+    w, r, g = (entry[:, field.value] for field in (GRID_LENGTH, GRID_RATE, GRID_SHIFT))
+    rows, first_position = entry[:, PARTIAL_ROWS.value], first + offset
+    segment = (first_position + g) // w
+    start = segment * w - g
+    merge[:, SEGMENT_STOP.value] = start + w
+    merge[:, FIRST_PARTIAL.value] = entry[:, PARTIAL_BASE.value] + segment * rows
+    merge[:, NEXT_PARTIAL.value], merge[:, MERGE_RATE.value] = rows, r
+    for side, begin in ((THIS_SEGMENT, start), (NEXT_SEGMENT, start + w)):
+        for field, position in ((TO_BLOCK, first_position), (TO_FIRST, first)):
+            at = side.value + field.value
+            merge[:, at], merge[:, at + 1] = np.divmod(position - begin, r)
+    return merge
+
+
+def _on_device(tables: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Tables as int32, in one copy to the device; each begins at a multiple of 16 bytes, whatever the others hold."""
+    tables = [np.asarray(table, dtype=np.int32).ravel() for table in tables]
+    starts = np.cumsum([0] + [-(-len(table) // 4) * 4 for table in tables])
+    joined = np.zeros(starts[-1], dtype=np.int32)
+    for start, table in zip(starts, tables, strict=False):
+        joined[start : start + len(table)] = table
+    joined = torch.from_numpy(joined).to(device)
+    return [joined[start : start + len(table)] for start, table in zip(starts, tables, strict=False)]
