@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .context_parallel import ActiveSplit, SequenceSplit, SplitDocuments, active_split, split_attention
-from .dilated_cache import DilatedCache, NewTokens, is_dilated_cache, is_empty, is_pruned
+from .dilated_cache import DilatedCache, NewTokens, is_dilated_cache, is_empty
 from .dilated_operator import dilated_attention, dilated_attention_reference
 from .dilated_pattern import DilatedPattern
 from .documents import find_documents, is_packed
@@ -145,7 +145,7 @@ class WholeBatch:
 
 class CachedBatch(WholeBatch):
     """A batch of which a [`DilatedCache`] holds the earlier tokens, or takes the first. Making one counts the new
-    tokens in the cache; every pruned layer then takes their keys."""
+    tokens in the cache; every layer then takes their keys."""
 
     def __init__(
         self, document_ids: torch.Tensor | None, is_causal: bool, inputs: BatchInputs, past_key_values: DilatedCache
@@ -175,8 +175,8 @@ class CachedBatch(WholeBatch):
                 "`past_key_values` holds earlier tokens, and gradient checkpointing does without a cache: switch one "
                 "of them off."
             )
-        if past_key_values is None or not is_pruned(past_key_values, module.layer_idx):
-            return super().attend(module, query, key, value, options, past_key_values)
+        if past_key_values is None:
+            return super().attend(module, query, key, value, options)
         if self.tokens.is_first:
             past_key_values.update(key, value, module.layer_idx, self.tokens)
             return super().attend(module, query, key, value, options)
@@ -310,7 +310,7 @@ _PACKED_INTO_CACHE = "`past_key_values` cannot take a row of several packed docu
 
 def _documents_of(inputs: BatchInputs, past_key_values: Cache | None) -> torch.Tensor | None:
     """Document of every token, cached ones included. `None` if each row is one document without padding, or if nothing
-    asks for it: a pruned layer counts for itself what follows its first tokens."""
+    asks for it: a DilatedCache counts for itself what follows its first tokens."""
     if is_empty(past_key_values):
         document_ids = _new_documents_of(inputs)
         if past_key_values is not None and is_packed(document_ids):
@@ -323,7 +323,7 @@ def _documents_of(inputs: BatchInputs, past_key_values: Cache | None) -> torch.T
         new = find_documents(batch_size, length, attention_mask=inputs.new_mask, position_ids=position_ids)
         if is_packed(new):
             raise ValueError("`position_ids` restart: several documents cannot continue `past_key_values`.")
-    if is_dilated_cache(past_key_values) and past_key_values.is_fully_pruned:
+    if is_dilated_cache(past_key_values):
         return None
     past_length = past_key_values.get_seq_length()
     return find_documents(batch_size, past_length + length, attention_mask=inputs.attention_mask)

@@ -15,6 +15,7 @@ Shapes: B batch, H query heads, Hkv key/value heads, L new tokens, D head size, 
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .dilated_operator import dilated_attention
 from .dilated_past import PastTile, attend_to_past, past_tiles
@@ -39,20 +40,23 @@ from .documents import check_padding_mask
 _UNBOUNDED = 1 << 60
 # Most new tokens that attend to all slots at once where there is no GPU, which would rather do more work in one go
 _BLOCK_ON_CPU = 1
+# Most entries of a mask, of new tokens and slots
+_MAX_MASK = 1 << 25
+# Slots for all keys of a head are made in multiples of this
+_ROOM = 256
 
 # What a saved cache calls itself, and the names of tensors in its file: those of the attributes when it was defined
 _FORMAT = "longnet_hf.DilatedCache 1"
 _STATE = {"columns": "columns", "positions": "positions", "furthest": "max_positions", "last_real": "last_real"}
 
 
+def _tensor_name(layer_idx: int, name: str, part: int) -> str:
+    return f"layers.{layer_idx}.{name}" + (f".{part}" if part else "")
+
+
 def is_dilated_cache(past_key_values: Cache | None) -> bool:
     """Whether a model was given a [`DilatedCache`], be it of this module or of the copy in code from the Hub."""
     return getattr(past_key_values, "is_dilated_cache", False)
-
-
-def is_pruned(past_key_values: Cache | None, layer_idx: int) -> bool:
-    """Whether a layer of a cache keeps only the keys that its pattern can still ask for."""
-    return past_key_values is not None and getattr(past_key_values.layers[layer_idx], "is_pruned", False)
 
 
 def is_empty(past_key_values: Cache | None) -> bool:
@@ -89,7 +93,7 @@ class NewTokens:
         self.positions_before = positions_before
         self.positions = (positions_before[:, None] + count - 1).clamp(min=0)  # [B, L]
         self.positions_after = positions_before + count[:, -1]  # [B]
-        self._of_pattern: dict[tuple, object] = {}
+        self._found: dict[tuple, object] = {}
         self._on_device: dict[torch.device, NewTokens] = {}
 
     def on(self, device: torch.device) -> "NewTokens":
@@ -101,12 +105,17 @@ class NewTokens:
             self._on_device[device] = NewTokens(self.is_first, self.has_padding, real, positions_before)
         return self._on_device[device]
 
-    def once_per_pattern(self, method: Callable, layer: "DilatedLayer", *args):
-        """`method(layer, self, *args)`, computed by the first of the layers that share a pattern, for all of them."""
-        key = method.__name__, layer.pattern_index, *args
-        if key not in self._of_pattern:
-            self._of_pattern[key] = method(layer, self, *args)
-        return self._of_pattern[key]
+    def once(self, method: Callable, part: "LayerPart", *args):
+        """`method(part, self, *args)`, computed for the first of the layers whose slots are alike, for all of them."""
+        key = method.__name__, part.slots.serial, *args
+        if key not in self._found:
+            self._found[key] = method(part, self, *args)
+        return self._found[key]
+
+    @functools.cached_property
+    def max_position_after(self) -> int:
+        """How many real tokens the longest row has by now. Waits for the GPU, once per forward pass."""
+        return int(self.positions_after.max())
 
     @functools.cached_property
     def continuations(self) -> list[Continuation]:
@@ -126,8 +135,8 @@ class NewTokens:
 class DilatedCache(Cache):
     """The cache of a LongNet: at most `sum(w / r)` live keys per head, at any length, in storage of fixed size.
 
-    `generate`, and the model with `use_cache=True`, make one by themselves. A pattern with a window without bound (the
-    full-attention layers of a hybrid stack) keeps everything, in Transformers' own dynamic layer.
+    `generate`, and the model with `use_cache=True`, make one by themselves. Heads with full attention keep everything:
+    their storage grows, or is of `max_length` tokens, so that decoding can be compiled.
 
     What was dropped is gone: only the last `reserve` tokens can be taken back, by `crop` or by a mask that makes
     padding of them. No gradients flow into the keys and values of earlier calls; asking for them is an error. A
@@ -137,30 +146,35 @@ class DilatedCache(Cache):
         config: configuration of the model.
         reserve: how many tokens can be taken back. Each costs one key in r of every branch.
         offloading: keep the layers on the CPU, but for those in use.
+        max_length: how many tokens heads with full attention have room for; default: as many as come.
 
     Raises:
-        ValueError: if `reserve` is negative, or if `config` has no dilated patterns.
+        ValueError: if `reserve` is negative, if `max_length` is below 1, or if `config` has no dilated patterns.
     """
 
     is_dilated_cache = True
 
-    def __init__(self, config: PreTrainedConfig, reserve: int = 255, offloading: bool = False):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        reserve: int = 255,
+        offloading: bool = False,
+        max_length: int | None = None,
+    ):
         if not hasattr(config, "layer_patterns"):
             raise ValueError(f"`config` must be that of a LongNet, got {type(config).__name__}.")
         if isinstance(reserve, bool) or not isinstance(reserve, int) or reserve < 0:
             raise ValueError(f"`reserve` must be an integer of at least 0, got {reserve!r}.")
-        self.reserve, self.patterns = reserve, [pattern.canonical() for pattern in config.layer_patterns]
+        if max_length is not None and (type(max_length) is not int or max_length < 1):
+            raise ValueError(f"`max_length` must be an integer of at least 1 or None, got {max_length!r}.")
+        self.reserve, self.max_length = reserve, max_length
+        self.patterns = [pattern.canonical() for pattern in config.layer_patterns]
         options = {"offload_only_non_sliding": False} if offloading else {}
         super().__init__(layers=self._make_layers(), offloading=offloading, **options)
         self._forget()
 
     def _make_layers(self) -> list[CacheLayerMixin]:
-        return [
-            DynamicLayer()
-            if pattern.max_live_keys() is None
-            else DilatedLayer(pattern, self.reserve, self.patterns.index(pattern))
-            for pattern in self.patterns
-        ]
+        return [DilatedLayer(pattern, self.reserve, self.max_length) for pattern in self.patterns]
 
     def _forget(self) -> None:
         self.columns: torch.Tensor | None = None  # [], tokens taken so far, padding included
@@ -177,11 +191,6 @@ class DilatedCache(Cache):
         if not torch.compiler.is_compiling():  # CUDA graphs may write to these in place
             for name in _STATE.values():
                 torch._dynamo.mark_static_address(getattr(self, name))
-
-    @property
-    def is_fully_pruned(self) -> bool:
-        """Whether no layer holds all keys: then none asks for a mask of tokens that came before."""
-        return all(is_pruned(self, layer_idx) for layer_idx in range(len(self.layers)))
 
     def fits(self, patterns: list[DilatedPattern]) -> bool:
         """Whether the layers of a model have the patterns (`canonical()`) of the cache."""
@@ -239,6 +248,8 @@ class DilatedCache(Cache):
         layer, tokens = self.layers[layer_idx], tokens.on(query.device)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         longest_block = self.reserve + 1 if query.is_cuda else min(self.reserve + 1, _BLOCK_ON_CPU)
+        if query.shape[2] > 1:
+            longest_block = min(longest_block, _MAX_MASK // max(part.slots.count for part in layer.parts))
         with torch.no_grad():
             if query.shape[2] <= longest_block:
                 keys, values = self.update(key, value, layer_idx, tokens)
@@ -262,10 +273,8 @@ class DilatedCache(Cache):
         """Take new keys and values `[B, Hkv, L, D]`, of tokens that [`count_tokens`] counted (default: counts them
         here, as the only layer's, without padding).
 
-        Returns the slots of a pruned layer, where [`attend`] finds them, and all keys and values of others.
+        Returns the slots, part by part (see [`DilatedLayer`]).
         """
-        if not is_pruned(self, layer_idx):
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if tokens is None:
             tokens = self.count_tokens(key_states.shape[0], key_states.shape[2], key_states.device)
         return super().update(key_states.detach(), value_states.detach(), layer_idx, tokens.on(key_states.device))
@@ -289,15 +298,13 @@ class DilatedCache(Cache):
             collect: gives the rows `[B, Hkv, K, D]` of `key_states` or `value_states` of all processes, for positions
                 `[B, Hkv, K]` in the whole sequence; zeros where a position is below 0.
         """
-        if not is_pruned(self, layer_idx):
-            positions = torch.arange(length, device=key_states.device).expand(*key_states.shape[:2], -1)
-            super().update(collect(key_states, positions), collect(value_states, positions), layer_idx)
-            return
-        layer = self.layers[layer_idx]
+        layer, positions_after = self.layers[layer_idx], tokens.on(key_states.device).positions_after
         layer.lazy_initialization(key_states, value_states)
-        positions = layer.slots.positions_held(tokens.on(key_states.device).positions_after)
-        layer.keys[:, :, :-1] = collect(key_states, positions)
-        layer.values[:, :, :-1] = collect(value_states, positions)
+        for part in layer.parts:
+            part.make_room(length)
+            positions = part.slots.positions_held(positions_after)
+            part.keys[:, :, :-1] = collect(part.of_heads(key_states), positions)
+            part.values[:, :, :-1] = collect(part.of_heads(value_states), positions)
 
     def check_mask(self, attention_mask: torch.Tensor, length: int) -> None:
         """Learn from the mask of all tokens, `[B, columns + length]`, which of those in the cache have become padding.
@@ -397,7 +404,10 @@ class DilatedCache(Cache):
             raise ValueError("The cache is empty: there is nothing to save.")
         tensors = {name: getattr(self, attribute) for name, attribute in _STATE.items()}
         for layer_idx, layer in enumerate(self.layers):
-            tensors |= {f"layers.{layer_idx}.keys": layer.keys, f"layers.{layer_idx}.values": layer.values}
+            for number, part in enumerate(layer.parts):
+                stop = int(self.positions.max()) if part.is_plain else None  # not the room for more
+                for name, x in (("keys", part.keys), ("values", part.values)):
+                    tensors[_tensor_name(layer_idx, name, number)] = x[:, :, :stop]
         metadata = {
             "format": _FORMAT,
             "patterns": json.dumps([pattern.to_json() for pattern in self.patterns]),
@@ -431,109 +441,66 @@ class DilatedCache(Cache):
                 setattr(cache, attribute, saved.get_tensor(name).to(model.device))
             for layer_idx, (layer, module) in enumerate(zip(cache.layers, model.base_model.layers, strict=True)):
                 device = next(module.parameters()).device
-                keys, values = (saved.get_tensor(f"layers.{layer_idx}.{name}") for name in ("keys", "values"))
-                layer.lazy_initialization(keys[:, :, :0].to(device), values[:, :, :0].to(device))
-                if is_pruned(cache, layer_idx):
-                    layer.keys.copy_(keys)
-                    layer.values.copy_(values)
-                else:
-                    layer.keys, layer.values = keys.to(device), values.to(device)
+                names = [[_tensor_name(layer_idx, name, part) for name in ("keys", "values")] for part in (0, 1)]
+                heads, size = model.config.num_key_value_heads, model.config.head_dim
+                like = saved.get_tensor(names[0][0]).new_empty(len(cache.positions), heads, 0, size, device=device)
+                layer.lazy_initialization(like, like)
+                for part, of_part in zip(layer.parts, names, strict=False):
+                    part.load(*map(saved.get_tensor, of_part))
         return cache
 
 
 class DilatedLayer(CacheLayerMixin):
-    """The slots of one layer, and attention to them: keys and values `[B, Hkv, S + 1, D]`. The last slot takes new
-    keys that no branch keeps."""
+    """One layer of the cache. Heads whose branches are bounded, and heads with full attention, are parts of their own:
+    the slots of the former are of a fixed number, those of the latter grow, or are `max_length`."""
 
-    is_compileable = True
     is_croppable = True
     is_sliding = False
-    is_pruned = True
 
-    def __init__(self, pattern: DilatedPattern, reserve: int, pattern_index: int = 0):
-        super().__init__()
-        self.pattern, self.reserve = pattern, reserve
-        self.pattern_index = pattern_index  # the same for all layers of the model that have this pattern
+    def __init__(self, pattern: DilatedPattern, reserve: int, max_length: int | None = None):
+        self.pattern, self.reserve, self.max_length = pattern, reserve, max_length
+        self.is_compileable = max_length is not None or pattern.max_live_keys() is not None
+        self.parts: list[LayerPart] = []
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.parts)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device, self.num_heads = key_states.dtype, key_states.device, key_states.shape[1]
-        self.slots = _slots(self.pattern, self.num_heads, self.reserve, self.device)
-        batch, heads, _, size = key_states.shape
-        self.keys = key_states.new_zeros(batch, heads, self.slots.count + 1, size)
-        self.values = torch.zeros_like(self.keys)
-        if not torch.compiler.is_compiling():  # CUDA graphs may write to these in place
-            torch._dynamo.mark_static_address(self.keys)
-            torch._dynamo.mark_static_address(self.values)
-        self.is_initialized = True
+        self.num_heads = key_states.shape[1]
+        heads = [[], []]
+        for head in range(self.num_heads):
+            heads[self.pattern.is_unbounded(head)].append(head)
+        for of_part in filter(None, heads):
+            part = LayerPart(self.pattern.of_heads(of_part, self.num_heads), of_part, self)
+            part.allocate(key_states[:, of_part], self.max_length)
+            self.parts.append(part)
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, tokens: NewTokens
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new keys and values `[B, Hkv, L, D]`; returns those in the slots. What lay in a slot before is
-        overwritten: so keys leave the cache. If L exceeds `reserve` + 1, the last of the new keys may overwrite what
-        the first of the new queries see."""
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, tokens: NewTokens) -> tuple[list, list]:
+        """Take new keys and values `[B, Hkv, L, D]`; returns those in the slots, part by part. What lay in a slot
+        before is overwritten: so keys leave the cache. If L exceeds `reserve` + 1, the last of the new keys may
+        overwrite what the first of the new queries see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.prefetch()
-        pairs = (self.keys, key_states), (self.values, value_states)
         with torch.no_grad():
-            if key_states.shape[2] <= self.reserve + 1:  # no two of the new keys have one slot
-                index = tokens.once_per_pattern(DilatedLayer._slots_of_new_keys, self)
-                for stored, new in pairs:
-                    # torch.compile does this in place, unlike scatter_
-                    stored.index_put_(index, new[:, :, :, None].to(stored.dtype))
-            else:
-                column, is_new = tokens.once_per_pattern(DilatedLayer._new_keys_of_slots, self)
-                column = column[..., None].expand(-1, -1, -1, key_states.shape[-1])
-                for stored, new in pairs:
-                    stored[:, :, :-1] = torch.where(is_new[..., None], new.gather(2, column), stored[:, :, :-1])
-        return self.keys, self.values
+            for part in self.parts:
+                part.update(part.of_heads(key_states), part.of_heads(value_states), tokens)
+        return [part.keys for part in self.parts], [part.values for part in self.parts]
 
-    def _slots_of_new_keys(self, tokens: NewTokens) -> tuple[torch.Tensor, ...]:
-        """Row, head and slot of new keys, `[B, Hkv, L, branches]`; the last slot where a branch does not keep one."""
-        rings, position = self.slots.rings, tokens.positions[..., None, None]
-        is_kept = rings.keeps(position) & tokens.real[..., None, None]
-        slot = torch.where(is_kept, rings.slot(position), self.slots.count).transpose(1, 2)
-        row, head = (torch.arange(size, device=slot.device) for size in slot.shape[:2])
-        return row[:, None, None, None], head[:, None, None], slot
-
-    def _new_keys_of_slots(self, tokens: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """The column of the new key that a slot takes, and whether it takes any, `[B, Hkv, S]` each."""
-        positions = self.slots.positions_held(tokens.positions_after)
-        number = positions - tokens.positions_before[:, None, None]  # among the new tokens that are real
-        real_first = torch.argsort(~tokens.real, dim=1, stable=True)
-        column = real_first[:, None].expand(-1, self.num_heads, -1).gather(2, number.clamp(min=0))
-        return column, number >= 0
-
-    def attend_to_slots(self, query, keys, values, tokens: NewTokens, scale: float, dropout: float) -> torch.Tensor:
-        """Attention of new queries to what [`update`] returned, which holds their keys: one masked attention."""
-        mask, sees_any = tokens.once_per_pattern(DilatedLayer._slots_seen, self)
-        heads, length = keys.shape[1], query.shape[2]
-        queries_per_key = query.shape[1] // heads
-        output = F.scaled_dot_product_attention(
-            query.unflatten(1, (heads, queries_per_key)).flatten(2, 3),
-            keys[:, :, :-1].to(query.dtype),
-            values[:, :, :-1].to(query.dtype),
-            mask if length == 1 else mask.repeat(1, 1, queries_per_key, 1),
-            dropout,
-            scale=scale,
-        )
-        output = output.unflatten(2, (queries_per_key, length))
-        if sees_any is not None:
-            output = torch.where(sees_any[:, :, None], output, 0.0)
-        return output.flatten(1, 2)
-
-    def _slots_seen(self, tokens: NewTokens) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which slots new queries see, `[B, Hkv, L, S]`, and which of them see any, `[B, Hkv, L, 1]` (`None`: all)."""
-        seen = self.slots.rings.numbers_seen(tokens.positions[..., None, None])
-        first, stop = (x.transpose(1, 2)[..., self.slots.branch] for x in seen)
-        held = self.slots.numbers_held(tokens.positions_after)[:, :, None]
-        mask = (held >= first) & (held < stop)
-        if not tokens.has_padding and 1 in self.pattern.dilation_rates:
-            return mask, None
-        mask &= tokens.real[:, None, :, None]
-        sees_any = mask.any(-1, keepdim=True)
-        return mask | ~sees_any, sees_any  # no softmax over nothing
+    def attend_to_slots(
+        self, query: torch.Tensor, keys: list, values: list, tokens: NewTokens, scale: float, dropout: float
+    ) -> torch.Tensor:
+        """Attention of new queries to what [`update`] returned, which holds their own keys already."""
+        outputs = [
+            part.attend(part.of_heads(query), *slots, tokens, scale, dropout)
+            for part, *slots in zip(self.parts, keys, values, strict=True)
+        ]
+        if len(outputs) == 1:
+            return outputs[0]
+        order = [head for part in self.parts for head in part.heads]
+        joined = torch.cat(outputs, dim=1).unflatten(1, (self.num_heads, -1))
+        return joined[:, [order.index(head) for head in range(self.num_heads)]].flatten(1, 2)
 
     def attend_before_update(self, query, key, value, tokens: NewTokens, scale: float, dropout: float) -> torch.Tensor:
         """Attention of new queries to their own keys, and then to earlier ones in the slots, branch by branch."""
@@ -545,40 +512,40 @@ class DilatedLayer(CacheLayerMixin):
             output, lse = dilated_attention(q, k, v, pattern, scale=scale, dropout=dropout, return_lse=True)
             output = output.to(lse.dtype)
             seed = torch.randint(2**62, (1,)) if dropout > 0 else None
-            past = tokens.once_per_pattern(DilatedLayer._past_tiles, self, position, q.shape[2])
             kernel = TileKernel(q, scale, dropout, seed)
-            attend_to_past(output, lse, q, self.keys[rows], self.values[rows], past, self.num_heads, kernel)
+            for part in self.parts:
+                past = tokens.once(LayerPart.past_tiles, part, part.pattern, position, q.shape[2])
+                attend_to_past(output, lse, q, part.keys[rows], part.values[rows], past, self.num_heads, kernel)
             result[(rows,) if columns is None else (rows, slice(None), columns)] = output.to(result.dtype)
         return result
-
-    def _past_tiles(self, tokens: NewTokens, position: int, length: int) -> list[PastTile]:
-        """What `length` new tokens from `position` on see of the slots."""
-
-        def find(branch: int, heads: np.ndarray, positions: np.ndarray) -> tuple[slice, np.ndarray, np.ndarray]:
-            rings = _Rings(*(field[torch.from_numpy(heads), branch] for field in self.slots.rings_on_cpu))
-            slots = rings.slot(torch.from_numpy(positions)).numpy()
-            return slice(None), *np.broadcast_arrays(heads, slots)
-
-        return past_tiles(self.pattern, self.num_heads, position, length, find, self.device)
 
     def get_seq_length(self) -> int:
         raise NotImplementedError("Ask the DilatedCache, which counts for all layers.")
 
     def get_max_length(self) -> int:
-        return -1
+        return self.max_length or -1
 
     get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         raise NotImplementedError("A dilated layer has no dense mask.")
 
+    def offload(self) -> None:
+        for part in self.parts:
+            part.map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        for part in self.parts:
+            if part.keys.device != part.device:
+                part.map(lambda x, part=part: x.to(part.device, non_blocking=True))
+
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.keys, self.values = (x.repeat_interleave(repeats, dim=0) for x in (self.keys, self.values))
+        for part in self.parts:
+            part.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.is_initialized:
-            self.keys, self.values = (x[indices.to(x.device)] for x in (self.keys, self.values))
+        for part in self.parts:
+            part.map(lambda x: x[indices.to(x.device)])
 
     reorder_cache = batch_select_indices
 
@@ -586,49 +553,203 @@ class DilatedLayer(CacheLayerMixin):
         """Nothing to do: keys at or behind the cache's position are not seen, and then overwritten."""
 
 
-class _Rings(NamedTuple):
-    """The rings of a pattern, one per key/value head and branch: integer tensors `[Hkv, branches]`.
+class LayerPart:
+    """The slots of some key/value heads of a layer, and attention to them: keys and values `[B, heads, S + 1, D]`. The
+    last slot takes new keys that no branch keeps.
 
-    Positions are put on the grid of a branch by adding `shift`. A window's grid has a single segment. A `position`
-    must broadcast with the fields.
+    Args:
+        pattern: of these heads, without the branches that none of them has.
+        heads: numbers among all key/value heads of the layer.
+        layer: whose part it is.
     """
 
-    is_segment: torch.Tensor  # or a window
-    length: torch.Tensor  # w
+    def __init__(self, pattern: DilatedPattern, heads: list[int], layer: DilatedLayer):
+        self.pattern, self.heads, self.num_heads = pattern, heads, layer.num_heads
+        self.reserve, self.max_length = layer.reserve, layer.max_length
+        self.is_growing = pattern.max_live_keys() is None
+        # Full attention alone, whatever the head: its slots are the positions
+        self.is_plain = pattern.segment_lengths == (None,)
+        self.has_key_at_hand = all(
+            any(branch.rate == 1 and branch.belongs_to(head) for branch in pattern.branches) for head in heads
+        )
+
+    def allocate(self, like: torch.Tensor, room: int | None = None) -> None:
+        """Slots for a batch and heads as in `like` `[B, heads, ?, D]`: with `room`, of so many positions where all
+        keys are kept."""
+        self.device, self.room = like.device, room or 1
+        self.slots = self._slots(self.room)
+        self.keys, self.values = (
+            like.new_zeros(*like.shape[:2], self.slots.count + 1, like.shape[-1]) for _ in range(2)
+        )
+        if not torch.compiler.is_compiling():  # CUDA graphs may write to these in place
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
+
+    def _slots(self, room: int) -> "_Slots":
+        return _slots(_ring_records(self.pattern, tuple(self.heads), self.num_heads, self.reserve, room), self.device)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.keys, self.values = function(self.keys), function(self.values)
+
+    def of_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Of all heads' tensor `[B, Hkv or H, L, D]`, what belongs to these."""
+        if len(self.heads) == self.num_heads:
+            return x
+        return x.unflatten(1, (self.num_heads, -1))[:, self.heads].flatten(1, 2)
+
+    def make_room(self, length: int) -> None:
+        """Let so many positions have their slots, where all keys are kept."""
+        if not self.is_growing or length <= self.room:
+            return
+        if self.max_length is not None:
+            raise ValueError(
+                f"`max_length` of the DilatedCache is {self.max_length}, and its heads with full attention are to "
+                f"keep {length} tokens."
+            )
+        self.room = -(-(length + self.room // 8) // _ROOM) * _ROOM
+        slots = self._slots(self.room)
+        index = slots.first_slots_of(self.slots)
+
+        def grow(x: torch.Tensor) -> torch.Tensor:
+            larger = x.new_zeros(*x.shape[:2], slots.count + 1, x.shape[3])
+            larger[:, :, index] = x[:, :, :-1]
+            return larger
+
+        self.map(grow)
+        self.slots = slots
+
+    def load(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take what was saved: of full attention the keys of all positions, of others the slots."""
+        if self.is_plain:
+            self.make_room(keys.shape[2])
+        elif self.is_growing:
+            self.allocate(self.keys, keys.shape[2] - 1 - self.slots.count + self.room)
+        self.keys[:, :, : keys.shape[2]], self.values[:, :, : keys.shape[2]] = keys, values
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, tokens: NewTokens) -> None:
+        if self.is_growing and not torch.compiler.is_compiling():
+            self.make_room(tokens.max_position_after)
+        elif self.is_growing:
+            fits = (tokens.positions_after <= self.max_length).all()
+            torch._assert_async(fits, "there are more tokens than `max_length` of the DilatedCache")
+        pairs = (self.keys, key_states), (self.values, value_states)
+        if key_states.shape[2] <= self.reserve + 1:  # no two of the new keys have one slot
+            index = tokens.once(LayerPart.slots_of_new_keys, self)
+            for stored, new in pairs:
+                # torch.compile does this in place, unlike scatter_
+                stored.index_put_(index, new[:, :, :, None].to(stored.dtype))
+        else:
+            column, is_new = tokens.once(LayerPart.new_keys_of_slots, self)
+            column = column[..., None].expand(-1, len(self.heads), -1, key_states.shape[-1])
+            for stored, new in pairs:
+                stored[:, :, :-1] = torch.where(is_new[..., None], new.gather(2, column), stored[:, :, :-1])
+
+    def slots_of_new_keys(self, tokens: NewTokens) -> tuple[torch.Tensor, ...]:
+        """Row, head and slot of new keys, `[B, heads, L, branches]`: the last slot where a branch keeps none."""
+        rings, position = self.slots.rings, tokens.positions[..., None, None]
+        is_kept = rings.keeps(position) & tokens.real[..., None, None]
+        slot = torch.where(is_kept, rings.slot(position), self.slots.count).transpose(1, 2)
+        row, head = (torch.arange(size, device=slot.device) for size in slot.shape[:2])
+        return row[:, None, None, None], head[:, None, None], slot
+
+    def new_keys_of_slots(self, tokens: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """The column of the new key that a slot takes, and whether it takes any, `[B, heads, S]` each."""
+        positions = self.slots.positions_held(tokens.positions_after)
+        number = positions - tokens.positions_before[:, None, None]  # among the new tokens that are real
+        real_first = torch.argsort(~tokens.real, dim=1, stable=True)
+        column = real_first[:, None].expand(-1, len(self.heads), -1).gather(2, number.clamp(min=0))
+        return column, number >= 0
+
+    def attend(self, query, keys, values, tokens: NewTokens, scale: float, dropout: float) -> torch.Tensor:
+        """Attention of new queries `[B, H, L, D]` of these heads to their slots: one masked attention."""
+        count = self.slots.count
+        if self.is_plain and not torch.compiler.is_compiling():  # what is filled, in whole pieces
+            count = min(count, -(-tokens.max_position_after // _ROOM) * _ROOM)
+        mask, sees_any = tokens.once(LayerPart.slots_seen, self, count)
+        heads, length = len(self.heads), query.shape[2]
+        queries_per_key = query.shape[1] // heads
+        q = query.unflatten(1, (heads, queries_per_key)).flatten(2, 3)
+        keys, values = (x[:, :, :count].to(query.dtype) for x in (keys, values))
+        if self.is_plain and length == 1 and query.is_cuda and dropout == 0 and count % _ROOM == 0:
+            output = _attend_in_pieces(q, keys, values, mask, scale)
+        else:
+            mask = mask if length == 1 else mask.repeat(1, 1, queries_per_key, 1)
+            output = F.scaled_dot_product_attention(q, keys, values, mask, dropout, scale=scale)
+        output = output.unflatten(2, (queries_per_key, length))
+        if sees_any is not None:
+            output = torch.where(sees_any[:, :, None], output, 0.0)
+        return output.flatten(1, 2)
+
+    def slots_seen(self, tokens: NewTokens, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Which of the first `count` slots new queries see, `[B, heads or 1, L, count]`, and which of them see any,
+        `[B, heads, L, 1]` (`None`: all)."""
+        if self.is_plain:
+            mask = self.slots.number_in_ring[:count] <= tokens.positions[:, None, :, None]
+        else:
+            seen = self.slots.rings.numbers_seen(tokens.positions[..., None, None])
+            first, stop = (x.transpose(1, 2)[..., self.slots.branch] for x in seen)
+            held = self.slots.numbers_held(tokens.positions_after)[:, :, None]
+            mask = (held >= first) & (held < stop)
+            mask = self._without_joined_sinks(mask, held, tokens)
+        if not tokens.has_padding and self.has_key_at_hand:
+            return mask, None
+        mask = mask & tokens.real[:, None, :, None]
+        sees_any = mask.any(-1, keepdim=True)
+        return mask | ~sees_any, sees_any  # no softmax over nothing
+
+    def _without_joined_sinks(self, mask: torch.Tensor, held: torch.Tensor, tokens: NewTokens) -> torch.Tensor:
+        """The sink joins what no other branch does."""
+        for index, branch in enumerate(self.pattern.branches):
+            if branch.type == "sink":
+                head = torch.tensor(self.heads, device=mask.device)[:, None, None]
+                n = tokens.positions[:, None, :, None]
+                joins = self.pattern.joins(branch, n, held.clamp(min=0), head, self.num_heads)
+                return mask & ((self.slots.branch != index) | joins)
+        return mask
+
+    def past_tiles(self, tokens: NewTokens, pattern: DilatedPattern, position: int, length: int) -> list[PastTile]:
+        """What `length` new tokens from `position` on see of the slots, by the pattern of these heads."""
+        local = np.zeros(self.num_heads, dtype=np.int64)
+        local[self.heads] = np.arange(len(self.heads))
+
+        def find(branch: int, heads: np.ndarray, positions: np.ndarray) -> tuple[slice, np.ndarray, np.ndarray]:
+            heads = local[heads]
+            rings = _Rings(*(field[torch.from_numpy(heads), branch] for field in self.slots.rings_on_cpu))
+            in_ring = rings.slot(torch.from_numpy(positions)).numpy()
+            return slice(None), *np.broadcast_arrays(heads, in_ring)
+
+        return past_tiles(pattern, self.num_heads, position, length, find, self.device)
+
+
+def _attend_in_pieces(query, keys, values, mask, scale: float) -> torch.Tensor:
+    """Attention of a few queries to very many keys, in pieces of `_ROOM`, which a GPU does side by side. No kernel of
+    PyTorch's does that with a mask."""
+    scores = (query @ keys.transpose(-1, -2)).float().mul(scale).masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1).to(values.dtype).unflatten(-1, (-1, _ROOM)).transpose(2, 3)
+    return (weights @ values.unflatten(2, (-1, _ROOM))).float().sum(2).to(query.dtype)
+
+
+class _Rings(NamedTuple):
+    """The rings of a pattern, one per key/value head and branch: integer tensors `[heads, branches]`.
+
+    Positions are put on the grid of a branch by adding `shift`. The grids of a window and of a sink have a single
+    segment. A `position` must broadcast with the fields.
+    """
+
+    is_segment: torch.Tensor  # or a window, or a sink
+    length: torch.Tensor  # w; of a window, and of a sink, whose keys stay, without end
     rate: torch.Tensor  # r
     phase: torch.Tensor
     shift: torch.Tensor
     segment_length: torch.Tensor  # of the grid
-    keys_per_segment: torch.Tensor
+    keys_per_segment: torch.Tensor  # 0 if the head does not have the branch
     capacity: torch.Tensor  # slots of the ring
     first_slot: torch.Tensor
 
-    @classmethod
-    def of(cls, pattern: DilatedPattern, num_heads: int, reserve: int) -> "_Rings":
-        rings, first_slot = [], 0  # one ring of plain numbers after the other
-        for branch in pattern.branches:
-            w, r, is_segment = branch.length, branch.rate, branch.type == "segment"
-            for head in range(num_heads):
-                phase = pattern.phase(branch, head, num_heads)
-                ring = cls(
-                    is_segment=is_segment,
-                    length=w,
-                    rate=r,
-                    phase=phase,
-                    shift=pattern.grid_shift(branch),
-                    segment_length=w if is_segment else _UNBOUNDED,
-                    keys_per_segment=max(0, -(-(w - phase) // r)) if is_segment else _UNBOUNDED,
-                    capacity=_capacity(branch, reserve),
-                    first_slot=first_slot,
-                )
-                rings.append(ring)
-            first_slot += _capacity(branch, reserve)
-        shape = len(pattern.branches), num_heads
-        return cls(*(torch.tensor(field).view(shape).T.contiguous() for field in zip(*rings, strict=True)))
-
     def keeps(self, position: torch.Tensor) -> torch.Tensor:
         """Whether the key at `position` is kept."""
-        return (position + self.shift) % self.segment_length % self.rate == self.phase
+        inside = (position + self.shift) % self.segment_length
+        return (inside % self.rate == self.phase) & (inside // self.rate < self.keys_per_segment)
 
     def slot(self, position: torch.Tensor) -> torch.Tensor:
         """The slot of the key at `position`, where that is kept."""
@@ -649,9 +770,42 @@ class _Rings(NamedTuple):
         return first, torch.where(self.is_segment & ~self.keeps(position), first, stop)
 
 
-def _capacity(branch: Branch, reserve: int) -> int:
-    """Slots of a branch's ring: for the keys that a query sees, and for those of `reserve` later positions at most."""
+def _ring_records(
+    pattern: DilatedPattern, heads: tuple[int, ...], num_heads: int, reserve: int, room: int
+) -> tuple[tuple[int, ...], ...]:
+    """The fields of [`_Rings`] of every head and branch, branch by branch: plain numbers, one ring after the other."""
+    rings, first_slot = [], 0
+    for branch in pattern.branches:
+        w, r, is_segment = branch.length, branch.rate, branch.type == "segment"
+        is_bounded = branch.type == "window" and w is not None
+        capacity = _capacity(branch, reserve, room)
+        for head in heads:
+            phase = pattern.phase(branch, head, num_heads)
+            keys_per_segment = {"segment": max(0, -(-((w or 0) - phase) // r)), "sink": w}.get(branch.type, _UNBOUNDED)
+            ring = _Rings(
+                is_segment=is_segment,
+                length=w if is_segment or is_bounded else _UNBOUNDED,
+                rate=r,
+                phase=phase,
+                shift=pattern.grid_shift(branch),
+                segment_length=w if is_segment else _UNBOUNDED,
+                keys_per_segment=keys_per_segment if branch.belongs_to(head) else 0,
+                capacity=capacity,
+                first_slot=first_slot,
+            )
+            rings.append(tuple(ring))
+        first_slot += capacity
+    return len(heads), tuple(rings)
+
+
+def _capacity(branch: Branch, reserve: int, room: int) -> int:
+    """Slots of a branch's ring: for the keys that a query sees, and for those of `reserve` later positions at most;
+    `room` if it keeps all keys."""
     w, r = branch.length, branch.rate
+    if w is None:
+        return room
+    if branch.type == "sink":
+        return w
     if branch.type == "window":
         return -(-w // r) + -(-reserve // r)
     return -(-w // r) * (1 + reserve // w) + -(-(reserve % w) // r)
@@ -664,36 +818,45 @@ class _Slots(NamedTuple):
     rings_on_cpu: _Rings
     branch: torch.Tensor  # [S]
     number_in_ring: torch.Tensor  # [S]
+    serial: int  # the same for slots that are alike
 
     @property
     def count(self) -> int:
         return len(self.branch)
 
+    def first_slots_of(self, smaller: "_Slots") -> torch.Tensor:
+        """Where those of the same rings with fewer slots lie."""
+        return self.rings.first_slot[0, smaller.branch] + smaller.number_in_ring
+
     def numbers_held(self, positions_after: torch.Tensor) -> torch.Tensor:
-        """The number of the key in every slot, `[B, Hkv, S]`, once all tokens below `positions_after` `[B]` are there.
-        Below 0 where there is none."""
+        """The number of the key in every slot, `[B, heads, S]`, once all tokens below `positions_after` `[B]` are
+        there. Below 0 where there is none."""
         last = self.rings.count_before(positions_after[:, None, None])[..., self.branch] - 1
         return last - (last - self.number_in_ring) % self.rings.capacity[:, self.branch]
 
     def positions_held(self, positions_after: torch.Tensor) -> torch.Tensor:
         """The position of the key in every slot, likewise."""
         number = self.numbers_held(positions_after)
-        rings = _Rings(*(field[:, self.branch] for field in self.rings))  # [Hkv, S]
+        rings = _Rings(*(field[:, self.branch] for field in self.rings))  # [heads, S]
         keys_per_segment = rings.keys_per_segment.clamp(min=1)
         segment, inside = number // keys_per_segment, number % keys_per_segment
         position = segment * rings.segment_length - rings.shift + rings.phase + inside * rings.rate
         return torch.where((number >= 0) & (rings.keys_per_segment > 0), position, -1)
 
 
+_serials = itertools.count()
+
+
 @functools.lru_cache(maxsize=256)
-def _slots(pattern: DilatedPattern, num_heads: int, reserve: int, device: torch.device) -> _Slots:
-    """The slots that all layers with a pattern share."""
-    rings = _Rings.of(pattern, num_heads, reserve)
+def _slots(records: tuple[int, tuple[tuple[int, ...], ...]], device: torch.device) -> _Slots:
+    """The slots that all layers with such rings share."""
+    num_heads, rings = records
+    rings = _Rings(*(torch.tensor(field).view(-1, num_heads).T.contiguous() for field in zip(*rings, strict=True)))
     capacities = rings.capacity[0]
     branch = torch.arange(len(capacities)).repeat_interleave(capacities)
     number_in_ring = torch.cat([torch.arange(capacity) for capacity in capacities.tolist()])
     rings_on_device = _Rings(*(field.to(device) for field in rings))
-    return _Slots(rings_on_device, rings, branch.to(device), number_in_ring.to(device))
+    return _Slots(rings_on_device, rings, branch.to(device), number_in_ring.to(device), next(_serials))
 
 
 class _NoGradient(torch.autograd.Function):

@@ -173,6 +173,20 @@ class DilatedPattern:
             branch_heads=(*(branch.heads for branch in self.branches), heads),
         )
 
+    def of_heads(self, heads: Sequence[int], num_heads: int) -> "DilatedPattern":
+        """The pattern of some of `num_heads` key/value heads, without the branches that none of them has."""
+        if self.branch_heads is None or len(heads) == num_heads:
+            return self
+        kept = [
+            (x.length, x.rate, x.type, [head for head in heads if x.belongs_to(head)])
+            for x in self.branches
+            if any(map(x.belongs_to, heads))
+        ]
+        lengths, rates, types, of_branches = zip(*kept, strict=True)
+        return replace(
+            self, segment_lengths=lengths, dilation_rates=rates, branch_types=types, branch_heads=of_branches
+        )
+
     def with_full_heads(self, heads: Sequence[int], num_heads: int) -> "DilatedPattern":
         """A pattern whose branches all heads have, where some of `num_heads` have full attention in place of them."""
         if not heads:

@@ -88,8 +88,7 @@ class ReadingMixin:
         if past_key_values is None:
             past_key_values = DilatedCache(self.config)
         length, total, count = input_ids.shape[1], 0.0, 0
-        # A cache of pruned layers alone knows what was padding; other layers are told it again
-        knows_padding = is_dilated_cache(past_key_values) and past_key_values.is_fully_pruned
+        knows_padding = is_dilated_cache(past_key_values)  # of earlier chunks; other caches are told it again
         with logging.tqdm(total=length, unit=" tokens", unit_scale=True, disable=not progress) as bar:
             for start in range(0, length, chunk_size):
                 stop = min(start + chunk_size, length)
