@@ -301,7 +301,8 @@ class DilatedCache(Cache):
         layer, positions_after = self.layers[layer_idx], tokens.on(key_states.device).positions_after
         layer.lazy_initialization(key_states, value_states)
         for part in layer.parts:
-            part.make_room(length)
+            if part.is_growing:
+                part.make_room(length)
             positions = part.slots.positions_held(positions_after)
             part.keys[:, :, :-1] = collect(part.of_heads(key_states), positions)
             part.values[:, :, :-1] = collect(part.of_heads(value_states), positions)
@@ -473,7 +474,7 @@ class DilatedLayer(CacheLayerMixin):
             heads[self.pattern.is_unbounded(head)].append(head)
         for of_part in filter(None, heads):
             part = LayerPart(self.pattern.of_heads(of_part, self.num_heads), of_part, self)
-            part.allocate(key_states[:, of_part], self.max_length)
+            part.allocate(key_states[:, of_part], self.max_length and -(-self.max_length // _ROOM) * _ROOM)
             self.parts.append(part)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, tokens: NewTokens) -> tuple[list, list]:
@@ -598,14 +599,14 @@ class LayerPart:
         return x.unflatten(1, (self.num_heads, -1))[:, self.heads].flatten(1, 2)
 
     def make_room(self, length: int) -> None:
-        """Let so many positions have their slots, where all keys are kept."""
-        if not self.is_growing or length <= self.room:
-            return
-        if self.max_length is not None:
+        """Let so many positions have their slots, of heads that keep all keys."""
+        if self.max_length is not None and length > self.max_length:
             raise ValueError(
                 f"`max_length` of the DilatedCache is {self.max_length}, and its heads with full attention are to "
                 f"keep {length} tokens."
             )
+        if length <= self.room:
+            return
         self.room = -(-(length + self.room // 8) // _ROOM) * _ROOM
         slots = self._slots(self.room)
         index = slots.first_slots_of(self.slots)

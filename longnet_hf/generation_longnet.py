@@ -150,7 +150,9 @@ class ReadingMixin:
 class LongNetGenerationMixin(GenerationMixin):
     """What `generate` has to know of LongNet: its cache, its masks, and what it does not support."""
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
             raise ValueError(f'`cache_implementation` of LongNet must be "dynamic" or "offloaded", got {kind!r}.')
@@ -158,11 +160,13 @@ class LongNetGenerationMixin(GenerationMixin):
         is_eager = self.config._attn_implementation == "eager"
         if is_given or is_eager or kind in ("dynamic", "dynamic_full"):
             return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, *args, **kwargs
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
-        reserve = {"reserve": ASSISTED_RESERVE} if is_assisted else {}
-        model_kwargs[CACHE] = DilatedCache(self.config, offloading=kind == "offloaded", **reserve)
+        options = {"reserve": ASSISTED_RESERVE} if is_assisted else {}
+        if generation_config.compile_config is not None:  # storage that does not grow
+            options["max_length"] = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        model_kwargs[CACHE] = DilatedCache(self.config, offloading=kind == "offloaded", **options)
 
     def create_masks_for_generate(
         self, attention_mask, inputs_embeds, past_key_values=None, is_first_iteration=False, **kwargs

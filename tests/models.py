@@ -37,6 +37,14 @@ KINDS = {
     "windows": {"branch_types": ["window", "window", "segment"], "tie_word_embeddings": False},
     "hybrid": LLAMA_STYLE
     | {"segment_shift": True, "head_offset": "rotating", "full_attention_layers": [1], "use_sub_norm": True},
+    "heads": LLAMA_STYLE
+    | {
+        "segment_lengths": [8],
+        "dilation_rates": [1],
+        "branch_types": ["window"],
+        "sink_tokens": 2,
+        "full_attention_heads": {0: [1], 2: [0, 1]},
+    },
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_head = pytest.mark.parametrize("model_class", list(AUTO_CLASSES.values()))

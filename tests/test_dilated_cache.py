@@ -161,7 +161,7 @@ def test_reading_in_chunks_refuses_what_does_not_fit():
         next(model.forward_chunks(ids[0]))
 
 
-@pytest.mark.parametrize("kind", ["paper", "hybrid"])
+@pytest.mark.parametrize("kind", ["paper", "hybrid", "heads"])
 def test_a_saved_cache_goes_on_as_if_it_had_not_been(kind, tmp_path):
     model, ids = build(LongNetForCausalLM, kind, torch.float64), random_ids(2, 80)
     mask = torch.ones_like(ids)

@@ -5,7 +5,7 @@ import torch
 import transformers
 from models import KINDS, build, random_ids
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from longnet_hf import DilatedCache, LongNetForCausalLM, dilated_cache
 
@@ -162,6 +162,18 @@ def test_compiled_decoding(paper):
     assert torch.equal(paper.generate(ids, **GREEDY), expected)
 
 
+def test_compiled_generation_does_not_compile_again(model):
+    """With heads that keep everything as well: the cache is made with room for all of it."""
+    ids = random_ids(2, 9)
+    expected = model.generate(ids, **GREEDY)
+    config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+    config._compile_all_devices = True
+    torch.compiler.reset()
+    counters.clear()
+    assert torch.equal(model.generate(ids, compile_config=config, **GREEDY), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_turns_of_a_conversation_continue_from_the_cache(model):
     """Rows end at different times in every turn, so that padding comes to lie on the left and inside."""
     rows, cache, new = [random_ids(3), random_ids(19), random_ids(11)], None, 9
@@ -187,10 +199,35 @@ def test_what_is_kept_does_not_grow(paper):
     cache = DilatedCache(paper.config, reserve=0)
     for _ in range(4):
         paper(random_ids(1, 50), past_key_values=cache)
-        assert all(layer.keys.shape == layer.values.shape == (1, 4, 31, 8) for layer in cache.layers)
-    hybrid = build(LongNetForCausalLM, "hybrid")
-    cache = hybrid.generate(random_ids(1, 9), return_dict_in_generate=True, **GREEDY).past_key_values
-    assert [type(layer).__name__ for layer in cache.layers] == ["DilatedLayer", "DynamicLayer", "DilatedLayer"]
+        parts = [part for layer in cache.layers for part in layer.parts]
+        assert [part.keys.shape for part in parts] == [part.values.shape for part in parts] == [(1, 4, 31, 8)] * 3
+
+
+def test_heads_with_full_attention_keep_everything_and_others_do_not():
+    """In layers of 2, 2 and 2 key/value heads, of which 1, 0 and 2 have full attention. Others keep 8 + 2 keys."""
+    model = build(LongNetForCausalLM, "heads")
+    cache = DilatedCache(model.config, reserve=0)
+    model(random_ids(2, 50), past_key_values=cache)
+    heads = [[(part.heads, part.is_growing) for part in layer.parts] for layer in cache.layers]
+    assert heads == [[([0], False), ([1], True)], [([0, 1], False)], [([0, 1], True)]]
+    assert all(part.keys.shape[2] == 11 for layer in cache.layers for part in layer.parts if not part.is_growing)
+
+
+def test_a_cache_has_room_for_what_it_was_told():
+    model, ids = build(LongNetForCausalLM, "heads", torch.float64), random_ids(2, 40)
+    cache = DilatedCache(model.config, max_length=40)
+    parts = None
+    for start, stop in ((0, 30), (30, 31), (31, 39), (39, 40)):
+        logits = model(ids[:, start:stop], past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(ids[:, :stop]).logits[:, start:], rtol=0, atol=1e-9)
+        pointers = [part.keys.data_ptr() for layer in cache.layers for part in layer.parts]
+        parts = parts or pointers
+        assert parts == pointers  # never copied
+    with pytest.raises(ValueError, match="`max_length` of the DilatedCache is 40, .* 41 tokens"):
+        model(ids[:, :1], past_key_values=cache)
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ValueError, match="`max_length` must be an integer"):
+            DilatedCache(model.config, max_length=wrong)
 
 
 def test_a_dynamic_cache_serves_too(model):

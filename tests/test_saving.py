@@ -33,7 +33,7 @@ def test_save_and_load(model_class, kind, tmp_path):
     assert torch.equal(main_output(model(ids)), main_output(loaded(ids)))
 
 
-@pytest.mark.parametrize("kind", ["paper", "hybrid"])
+@pytest.mark.parametrize("kind", ["paper", "hybrid", "heads"])
 def test_weights_that_a_checkpoint_lacks_are_initialised(kind, tmp_path):
     build(LongNetModel, kind).save_pretrained(tmp_path)
     torch.manual_seed(1)

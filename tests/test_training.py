@@ -56,7 +56,7 @@ def test_attention_dropout_acts_in_training_only():
     assert not torch.equal(main_output(model(ids)), main_output(model(ids)))
 
 
-@pytest.mark.parametrize("kind", ["paper", "hybrid"])
+@pytest.mark.parametrize("kind", ["paper", "hybrid", "heads"])
 def test_compiles_into_one_graph(kind):
     model, ids = build(LongNetForCausalLM, kind), random_ids(2, 30)
     mask = torch.ones_like(ids)
