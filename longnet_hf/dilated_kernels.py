@@ -67,6 +67,7 @@ from .dilated_plan import (
     without_heads,
 )
 from .documents import Document
+from .full_heads import find_full_heads, full_backward, full_forward
 
 
 try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
@@ -299,10 +300,10 @@ def _meet_keys(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["partial_rows", "num_queries"])
+@triton.jit(do_not_specialize=["partial_rows", "num_queries", "num_heads"])
 def _query_kernel(
     Q, K, V, OUT, LSE, DO, STATS, PARTIAL, PARTIAL_LSE,
-    programs, entries, merges, heads, partial_rows, num_queries, scale,
+    programs, entries, merges, heads, partial_rows, num_queries, num_heads, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_batch, o_head, o_row, do_batch, do_head, do_row,
     DILATED: tl.constexpr, GRADIENT: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
@@ -313,7 +314,6 @@ def _query_kernel(
     """A block of queries of one head: its output and log-sum-exp, or with GRADIENT its gradient. With DILATED those
     of one branch, into PARTIAL, else of all branches, into OUT."""
     program = programs + tl.program_id(0).to(tl.int64) * PROGRAM_SIZE
-    num_heads = tl.num_programs(1)
     heads += tl.program_id(1) // GROUP * (FIRST_PHASE + NUM_BRANCHES)
     phases = heads + FIRST_PHASE
     kv_head = tl.load(heads + HEAD).to(tl.int64)
@@ -543,10 +543,10 @@ def _joined_by_kept(j, start, step, window, skipped, first_query, num_queries, I
     return tl.maximum(first, 0), tl.minimum(last, num_queries - 1)
 
 
-@triton.jit(do_not_specialize=["partial_rows", "num_queries"])
+@triton.jit(do_not_specialize=["partial_rows", "num_queries", "num_heads"])
 def _key_kernel(
     Q, K, V, DO, STATS, DK, DV, PARTIAL_DK, PARTIAL_DV,
-    programs, entries, merges, heads, partial_rows, num_queries, scale,
+    programs, entries, merges, heads, partial_rows, num_queries, num_heads, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     DILATED: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
@@ -557,7 +557,6 @@ def _key_kernel(
     """A block of keys of one key/value head: its gradients and those of its values. With DILATED those of one branch,
     into PARTIAL_*, else of all branches, into DK and DV."""
     program = programs + tl.program_id(0).to(tl.int64) * PROGRAM_SIZE
-    num_heads = tl.num_programs(1) * GROUP
     heads += tl.program_id(1) * (FIRST_PHASE + NUM_BRANCHES)
     phases = heads + FIRST_PHASE
     kv_head = tl.load(heads + HEAD).to(tl.int64)
@@ -870,7 +869,9 @@ def triton_forward(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
     if _has_padding(attention):
         output.zero_()
         lse.fill_(-float("inf"))
-    _run_queries(attention, output, lse)
+    full = find_full_heads(*attention[:2], *attention[3:6])
+    _run_queries(attention, full, output, lse)
+    full_forward(*attention[:3], full, attention.is_causal, attention.scale, output, lse)
     return output, lse
 
 
@@ -883,6 +884,10 @@ def triton_backward(
         for grad in grads:
             grad.zero_()
     batch, heads, queries, head_dim = attention.query.shape
+    full = find_full_heads(*attention[:2], *attention[3:6])
+    full_backward(grad_output, *attention[:3], output, lse, full, attention.is_causal, attention.scale, grads)
+    if len(full) == attention.key.shape[1]:
+        return tuple(grads)
     lse, stats = lse.contiguous(), lse.new_empty((batch, heads, queries, 2))
     arguments = _Arguments(
         (output, lse, grad_output, stats),
@@ -891,8 +896,8 @@ def triton_backward(
         dict(HEAD_DIM=head_dim, BLOCK_D=_padded(head_dim), BLOCK=64),
     )
     _launch(_stats_kernel, (-(-queries // 64), heads, batch), arguments)
-    _run_queries(attention, grads[0], stats, grad_output)
-    _run_keys(attention, *grads[1:], stats, grad_output)
+    _run_queries(attention, full, grads[0], stats, grad_output)
+    _run_keys(attention, full, *grads[1:], stats, grad_output)
     return tuple(grads)
 
 
@@ -902,16 +907,21 @@ def _has_padding(attention: Attention) -> bool:
 
 
 def _run_queries(
-    attention: Attention, result: torch.Tensor, lse_or_stats: torch.Tensor, grad_output: torch.Tensor | None = None
+    attention: Attention,
+    without: tuple[int, ...],
+    result: torch.Tensor,
+    lse_or_stats: torch.Tensor,
+    grad_output: torch.Tensor | None = None,
 ) -> None:
-    """Write the output and log-sum-exp of all queries; or their gradient, given `grad_output` and the statistics."""
+    """Write the output and log-sum-exp of all queries; or their gradient, given `grad_output` and the statistics. Some
+    key/value heads are left out."""
     query, key, value, pattern, documents, is_causal, scale = attention
     is_gradient = grad_output is not None
     if not is_gradient:
         grad_output = query  # not looked at
     blocks = _blocks(query, "queries" if is_gradient else "forward")
     plan = make_plan(without_heads(pattern), documents, blocks.own, True, is_causal, query.device)
-    head_table = make_head_table(pattern, key.shape[1], True, query.device)
+    head_table = make_head_table(pattern, key.shape[1], without, True, query.device)
     heads = query.shape[1]
     partial = query.new_empty((heads, plan.partial_rows, query.shape[3]))
     partial_lse = lse_or_stats if is_gradient else lse_or_stats.new_empty((heads, plan.partial_rows))
@@ -919,32 +929,37 @@ def _run_queries(
     constants = dict(GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
     arguments = _Arguments(
         (query, key, value, result, lse_or_stats, grad_output, lse_or_stats, partial, partial_lse),
-        (query.shape[2], scale),
+        (query.shape[2], heads, scale),
         strides,
         constants | _constants(attention, plan, blocks, strides),
     )
-    _launch_both(_query_kernel, heads, plan, head_table, arguments, blocks)
+    _launch_both(_query_kernel, len(head_table) * (heads // key.shape[1]), plan, head_table, arguments, blocks)
 
 
 def _run_keys(
-    attention: Attention, dk: torch.Tensor, dv: torch.Tensor, stats: torch.Tensor, grad_output: torch.Tensor
+    attention: Attention,
+    without: tuple[int, ...],
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    stats: torch.Tensor,
+    grad_output: torch.Tensor,
 ) -> None:
-    """Write the gradients of all keys and values."""
+    """Write the gradients of all keys and values, but those of some heads."""
     query, key, value, pattern, documents, is_causal, scale = attention
     blocks = _blocks(query, "keys")
     plan = make_plan(without_heads(pattern), documents, blocks.own, False, is_causal, query.device)
-    head_table = make_head_table(pattern, key.shape[1], False, query.device)
+    head_table = make_head_table(pattern, key.shape[1], without, False, query.device)
     heads = key.shape[1]
     partial_dk, partial_dv = (key.new_empty((heads, plan.partial_rows, key.shape[3])) for _ in range(2))
     strides = _strides(query, key, value, grad_output, dk, dv)
     constants = dict(BLOCK_M=blocks.met, BLOCK_N=blocks.own)
     arguments = _Arguments(
         (query, key, value, grad_output, stats, dk, dv, partial_dk, partial_dv),
-        (query.shape[2], scale),
+        (query.shape[2], query.shape[1], scale),
         strides,
         constants | _constants(attention, plan, blocks, strides),
     )
-    _launch_both(_key_kernel, heads, plan, head_table, arguments, blocks)
+    _launch_both(_key_kernel, len(head_table), plan, head_table, arguments, blocks)
 
 
 class _Arguments(NamedTuple):
