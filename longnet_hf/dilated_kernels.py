@@ -22,52 +22,20 @@ from typing import NamedTuple
 import torch
 
 from .dilated_pattern import DilatedPattern
-from .dilated_plan import (
-    BLOCK_NUMBER,
-    ENTRY_OR_BRANCH,
-    ENTRY_SIZE,
-    FIRST_PARTIAL,
-    FIRST_PHASE,
-    FIRST_QUERY,
-    GRID_LENGTH,
-    GRID_RATE,
-    GRID_SHIFT,
-    HEAD,
-    KEY_COLUMN,
-    LENGTH,
-    MERGE_RATE,
-    MERGE_SIZE,
-    NEXT_PARTIAL,
-    NEXT_SEGMENT,
-    PARTIAL_BASE,
-    PARTIAL_ROWS,
-    PARTIAL_START,
-    PROGRAM_RATE,
-    PROGRAM_SIZE,
-    PROGRAM_WINDOW,
-    QUERY_COLUMN,
-    ROW,
-    SEGMENT_START,
-    SEGMENT_STOP,
-    SINK_EXTENT,
-    SINKS,
-    THIS_SEGMENT,
-    TO_BLOCK,
-    TO_BLOCK_REST,
-    TO_FIRST,
-    TO_FIRST_REST,
-    TO_KEYS,
-    TO_QUERIES,
-    TO_STOP,
-    TO_STOP_REST,
-    WINDOW_LENGTH,
-    Plan,
-    make_head_table,
-    make_plan,
-    without_heads,
+
+
+# fmt: off
+from .dilated_plan import (  # isort: skip
+    BLOCK_NUMBER, ENTRY_OR_BRANCH, ENTRY_SIZE, FIRST_CHUNK, FIRST_PARTIAL, FIRST_PHASE, FIRST_QUERY, GRID_LENGTH,
+    GRID_RATE, GRID_SHIFT, HEAD, KEY_COLUMN, LENGTH, MERGE_RATE, MERGE_SIZE, NEXT_PARTIAL, NEXT_SEGMENT, NUM_CHUNKS,
+    PARTIAL_BASE, PARTIAL_ROWS, PARTIAL_START, PROGRAM_RATE, PROGRAM_SIZE, PROGRAM_WINDOW, QUERY_COLUMN, ROW,
+    SEGMENT_START, SEGMENT_STOP, SINK_EXTENT, SINKS, THIS_SEGMENT, TO_BLOCK, TO_BLOCK_REST, TO_FIRST, TO_FIRST_REST,
+    TO_KEYS, TO_QUERIES, TO_STOP, TO_STOP_REST, WINDOW_LENGTH, Plan, make_head_table, make_plan, without_heads,
 )
+# fmt: on
 from .documents import Document
 from .full_heads import find_full_heads, full_backward, full_forward
+from .kernel_launch import Arguments, Blocks, blocks_of, launch, padded, row_constants, strides_of
 
 
 try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
@@ -512,26 +480,6 @@ def _meet_queries(
 
 
 @triton.jit
-def _meet_queries_of_sinks(
-    dk, dv, k, v, q_base, do_base, stats_base, q_row, do_row, position, sinks, begin, length,
-    heads, entries, scale,
-    IS_CAUSAL: tl.constexpr, NUM_BRANCHES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Take a block with keys of the sink through all queries from position `begin` on."""
-    for block in tl.range(begin, length, BLOCK_M, num_stages=STAGES):
-        n = block + tl.arange(0, BLOCK_M)
-        q = _load(_pointers(q_base, n, q_row, BLOCK_D), n < length, HEAD_DIM, BLOCK_D, False)
-        do = _load(_pointers(do_base, n, do_row, BLOCK_D), n < length, HEAD_DIM, BLOCK_D, False)
-        stats = stats_base + n.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
-        lse, delta = tl.split(tl.load(stats, mask=(n < length)[:, None], other=0.0))
-        joined = _joined_by_sink(n[None, :], position[:, None], sinks, block, heads, entries, IS_CAUSAL, NUM_BRANCHES)
-        joined &= (n < length)[None, :]
-        dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, joined, scale, True, PRECISION)
-    return dk, dv
-
-
-@triton.jit
 def _joined_by_kept(j, start, step, window, skipped, first_query, num_queries, IS_CAUSAL: tl.constexpr):
     """Which queries the j-th kept key of a segment (the queries are kept ones, too), or of a window joins: the first
     and the last."""
@@ -543,10 +491,10 @@ def _joined_by_kept(j, start, step, window, skipped, first_query, num_queries, I
     return tl.maximum(first, 0), tl.minimum(last, num_queries - 1)
 
 
-@triton.jit(do_not_specialize=["partial_rows", "num_queries", "num_heads"])
+@triton.jit(do_not_specialize=["partial_rows", "num_queries", "num_heads", "sink_rows"])
 def _key_kernel(
-    Q, K, V, DO, STATS, DK, DV, PARTIAL_DK, PARTIAL_DV,
-    programs, entries, merges, heads, partial_rows, num_queries, num_heads, scale,
+    Q, K, V, DO, STATS, DK, DV, PARTIAL_DK, PARTIAL_DV, SINK_GRADS,
+    programs, entries, merges, heads, partial_rows, num_queries, num_heads, sink_rows, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     DILATED: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
@@ -640,18 +588,6 @@ def _key_kernel(
                 True, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, STAGES, WIDE,
             )  # fmt: skip
 
-        if SINK and not DILATED:
-            sinks = tl.load(heads + SINKS)
-            if first_row < sinks:
-                begin = first_query
-                if IS_CAUSAL:
-                    begin = tl.maximum(first_query, first_row)
-                dk, dv = _meet_queries_of_sinks(
-                    dk, dv, k, v, q_base, do_base, stats_base, q_row, do_row, position, sinks, begin, length,
-                    heads, entries + index * ENTRY_SIZE, scale * _LOG2_E,
-                    IS_CAUSAL, NUM_BRANCHES, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION, STAGES,
-                )  # fmt: skip
-
     dk *= scale
     PARTIAL_DK += kv_head * partial_rows * HEAD_DIM
     PARTIAL_DV += kv_head * partial_rows * HEAD_DIM
@@ -668,10 +604,64 @@ def _key_kernel(
             )  # fmt: skip
             dk += _load(_pointers(PARTIAL_DK, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
             dv += _load(_pointers(PARTIAL_DV, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
+        if SINK:
+            sinks = tl.minimum(tl.load(heads + SINKS), length)
+            if first_row < sinks:
+                first_part = tl.load(program + FIRST_CHUNK).to(tl.int64)
+                for number in range(0, tl.load(program + NUM_CHUNKS)):
+                    at = ((first_part + number) * tl.num_programs(1) + tl.program_id(1)) * sink_rows + j
+                    grads = _pointers(SINK_GRADS, at, 2 * HEAD_DIM, BLOCK_D)
+                    dk += _load(grads, j < sinks, HEAD_DIM, BLOCK_D, False)
+                    dv += _load(grads + HEAD_DIM, j < sinks, HEAD_DIM, BLOCK_D, False)
         dk_base = DK + row * dk_batch + kv_head * dk_head + key_column * dk_row
         dv_base = DV + row * dv_batch + kv_head * dv_head + key_column * dv_row
         _store(_pointers(dk_base, position, dk_row, BLOCK_D), dk, valid, HEAD_DIM, BLOCK_D)
         _store(_pointers(dv_base, position, dv_row, BLOCK_D), dv, valid, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_heads", "sink_rows", "chunk"])
+def _sink_kernel(
+    Q, K, V, DO, STATS, SINK_GRADS, programs, entries, heads, num_queries, num_heads, sink_rows, chunk, scale,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
+    IS_CAUSAL: tl.constexpr, GROUP: tl.constexpr, NUM_BRANCHES: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Some queries of a document meet all keys of the sink: their part of the gradients of these and of their values,
+    into SINK_GRADS. The dense programs of the sink's keys add up the parts."""
+    program = programs + tl.program_id(0).to(tl.int64) * PROGRAM_SIZE
+    heads += tl.program_id(1) * (FIRST_PHASE + NUM_BRANCHES)
+    kv_head = tl.load(heads + HEAD).to(tl.int64)
+    row, key_column, query_column, length, first_query = _load_document(program)
+    entries += tl.load(program + ENTRY_OR_BRANCH) * ENTRY_SIZE
+    begin = first_query + tl.load(program + BLOCK_NUMBER) * chunk
+    stop = tl.minimum(begin + chunk, length)
+    sinks = tl.minimum(tl.load(heads + SINKS), length)
+    k_base = K + row * k_batch + kv_head * k_head + key_column * k_row
+    v_base = V + row * v_batch + kv_head * v_head + key_column * v_row
+    part = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * sink_rows
+    for first in range(0, sinks, BLOCK_N):
+        j = first + tl.arange(0, BLOCK_N)
+        k = _load(_pointers(k_base, j, k_row, BLOCK_D), j < sinks, HEAD_DIM, BLOCK_D, False)
+        v = _load(_pointers(v_base, j, v_row, BLOCK_D), j < sinks, HEAD_DIM, BLOCK_D, False)
+        dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for head_of_group in range(GROUP):
+            head = kv_head * GROUP + head_of_group
+            q_base = Q + row * q_batch + head * q_head + query_column * q_row
+            do_base = DO + row * do_batch + head * do_head + query_column * do_row
+            stats_base = STATS + ((row * num_heads + head) * num_queries + query_column) * 2
+            for block in tl.range(begin, stop, BLOCK_M, num_stages=STAGES):
+                n = block + tl.arange(0, BLOCK_M)
+                q = _load(_pointers(q_base, n, q_row, BLOCK_D), n < stop, HEAD_DIM, BLOCK_D, False)
+                do = _load(_pointers(do_base, n, do_row, BLOCK_D), n < stop, HEAD_DIM, BLOCK_D, False)
+                stats = stats_base + n.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
+                lse, delta = tl.split(tl.load(stats, mask=(n < stop)[:, None], other=0.0))
+                joined = _joined_by_sink(n[None, :], j[:, None], sinks, block, heads, entries, IS_CAUSAL, NUM_BRANCHES)
+                joined &= (n < stop)[None, :]
+                dk, dv = _key_step(dk, dv, k, v, q, do, lse, delta, joined, scale * _LOG2_E, True, PRECISION)
+        grads = _pointers(SINK_GRADS, part + j, 2 * HEAD_DIM, BLOCK_D)
+        _store(grads, dk * scale, j < sinks, HEAD_DIM, BLOCK_D)
+        _store(grads + HEAD_DIM, dv, j < sinks, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_queries"])
@@ -808,48 +798,6 @@ def _past_key_kernel(
     tl.atomic_add(grads + HEAD_DIM, dv, mask=stored)
 
 
-class Blocks(NamedTuple):
-    """Shape of a program: rows of its own block, rows of the blocks that it meets, and what the compiler is told."""
-
-    own: int
-    met: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
-# By head size (padded to a power of 2) and kernel; measured on an H100
-_HOPPER_BLOCKS = {
-    64: dict(forward=Blocks(64, 64, 4, 3, 168), queries=Blocks(64, 64, 4, 3, 168), keys=Blocks(64, 64, 4, 3)),
-    128: dict(forward=Blocks(64, 64, 4, 3), queries=Blocks(64, 64, 4, 2), keys=Blocks(64, 32, 4, 3)),
-    256: dict(forward=Blocks(128, 64, 8, 2), queries=Blocks(64, 64, 8, 1), keys=Blocks(64, 64, 8, 1)),
-}
-# What 99 KiB of shared memory hold, as any GPU since Ampere has
-_OTHER_BLOCKS = {
-    64: dict(forward=Blocks(64, 64, 4, 2), queries=Blocks(64, 64, 4, 2), keys=Blocks(64, 64, 4, 2)),
-    128: dict(forward=Blocks(64, 32, 4, 2), queries=Blocks(64, 32, 4, 2), keys=Blocks(64, 32, 4, 2)),
-    256: dict(forward=Blocks(32, 32, 4, 2), queries=Blocks(32, 32, 8, 1), keys=Blocks(32, 32, 8, 1)),
-}
-_FLOAT32_BLOCKS = {
-    64: dict(forward=Blocks(32, 32, 4, 2), queries=Blocks(32, 32, 4, 2), keys=Blocks(32, 32, 4, 2)),
-    128: dict(forward=Blocks(32, 32, 4, 1), queries=Blocks(32, 32, 4, 1), keys=Blocks(32, 32, 4, 1)),
-    256: dict(forward=Blocks(16, 16, 4, 1), queries=Blocks(16, 16, 4, 1), keys=Blocks(16, 16, 4, 1)),
-}
-
-
-def _blocks(x: torch.Tensor, kernel: str) -> Blocks:
-    if x.dtype == torch.float32:
-        table = _FLOAT32_BLOCKS
-    else:
-        is_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-        table = _HOPPER_BLOCKS if is_hopper else _OTHER_BLOCKS
-    return table[max(64, _padded(x.shape[-1]))][kernel]
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
-
-
 class Attention(NamedTuple):
     """What the operator asks the kernels for: `query` `[B, H, Nq, D]`, `key` and `value` `[B, Hkv, N, D]`."""
 
@@ -889,13 +837,13 @@ def triton_backward(
     if len(full) == attention.key.shape[1]:
         return tuple(grads)
     lse, stats = lse.contiguous(), lse.new_empty((batch, heads, queries, 2))
-    arguments = _Arguments(
+    arguments = Arguments(
         (output, lse, grad_output, stats),
         (queries,),
-        _strides(output, grad_output),
-        dict(HEAD_DIM=head_dim, BLOCK_D=_padded(head_dim), BLOCK=64),
+        strides_of(output, grad_output),
+        dict(HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK=64),
     )
-    _launch(_stats_kernel, (-(-queries // 64), heads, batch), arguments)
+    launch(_stats_kernel, (-(-queries // 64), heads, batch), arguments)
     _run_queries(attention, full, grads[0], stats, grad_output)
     _run_keys(attention, full, *grads[1:], stats, grad_output)
     return tuple(grads)
@@ -919,15 +867,15 @@ def _run_queries(
     is_gradient = grad_output is not None
     if not is_gradient:
         grad_output = query  # not looked at
-    blocks = _blocks(query, "queries" if is_gradient else "forward")
+    blocks = blocks_of(query, "queries" if is_gradient else "forward")
     plan = make_plan(without_heads(pattern), documents, blocks.own, True, is_causal, query.device)
     head_table = make_head_table(pattern, key.shape[1], without, True, query.device)
     heads = query.shape[1]
     partial = query.new_empty((heads, plan.partial_rows, query.shape[3]))
     partial_lse = lse_or_stats if is_gradient else lse_or_stats.new_empty((heads, plan.partial_rows))
-    strides = _strides(query, key, value, result, grad_output)
+    strides = strides_of(query, key, value, result, grad_output)
     constants = dict(GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
-    arguments = _Arguments(
+    arguments = Arguments(
         (query, key, value, result, lse_or_stats, grad_output, lse_or_stats, partial, partial_lse),
         (query.shape[2], heads, scale),
         strides,
@@ -946,44 +894,62 @@ def _run_keys(
 ) -> None:
     """Write the gradients of all keys and values, but those of some heads."""
     query, key, value, pattern, documents, is_causal, scale = attention
-    blocks = _blocks(query, "keys")
+    blocks = blocks_of(query, "keys")
     plan = make_plan(without_heads(pattern), documents, blocks.own, False, is_causal, query.device)
     head_table = make_head_table(pattern, key.shape[1], without, False, query.device)
     heads = key.shape[1]
     partial_dk, partial_dv = (key.new_empty((heads, plan.partial_rows, key.shape[3])) for _ in range(2))
-    strides = _strides(query, key, value, grad_output, dk, dv)
+    strides = strides_of(query, key, value, grad_output, dk, dv)
     constants = dict(BLOCK_M=blocks.met, BLOCK_N=blocks.own)
-    arguments = _Arguments(
-        (query, key, value, grad_output, stats, dk, dv, partial_dk, partial_dv),
-        (query.shape[2], query.shape[1], scale),
+    sink_grads = _run_sink(attention, plan, head_table, stats, grad_output)
+    arguments = Arguments(
+        (query, key, value, grad_output, stats, dk, dv, partial_dk, partial_dv, sink_grads),
+        (query.shape[2], query.shape[1], plan.sink_rows, scale),
         strides,
         constants | _constants(attention, plan, blocks, strides),
     )
     _launch_both(_key_kernel, len(head_table), plan, head_table, arguments, blocks)
 
 
-class _Arguments(NamedTuple):
-    """The arguments of a kernel, in its order but for the tables of a plan, which follow the tensors."""
-
-    tensors: tuple[torch.Tensor, ...]
-    numbers: tuple
-    strides: list[int]
-    constants: dict  # what it is compiled for
+def _run_sink(
+    attention: Attention, plan: Plan, head_table: torch.Tensor, stats: torch.Tensor, grad_output: torch.Tensor
+) -> torch.Tensor:
+    """The gradients of the sink's keys and values, in parts: `[parts, Hkv, sink_rows, 2 D]`."""
+    query, key, value = attention[:3]
+    blocks, head_dim = blocks_of(query, "keys"), query.shape[3]
+    parts, heads = len(plan.sinks) // PROGRAM_SIZE.value, len(head_table)
+    sink_grads = stats.new_empty((parts, heads, plan.sink_rows, 2 * head_dim))
+    own = min(blocks.own, max(16, triton.next_power_of_2(max(1, plan.sink_rows))))
+    arguments = Arguments(
+        (query, key, value, grad_output, stats, sink_grads, plan.sinks, plan.entries, head_table),
+        (query.shape[2], query.shape[1], plan.sink_rows, plan.sink_chunk, attention.scale),
+        strides_of(query, key, value, grad_output),
+        dict(
+            IS_CAUSAL=attention.is_causal,
+            GROUP=query.shape[1] // key.shape[1],
+            NUM_BRANCHES=plan.num_branches,
+            BLOCK_M=blocks.met,
+            BLOCK_N=own,
+            **row_constants(query, blocks),
+        ),
+    )
+    launch(_sink_kernel, (parts, heads, 1), arguments, blocks)
+    return sink_grads
 
 
 def _launch_both(
-    kernel, heads: int, plan: Plan, head_table: torch.Tensor, arguments: _Arguments, blocks: Blocks
+    kernel, heads: int, plan: Plan, head_table: torch.Tensor, arguments: Arguments, blocks: Blocks
 ) -> None:
     """The dilated programs of a plan, then the dense ones, which take up what those left."""
     tensors, numbers, strides, constants = arguments
     for programs, is_dilated in ((plan.dilated, True), (plan.dense, False)):
-        with_plan = _Arguments(
+        with_plan = Arguments(
             (*tensors, programs, plan.entries, plan.merges, head_table),
             (plan.partial_rows, *numbers),
             strides,
             dict(DILATED=is_dilated) | constants,
         )
-        _launch(kernel, (len(programs) // PROGRAM_SIZE.value, heads, 1), with_plan, blocks)
+        launch(kernel, (len(programs) // PROGRAM_SIZE.value, heads, 1), with_plan, blocks)
 
 
 class PastAttention(NamedTuple):
@@ -1015,9 +981,9 @@ def triton_add_stored_gradients(
 ) -> None:
     """Add to the gradients of keys and values, `[rows, 2 D]` in float32, likewise."""
     query, keys, values, output, lse = attention[:5]
-    blocks = _blocks(query, "keys")
+    blocks = blocks_of(query, "keys")
     tensors = query, keys, values, output, lse, grad_output, grad_stored
-    strides = [*_strides(query, output, grad_output), *lse.stride(), *_row_strides(keys, values, grad_stored)]
+    strides = [*strides_of(query, output, grad_output), *lse.stride(), *_row_strides(keys, values, grad_stored)]
     constants = dict(BLOCK_M=blocks.met, BLOCK_N=blocks.own)
     _launch_tiles(_past_key_kernel, attention, tensors, strides, constants, blocks)
 
@@ -1029,9 +995,9 @@ def _run_past_queries(
     is_gradient = grad is not None
     if not is_gradient:
         grad, grad_output = output, output  # not looked at
-    blocks = _blocks(query, "queries" if is_gradient else "forward")
+    blocks = blocks_of(query, "queries" if is_gradient else "forward")
     tensors = query, keys, values, output, lse, grad_output, grad
-    strides = [*_strides(query, output, grad_output, grad), *lse.stride(), *_row_strides(keys, values)]
+    strides = [*strides_of(query, output, grad_output, grad), *lse.stride(), *_row_strides(keys, values)]
     constants = dict(GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
     _launch_tiles(_past_query_kernel, attention, tensors, strides, constants, blocks)
 
@@ -1041,29 +1007,24 @@ def _launch_tiles(
 ) -> None:
     """One after the other: tiles have queries and keys in common."""
     query, group = attention.query, attention.query.shape[1] // attention.num_heads
-    constants = constants | dict(GROUP=group, **_row_constants(query, blocks))
+    constants = constants | dict(GROUP=group, **row_constants(query, blocks))
     for tile in attention.tiles:
         (rows,) = tile.stored
         batch, tiles, num_keys = rows.shape
         num_queries = tile.columns.shape[1]
         # A program of keys goes through all heads of their group
         own, heads = (num_keys, tiles) if kernel is _past_key_kernel else (num_queries, tiles * group)
-        arguments = _Arguments(
+        arguments = Arguments(
             (*tensors, tile.heads, tile.columns, rows),
             (num_queries, num_keys, attention.scale),
             strides,
             constants | dict(MASK=tile.mask),
         )
-        _launch(kernel, (-(-own // blocks.own), heads, batch), arguments, blocks)
+        launch(kernel, (-(-own // blocks.own), heads, batch), arguments, blocks)
 
 
 def _row_strides(*tensors: torch.Tensor) -> list[int]:
     return [x.stride(0) for x in tensors]
-
-
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    """Of the batch, the heads and the rows of every tensor."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 def _constants(attention: Attention, plan: Plan, blocks: Blocks, strides: list[int]) -> dict:
@@ -1079,47 +1040,5 @@ def _constants(attention: Attention, plan: Plan, blocks: Blocks, strides: list[i
         UNIT=plan.is_unit,
         SHORT=plan.is_short,
         WIDE=block_span >= 2**31,
-        **_row_constants(query, blocks),
+        **row_constants(query, blocks),
     )
-
-
-def _row_constants(query: torch.Tensor, blocks: Blocks) -> dict:
-    """What any kernel is compiled for that multiplies rows of queries and keys."""
-    exact = query.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    return dict(
-        HEAD_DIM=query.shape[3],
-        BLOCK_D=_padded(query.shape[3]),
-        PRECISION="ieee" if exact else "tf32",
-        STAGES=blocks.stages,
-    )
-
-
-_compiled = {}
-
-
-def _launch(kernel, grid: tuple[int, int, int], arguments: _Arguments, blocks: Blocks | None = None) -> None:
-    """`kernel[grid](*tensors, *numbers, *strides, **constants)`, but faster: Triton looks at every argument of every
-    call to find the kernel that it compiled for such arguments, this at those that can make a difference."""
-    if 0 in grid:
-        return
-    tensors, numbers, strides, constants = arguments
-    device = tensors[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _launch(kernel, grid, arguments, blocks)
-    kind = tuple(stride if stride <= 1 else (stride % 16 == 0, stride >= 2**31) for stride in strides)
-    kind = (kernel, device, tensors[0].dtype, kind, blocks, *constants.values())
-    is_aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
-    compiled = _compiled.get(kind) if is_aligned else None
-    if compiled is not None:
-        in_order = (constants[name] for name in kernel.arg_names[-len(constants) :])
-        compiled[grid](*tensors, *numbers, *strides, *in_order)
-        return
-    options = {}
-    if blocks is not None:
-        options = dict(num_warps=blocks.warps)
-        if blocks.registers is not None:
-            options["maxnreg"] = blocks.registers
-    compiled = kernel[grid](*tensors, *numbers, *strides, **constants, **options)
-    if is_aligned and compiled is not None:  # Triton's interpreter returns nothing
-        _compiled[kind] = compiled

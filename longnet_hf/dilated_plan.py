@@ -24,10 +24,12 @@ except ImportError as error:
 
 # A program's record: its document (the fields of `Document`) and block; of dense programs, the number of their first
 # entry; of dilated ones, their branch, the segment that they work in, and the distances from the segment's start, as
-# multiples of the rate and rests, to its stop, to where the queries begin, and to where the keys do.
+# multiples of the rate and rests, to its stop, to where the queries begin, and to where the keys do; of dense ones of
+# keys, which of the sink's parts are of their document.
 ROW, KEY_COLUMN, QUERY_COLUMN, LENGTH, FIRST_QUERY, BLOCK_NUMBER, ENTRY_OR_BRANCH = map(tl.constexpr, range(7))
 PROGRAM_RATE, SEGMENT_START, PARTIAL_START, PROGRAM_WINDOW = map(tl.constexpr, range(7, 11))
 TO_STOP, TO_STOP_REST, TO_QUERIES, TO_QUERIES_REST, TO_KEYS, TO_KEYS_REST = map(tl.constexpr, range(11, 17))
+FIRST_CHUNK, NUM_CHUNKS = map(tl.constexpr, range(17, 19))
 PROGRAM_SIZE = tl.constexpr(20)
 # A head: its number, among the key/value heads; how many keys of the sink it has, and from which position on no other
 # branch joins a query to any of them; its phase in every branch, or -1 where it does not have the branch.
@@ -62,6 +64,13 @@ class Plan(NamedTuple):
     partial_rows: int
     is_unit: bool  # every dense branch has r = 1
     is_short: bool  # some segments are shorter than a block
+    sinks: torch.Tensor  # programs that take `sink_chunk` queries through the sink, for the gradients of its keys
+    sink_rows: int
+    sink_chunk: int
+
+
+# Queries that one program takes through the sink, of up to 64 keys; through longer ones as many times more
+_SINK_CHUNK = 1024
 
 
 @functools.lru_cache(maxsize=1024)
@@ -97,7 +106,7 @@ def make_head_table(
 
     def record(head: int) -> list[int]:
         has_sink = sink is not None and sink.belongs_to(head) and not pattern.is_unbounded(head)
-        sinks = max(0, sink.length - pattern.offset) if has_sink else 0
+        sinks = _sinks(pattern) if has_sink else 0
         extent = pattern.sink_extent([x for x in branches if x.belongs_to(head)], sinks) if sinks else 0
         return [head, min(sinks, 2**31 - 1), min(extent, 2**31 - 1), *(phase(branch, head) for branch in branches)]
 
@@ -153,9 +162,25 @@ def make_plan(
         key_begin = first if of_queries else first_query
         dilated.insert(0, _dilated_programs(table, entry, index, block, (first_segment, segments, key_begin), reverse))
         merges[:, index - num_dense] = _merges(entry[document], first[document], number * block)
-    tables = dense, np.concatenate(dilated or [[]]), entries, merges
+    sink_rows = 0 if of_queries else min(_sinks(pattern), int(length.max(initial=0)))
+    sink_chunk = _SINK_CHUNK * max(1, sink_rows // 64)
+    sinks = np.zeros((0, PROGRAM_SIZE.value), dtype=np.int64)
+    if sink_rows:
+        counts = -(-(length - first_query) // sink_chunk)
+        sinks, of_chunk, number = _programs(table, counts, False)
+        sinks[:, BLOCK_NUMBER.value], sinks[:, ENTRY_OR_BRANCH.value] = number, of_chunk * len(branches)
+        dense[:, FIRST_CHUNK.value] = (np.cumsum(counts) - counts)[document]
+        dense[:, NUM_CHUNKS.value] = counts[document]
+    tables = dense, np.concatenate(dilated or [[]]), entries, merges, sinks
     is_unit = all(branch.rate == 1 for branch in branches[:num_dense])
-    return Plan(*_on_device(tables, device), num_dense, len(branches), partial_rows, is_unit, is_short)
+    dense, dilated, entries, merges, sinks = _on_device(tables, device)
+    counts = num_dense, len(branches), partial_rows, is_unit, is_short
+    return Plan(dense, dilated, entries, merges, *counts, sinks, sink_rows, sink_chunk)
+
+
+def _sinks(pattern: DilatedPattern) -> int:
+    """How many keys of the sink there are behind where the pattern begins."""
+    return sum(max(0, branch.length - pattern.offset) for branch in pattern.branches if branch.type == "sink")
 
 
 def _programs(documents: np.ndarray, counts: np.ndarray, reverse: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

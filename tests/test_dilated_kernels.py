@@ -8,7 +8,7 @@ import torch
 from patterns import random_pattern
 from test_dilated_operator import gradients, random_layout, random_tensors
 
-from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference, dilated_plan
+from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference, full_heads
 from longnet_hf import dilated_operator as operator_module
 from longnet_hf import dilated_past as past_module
 from longnet_hf.dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
@@ -17,7 +17,9 @@ from longnet_hf.documents import BatchDocuments
 
 
 kernels = pytest.importorskip("longnet_hf.dilated_kernels", reason="needs Triton", exc_type=ImportError)
-Blocks = kernels.Blocks
+dilated_plan = pytest.importorskip("longnet_hf.dilated_plan", reason="needs Triton", exc_type=ImportError)
+kernel_launch = pytest.importorskip("longnet_hf.kernel_launch", reason="needs Triton", exc_type=ImportError)
+Blocks = kernel_launch.Blocks
 
 PAPER = DilatedPattern([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
 MIXED = DilatedPattern(
@@ -32,7 +34,8 @@ def interpreted(monkeypatch):
         pytest.skip("on a GPU the kernels run as they are")
     monkeypatch.setattr(operator_module, "uses_triton", lambda query, dropout: True)
     blocks = dict.fromkeys(("forward", "queries", "keys"), Blocks(16, 16, 4, 1))
-    monkeypatch.setattr(kernels, "_FLOAT32_BLOCKS", {64: blocks})
+    monkeypatch.setattr(kernel_launch, "_FLOAT32_BLOCKS", {64: blocks})
+    monkeypatch.setattr(dilated_plan, "_SINK_CHUNK", 16)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -111,18 +114,28 @@ GPU_CASES = [
 ]
 
 
-def inputs_on_a_gpu(size):
-    """Patterns, inputs in float64, a gradient, and what is padding."""
+def inputs_on_a_gpu(size, is_usual):
+    """Patterns, inputs in float64, a gradient, and what is padding. Every pattern is compiled for, which takes time:
+    all of them in the usual dtype and size, the one that has most in it in others."""
     patterns = [
+        DilatedPattern(
+            [48, 300, 200, 70, None],
+            [1, 5, 4, 1, 1],
+            ["segment", "window", "segment", "sink", "window"],
+            "rotating",
+            shift=True,
+            layer_idx=1,
+            branch_heads=[[0], [0], [0], [0], [1]],
+        ),
         DilatedPattern([64, 200, 500], [1, 4, 7]),
         DilatedPattern([64, 200, None], [1, 4, 1], ["window", "window", "window"], "grouped"),
-        DilatedPattern([48, 300], [1, 5], ["segment", "window"], "rotating", shift=True, layer_idx=1),
+        DilatedPattern([64, 3], [1, 1], ["window", "sink"]),
     ]
     mask = torch.ones(2, 603, device="cuda")
     mask[0, :99] = mask[1, 590:] = 0
     holes = mask.clone()
     holes[1, 200:220] = 0
-    for pattern in patterns:
+    for pattern in patterns if is_usual else patterns[:1]:
         for queries, layout in [(603, {}), (603, {"attention_mask": mask}), (5, {"attention_mask": holes})]:
             yield pattern, *random_tensors(2, 2, 2, queries, 603, size, device="cuda"), layout
 
@@ -131,7 +144,8 @@ def inputs_on_a_gpu(size):
 @pytest.mark.parametrize(("dtype", "size", "causal"), GPU_CASES)
 def test_error_on_a_gpu(dtype, size, causal):
     """Against the oracle in float64: at most twice the error of the oracle itself in the same precision."""
-    for pattern, exact, grad, layout in inputs_on_a_gpu(size):
+    is_usual = dtype == torch.bfloat16 and size == 64
+    for pattern, exact, grad, layout in inputs_on_a_gpu(size, is_usual):
         low = [x.detach().to(dtype).requires_grad_() for x in exact]
         expected = dilated_attention_reference(*exact, pattern, is_causal=causal, **layout)
         plain = dilated_attention_reference(*low, pattern, is_causal=causal, **layout)
@@ -142,6 +156,26 @@ def test_error_on_a_gpu(dtype, size, causal):
         plain_grads = gradients(plain, low, grad.to(dtype))
         for our, other, right in zip(gradients(ours, low, grad.to(dtype)), plain_grads, exact_grads, strict=True):
             assert (our - right).abs().max() <= 2 * (other - right).abs().max() + 10 * floor
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("size", "causal"), [(64, True), (128, True), (64, False)])
+def test_heads_with_full_attention_on_a_gpu(size, causal, monkeypatch):
+    """Rows long enough for cuDNN: its heads and the kernels' lie side by side, in the strides of a model."""
+    monkeypatch.setattr(full_heads, "_SMALLEST", 0)
+    pattern = DilatedPattern([300, 4], [1, 1], ["window", "sink"]).with_full_heads([0, 2, 3], 5)
+    for batch, layout in ((2, {}), (1, {"position_ids": torch.arange(1500, device="cuda")[None] % 900})):
+        exact, grad = random_tensors(batch, 5, 2, 1500, 1500, size, device="cuda")
+        low = [x.detach().bfloat16().requires_grad_() for x in exact]
+        expected = dilated_attention_reference(*exact, pattern, is_causal=causal, **layout)
+        plain = dilated_attention_reference(*low, pattern, is_causal=causal, **layout)
+        ours = dilated_attention(*low, pattern, is_causal=causal, **layout)
+        assert (ours - expected).abs().max() <= 2 * (plain - expected).abs().max()
+        exact_grads, plain_grads = gradients(expected, exact, grad), gradients(plain, low, grad.bfloat16())
+        for our, other, right in zip(gradients(ours, low, grad.bfloat16()), plain_grads, exact_grads, strict=True):
+            assert (our - right).abs().max() <= 2 * (other - right).abs().max()
+    is_called = full_heads.find_full_heads(*low[:2], pattern, ((0, 0, 0, 1500, 0),), causal)
+    assert is_called == ((0, 2, 3) if torch.cuda.get_device_capability()[0] >= 9 else ())
 
 
 @pytest.mark.gpu
@@ -280,7 +314,7 @@ def test_tiles_of_many_blocks_in_any_layout(seed, interpreted, monkeypatch):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     blocks = {name: Blocks(*rng.sample([16, 32, 64], 2), 4, 1) for name in ("forward", "queries", "keys")}
-    monkeypatch.setattr(kernels, "_FLOAT32_BLOCKS", {64: blocks})
+    monkeypatch.setattr(kernel_launch, "_FLOAT32_BLOCKS", {64: blocks})
     num_queries, num_keys = rng.randint(50, 120), rng.randint(50, 120)
     if seed % 3 == 1:
         num_keys = num_queries

@@ -1,0 +1,110 @@
+"""How the kernels of dilated_kernels.py are launched: the shapes of their programs, and a way past Triton's own
+launcher, which takes longer than many of the launches."""
+
+from typing import NamedTuple
+
+import torch
+
+
+try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
+    import triton
+except ImportError as error:
+    raise ImportError("The kernels need the package triton, which comes with PyTorch for GPUs.") from error
+
+
+class Blocks(NamedTuple):
+    """Shape of a program: rows of its own block, rows of the blocks that it meets, and what the compiler is told."""
+
+    own: int
+    met: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+# By head size (padded to a power of 2) and kernel; measured on an H100
+_HOPPER_BLOCKS = {
+    64: dict(forward=Blocks(64, 64, 4, 3, 168), queries=Blocks(64, 64, 4, 3, 168), keys=Blocks(64, 64, 4, 3)),
+    128: dict(forward=Blocks(64, 64, 4, 3), queries=Blocks(64, 64, 4, 2), keys=Blocks(64, 32, 4, 3)),
+    256: dict(forward=Blocks(128, 64, 8, 2), queries=Blocks(64, 64, 8, 1), keys=Blocks(64, 64, 8, 1)),
+}
+# What 99 KiB of shared memory hold, as any GPU since Ampere has
+_OTHER_BLOCKS = {
+    64: dict(forward=Blocks(64, 64, 4, 2), queries=Blocks(64, 64, 4, 2), keys=Blocks(64, 64, 4, 2)),
+    128: dict(forward=Blocks(64, 32, 4, 2), queries=Blocks(64, 32, 4, 2), keys=Blocks(64, 32, 4, 2)),
+    256: dict(forward=Blocks(32, 32, 4, 2), queries=Blocks(32, 32, 8, 1), keys=Blocks(32, 32, 8, 1)),
+}
+_FLOAT32_BLOCKS = {
+    64: dict(forward=Blocks(32, 32, 4, 2), queries=Blocks(32, 32, 4, 2), keys=Blocks(32, 32, 4, 2)),
+    128: dict(forward=Blocks(32, 32, 4, 1), queries=Blocks(32, 32, 4, 1), keys=Blocks(32, 32, 4, 1)),
+    256: dict(forward=Blocks(16, 16, 4, 1), queries=Blocks(16, 16, 4, 1), keys=Blocks(16, 16, 4, 1)),
+}
+
+
+def blocks_of(x: torch.Tensor, kernel: str) -> Blocks:
+    if x.dtype == torch.float32:
+        table = _FLOAT32_BLOCKS
+    else:
+        is_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+        table = _HOPPER_BLOCKS if is_hopper else _OTHER_BLOCKS
+    return table[max(64, padded(x.shape[-1]))][kernel]
+
+
+def padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+class Arguments(NamedTuple):
+    """The arguments of a kernel, in its order but for the tables of a plan, which follow the tensors."""
+
+    tensors: tuple[torch.Tensor, ...]
+    numbers: tuple
+    strides: list[int]
+    constants: dict  # what it is compiled for
+
+
+def strides_of(*tensors: torch.Tensor) -> list[int]:
+    """Of the batch, the heads and the rows of every tensor."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def row_constants(query: torch.Tensor, blocks: Blocks) -> dict:
+    """What any kernel is compiled for that multiplies rows of queries and keys."""
+    exact = query.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return dict(
+        HEAD_DIM=query.shape[3],
+        BLOCK_D=padded(query.shape[3]),
+        PRECISION="ieee" if exact else "tf32",
+        STAGES=blocks.stages,
+    )
+
+
+_compiled = {}
+
+
+def launch(kernel, grid: tuple[int, int, int], arguments: Arguments, blocks: Blocks | None = None) -> None:
+    """`kernel[grid](*tensors, *numbers, *strides, **constants)`, but faster: Triton looks at every argument of every
+    call to find the kernel that it compiled for such arguments, this at those that can make a difference."""
+    if 0 in grid:
+        return
+    tensors, numbers, strides, constants = arguments
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, arguments, blocks)
+    kind = tuple(stride if stride <= 1 else (stride % 16 == 0, stride >= 2**31) for stride in strides)
+    kind = (kernel, device, tensors[0].dtype, kind, blocks, *constants.values())
+    is_aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
+    compiled = _compiled.get(kind) if is_aligned else None
+    if compiled is not None:
+        in_order = (constants[name] for name in kernel.arg_names[-len(constants) :])
+        compiled[grid](*tensors, *numbers, *strides, *in_order)
+        return
+    options = {}
+    if blocks is not None:
+        options = dict(num_warps=blocks.warps)
+        if blocks.registers is not None:
+            options["maxnreg"] = blocks.registers
+    compiled = kernel[grid](*tensors, *numbers, *strides, **constants, **options)
+    if is_aligned and compiled is not None:  # Triton's interpreter returns nothing
+        _compiled[kind] = compiled
