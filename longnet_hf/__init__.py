@@ -10,6 +10,7 @@ from .dilated_interface import ContextParallelTrainerMixin, set_dilated_attentio
 from .dilated_operator import dilated_attention, dilated_attention_reference
 from .dilated_pattern import Branch, DilatedPattern
 from .documents import find_documents
+from .head_ranking import HeadRanking, rank_heads
 from .modeling_longnet import (
     AUTO_CLASSES,
     LongNetAttention,
@@ -33,6 +34,7 @@ __all__ = [
     "ContextParallelTrainerMixin",
     "DilatedCache",
     "DilatedPattern",
+    "HeadRanking",
     "LongNetAttention",
     "LongNetConfig",
     "LongNetForCausalLM",
@@ -46,6 +48,7 @@ __all__ = [
     "dilated_attention_reference",
     "draw_pattern",
     "find_documents",
+    "rank_heads",
     "reach",
     "set_dilated_attention",
     "split_sequence",

@@ -87,7 +87,7 @@ def set_dilated_attention(
     if not isinstance(segment_shift, bool):
         raise ValueError(f"`segment_shift` must be True or False, got {segment_shift!r}.")
     config = model.config.get_text_config()
-    _check_model(model, config)
+    check_model(model, config)
     fields = dict(
         segment_lengths=segment_lengths,
         dilation_rates=dilation_rates,
@@ -106,9 +106,9 @@ def set_dilated_attention(
         if probe:
             _probe(model, config)
         else:
-            _set_implementation(model, config, DILATED)
+            set_implementation(model, config, DILATED)
     except Exception:
-        _set_implementation(model, config, before)
+        set_implementation(model, config, before)
         _set_pattern(config, old)
         raise
     _set_pattern(config, fields)
@@ -117,19 +117,19 @@ def set_dilated_attention(
         model.name_or_path = None
         for adapter in getattr(model, "peft_config", {}).values():
             adapter.base_model_name_or_path = None
-    for text in pattern_warnings(patterns, _num_heads(config)):
+    for text in pattern_warnings(patterns, num_key_value_heads(config)):
         logger.warning(text)
     return model
 
 
-def _num_heads(config: PreTrainedConfig) -> int:
+def num_key_value_heads(config: PreTrainedConfig) -> int:
     """Number of key/value heads."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _patterns_of(config: PreTrainedConfig, fields: dict) -> list[DilatedPattern]:
     """The pattern of every layer."""
-    return layer_patterns(config.num_hidden_layers, **fields, num_heads=_num_heads(config))
+    return layer_patterns(config.num_hidden_layers, **fields, num_heads=num_key_value_heads(config))
 
 
 def _set_pattern(config: PreTrainedConfig, fields: dict | None) -> None:
@@ -139,13 +139,13 @@ def _set_pattern(config: PreTrainedConfig, fields: dict | None) -> None:
         vars(config).pop("dilated_attention", None)
 
 
-def _set_implementation(model: PreTrainedModel, config: PreTrainedConfig, name: str | None) -> None:
+def set_implementation(model: PreTrainedModel, config: PreTrainedConfig, name: str | None) -> None:
     """For the text model alone, if there are others."""
     part = [key for key in model.config.sub_configs if getattr(model.config, key, None) is config]
     model.set_attn_implementation({part[0]: name} if part else name)
 
 
-def _check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+def check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Refuse by its configuration what the operator would get wrong."""
     name = type(model).__name__
     if hasattr(config, "layer_patterns"):
@@ -187,12 +187,12 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         return dilated_attention_forward(module, *args, **kwargs)
 
     if config._attn_implementation == DILATED:
-        _set_implementation(model, config, "sdpa" if model._supports_sdpa else "eager")
-    with _evaluation(model):
+        set_implementation(model, config, "sdpa" if model._supports_sdpa else "eager")
+    with evaluation(model):
         expected = model.base_model(input_ids=ids, use_cache=False)[0]
         _set_pattern(config, dict(segment_lengths=[None], dilation_rates=[1], branch_types=["window"]))
         try:
-            _set_implementation(model, config, DILATED)
+            set_implementation(model, config, DILATED)
         except (KeyError, ValueError) as error:
             raise ValueError(f"The attention of {name} cannot be exchanged: {error}") from error
         AttentionInterface.register(DILATED, counted)
@@ -225,7 +225,7 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 @contextlib.contextmanager
-def _evaluation(model: torch.nn.Module) -> Iterator[None]:
+def evaluation(model: torch.nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -294,7 +294,7 @@ def dilated_attention_forward(
     layout = _lay_out(query, key, attention_mask, is_causal, **kwargs)
     scaling, size = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
     options = AttentionOptions(pattern_of(module), scaling, dropout)
-    output, _ = layout.attend(module, *_same_size(query, key, value), options)
+    output, _ = layout.attend(module, *same_size(query, key, value), options)
     return output[..., :size], None
 
 
@@ -359,7 +359,7 @@ def _unwrap(attention_mask: torch.Tensor | None, batch_size: int, keys: int) -> 
     return attention_mask[:, 0, 0]
 
 
-def _same_size(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+def same_size(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
     """Heads of one size: zeros change neither scores nor outputs. Multi-head latent attention has smaller values."""
     size = max(x.shape[-1] for x in tensors)
     return (x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in tensors)
