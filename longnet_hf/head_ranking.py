@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -224,14 +224,15 @@ def _attend_and_score(
 def _attention_replaced(model: PreTrainedModel, config: PreTrainedConfig, function: Callable) -> Iterator[None]:
     """Inside, all layers of a model call `function` for their attention."""
     # A LongNet has a table of its own, and so has the copy of its code that came with a model from the Hub
-    interface = getattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    before, function_before = config._attn_implementation, interface[DILATED]
-    interface[DILATED] = function
+    own = vars(sys.modules[type(model).__module__]).get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    register = AttentionInterface.register if own is ALL_ATTENTION_FUNCTIONS else own.__setitem__
+    before, function_before = config._attn_implementation, own[DILATED]
+    register(DILATED, function)
     try:
         set_implementation(model, config, DILATED)
         yield
     finally:
-        interface[DILATED] = function_before
+        register(DILATED, function_before)
         set_implementation(model, config, before)
 
 
