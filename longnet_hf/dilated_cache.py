@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -173,6 +174,11 @@ class DilatedCache(Cache):
         super().__init__(layers=self._make_layers(), offloading=offloading, **options)
         self._forget()
 
+    @classmethod
+    def for_patterns(cls, patterns: list[DilatedPattern], **options) -> "DilatedCache":
+        """A cache for layers with these patterns, whatever the configuration of their model says of others."""
+        return cls(SimpleNamespace(layer_patterns=patterns), **options)
+
     def _make_layers(self) -> list[CacheLayerMixin]:
         return [DilatedLayer(pattern, self.reserve, self.max_length) for pattern in self.patterns]
 
@@ -183,6 +189,7 @@ class DilatedCache(Cache):
         # [B, 2 * reserve], which of the last tokens are real: `reserve` of them are known after `crop`, too
         self.last_real: torch.Tensor | None = None
 
+    @torch.inference_mode(False)  # what is made in inference mode could not be written to outside of it
     def _start(self, batch_size: int, device: torch.device | str) -> None:
         self.columns = torch.zeros((), dtype=torch.int64, device=device)
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -193,9 +200,11 @@ class DilatedCache(Cache):
                 torch._dynamo.mark_static_address(getattr(self, name))
 
     def fits(self, patterns: list[DilatedPattern]) -> bool:
-        """Whether the layers of a model have the patterns (`canonical()`) of the cache."""
+        """Whether the layers of a model have the patterns (`canonical()`) of the cache, or of its first layers: a
+        model that was cut short leaves the others empty."""
         # Not the patterns themselves: code from the Hub has its own copy of their class
-        return [pattern.to_json() for pattern in patterns] == [pattern.to_json() for pattern in self.patterns]
+        ours = [pattern.to_json() for pattern in self.patterns]
+        return [pattern.to_json() for pattern in patterns] == ours[: len(patterns)]
 
     def count_tokens(
         self, batch_size: int, length: int, device: torch.device | str, real: torch.Tensor | None = None
@@ -380,6 +389,7 @@ class DilatedCache(Cache):
         super().batch_select_indices(indices)
         self._map_rows(lambda x: x[indices.to(x.device)])
 
+    @torch.inference_mode(False)
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.positions is not None:
             self.positions, self.max_positions = function(self.positions), function(self.max_positions)
@@ -574,6 +584,7 @@ class LayerPart:
             any(branch.rate == 1 and branch.belongs_to(head) for branch in pattern.branches) for head in heads
         )
 
+    @torch.inference_mode(False)
     def allocate(self, like: torch.Tensor, room: int | None = None) -> None:
         """Slots for a batch and heads as in `like` `[B, heads, ?, D]`: with `room`, of so many positions where all
         keys are kept."""
@@ -589,6 +600,7 @@ class LayerPart:
     def _slots(self, room: int) -> "_Slots":
         return _slots(_ring_records(self.pattern, tuple(self.heads), self.num_heads, self.reserve, room), self.device)
 
+    @torch.inference_mode(False)
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.keys, self.values = function(self.keys), function(self.values)
 
@@ -598,6 +610,7 @@ class LayerPart:
             return x
         return x.unflatten(1, (self.num_heads, -1))[:, self.heads].flatten(1, 2)
 
+    @torch.inference_mode(False)
     def make_room(self, length: int) -> None:
         """Let so many positions have their slots, of heads that keep all keys."""
         if self.max_length is not None and length > self.max_length:

@@ -23,6 +23,7 @@ from .batch_layout import AttentionOptions, BatchLayout, SplitBatch, WholeBatch
 from .context_parallel import ActiveSplit, SplitDocuments, active_split
 from .dilated_pattern import DilatedPattern, layer_patterns
 from .documents import find_documents
+from .hub_longnet import forget_name
 from .pattern_report import pattern_warnings
 
 
@@ -113,8 +114,7 @@ def set_dilated_attention(
         raise
     _set_pattern(config, fields)
     if old is None or _patterns_of(config, old) != patterns:
-        # PEFT would write the model's name into adapters, and load them on what is saved there
-        model.name_or_path = None
+        forget_name(model)
         for adapter in getattr(model, "peft_config", {}).values():
             adapter.base_model_name_or_path = None
     for text in pattern_warnings(patterns, num_key_value_heads(config)):

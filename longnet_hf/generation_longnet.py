@@ -3,6 +3,7 @@
 The mixins of this file are parts of the models of modeling_longnet.py.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -86,7 +87,7 @@ class ReadingMixin:
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
             raise ValueError(f"`chunk_size` must be an integer of at least 1, got {chunk_size!r}.")
         if past_key_values is None:
-            past_key_values = DilatedCache(self.config)
+            past_key_values = DilatedCache.for_patterns(self.base_model.patterns)
         length, total, count = input_ids.shape[1], 0.0, 0
         knows_padding = is_dilated_cache(past_key_values)  # of earlier chunks; other caches are told it again
         with logging.tqdm(total=length, unit=" tokens", unit_scale=True, disable=not progress) as bar:
@@ -140,11 +141,19 @@ class ReadingMixin:
             input_ids.shape[1] + padding, world_size, torch.distributed.get_rank(group), layout, group
         )
         own = F.pad(input_ids, (0, padding))[:, split.positions(input_ids.device)]
-        cache = DilatedCache(self.config, reserve=max(255, padding + 1))
+        cache = DilatedCache.for_patterns(self.base_model.patterns, reserve=max(255, padding + 1))
         with split_sequence(group, layout):
             self.base_model(own.to(self.device), past_key_values=cache)
         cache.crop(-padding - 1)
         return cache
+
+
+def soft_prompt_of(model: GenerationMixin) -> str | None:
+    """The kind of PEFT's soft prompt that `generate` of a model puts in front of the user's, if any. PEFT does so
+    between `generate` and `forward`: it prepares the inputs, and lengthens the mask of all tokens by ones."""
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", None)
+    adapter = getattr(owner, "active_peft_config", None)
+    return adapter.peft_type if getattr(adapter, "is_prompt_learning", False) else None
 
 
 class LongNetGenerationMixin(GenerationMixin):
@@ -158,7 +167,8 @@ class LongNetGenerationMixin(GenerationMixin):
             raise ValueError(f'`cache_implementation` of LongNet must be "dynamic" or "offloaded", got {kind!r}.')
         is_given = model_kwargs.get(CACHE) is not None or generation_config.use_cache is False
         is_eager = self.config._attn_implementation == "eager"
-        if is_given or is_eager or kind in ("dynamic", "dynamic_full"):
+        is_ordinary = is_eager or soft_prompt_of(self) in ("PREFIX_TUNING", "CARTRIDGE")  # which are caches themselves
+        if is_given or is_ordinary or kind in ("dynamic", "dynamic_full"):
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -166,13 +176,31 @@ class LongNetGenerationMixin(GenerationMixin):
         options = {"reserve": ASSISTED_RESERVE} if is_assisted else {}
         if generation_config.compile_config is not None:  # storage that does not grow
             options["max_length"] = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-        model_kwargs[CACHE] = DilatedCache(self.config, offloading=kind == "offloaded", **options)
+        model_kwargs[CACHE] = DilatedCache.for_patterns(self.base_model.patterns, offloading=kind == "offloaded", **options)
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        # Drafts by early exit shorten the model through its configuration, and leave it short if anything fails
+        num_hidden_layers = self.config.num_hidden_layers
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self.config.num_hidden_layers = num_hidden_layers
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature is what `generate` accepts
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+        # With the cache under its older name: PEFT knows no other, and would take every step for the first, in front
+        # of which it puts its soft prompt
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs["past_key_values"] = one_cache(inputs.pop("past_key_values", None), inputs)
+        return inputs
 
     def create_masks_for_generate(
         self, attention_mask, inputs_embeds, past_key_values=None, is_first_iteration=False, **kwargs
     ) -> torch.Tensor | None:
         """Called by `generate` where the shapes of a cache do not change: a mask of unchanging shape, too."""
-        if attention_mask is None or is_first_iteration or is_empty(one_cache(past_key_values, kwargs)):
+        is_first = is_first_iteration or is_empty(one_cache(past_key_values, kwargs))
+        if attention_mask is None or is_first or soft_prompt_of(self) is not None:
             return attention_mask
         return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 

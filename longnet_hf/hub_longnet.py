@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCardData
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 # The class that every Auto class loads, all of modeling_longnet.py
@@ -149,4 +150,22 @@ def prepare_model_card(
         path.unlink()
 
 
-__all__ = ["AUTO_MAP", "MODEL_CLASSES", "HubMixin"]
+def forget_name(model: PreTrainedModel) -> None:
+    """Forget where the weights of a model came from that has another attention now.
+
+    Many read that name again, and would get the source with its dense attention: TRL for reference models, PEFT for
+    the base of an adapter.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.name_or_path = None
+            for config in (module.config, *_parts(module.config)):
+                config._name_or_path = ""
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The configurations inside of a configuration (of text, of images, ...)."""
+    return [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+
+
+__all__ = ["AUTO_MAP", "MODEL_CLASSES", "HubMixin", "forget_name"]

@@ -16,13 +16,14 @@ from transformers import AttentionInterface, AutoConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -37,13 +38,13 @@ from .context_parallel import active_split
 from .dilated_cache import DilatedCache
 from .dilated_pattern import DilatedPattern
 from .generation_longnet import LongNetGenerationMixin, ReadingMixin
-from .hub_longnet import MODEL_CLASSES, HubMixin
+from .hub_longnet import MODEL_CLASSES, HubMixin, forget_name
 
 
 try:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+    from peft.utils import constants as peft_constants
 except ImportError:
-    LORA_TARGETS = None
+    peft_constants = None
 
 
 logger = logging.get_logger(__name__)
@@ -239,6 +240,40 @@ class LongNetDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+# Arguments that models of Transformers take beside those that ours name. The first are honoured, the others say
+# nothing that is not known otherwise: what a loss is divided by (to a model without one), positions in a cache, sizes
+# of documents beside their boundaries, and what decorators of Transformers read.
+_TAKEN = {"is_causal", "output_attentions", "output_hidden_states", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
+_TAKEN |= {"use_cache", "num_items_in_batch", "cache_position", "max_length_q", "max_length_k"}
+_TAKEN |= {"debug_io", "debug_io_dir", "prune_layers"}
+_INSTEAD = {
+    "cu_seqlens": " Give `cu_seq_lens_q` and `cu_seq_lens_k`.",
+    "encoder_hidden_states": " It has no cross-attention.",
+    "labels": " Only models with a head have a loss.",
+    "sliding_window": ' Say it with the pattern: `branch_types=["window"]` in the configuration.',
+    "token_type_ids": " Its tokens have no types: call the tokenizer with `return_token_type_ids=False`.",
+}
+
+
+def check_arguments(kwargs: dict, config: LongNetConfig) -> None:
+    """Refuse what a caller asks for and no LongNet does, in place of going on without it.
+
+    `None` and `False` ask for nothing, nor do token types that are all 0, which some tokenizers give with every text.
+    """
+    for name, value in kwargs.items():
+        if value is None or value is False or name in _TAKEN and name != "output_attentions":
+            continue
+        if name == "output_attentions":
+            if config._attn_implementation != "eager":
+                raise ValueError(
+                    "`output_attentions=True` needs the weights of attention, which the operator never holds: load "
+                    'the model with `attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
+                )
+        elif name != "token_type_ids" or torch.compiler.is_compiling() or bool((value != 0).any()):
+            given = f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else repr(value)
+            raise ValueError(f"LongNet does not take `{name}`, got {given}.{_INSTEAD.get(name, '')}")
+
+
 class LongNetPreTrainedModel(HubMixin, ReadingMixin, PreTrainedModel):
     config: LongNetConfig
     base_model_prefix = "model"
@@ -306,10 +341,14 @@ class LongNetModel(LongNetPreTrainedModel):
                 new ones alone, `[B, N]`.
         """
         past_key_values = one_cache(past_key_values, kwargs)
+        check_arguments(kwargs, self.config)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            name, given = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
+            raise ValueError(f"`{name}` must hold at least one token per row, got shape {tuple(given.shape)}.")
 
         is_causal = self.config.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         if past_key_values is not None:
@@ -331,7 +370,7 @@ class LongNetModel(LongNetPreTrainedModel):
 
         hidden_states = inputs_embeds * self.embed_scale
         position_embeddings = self.rotary_emb(hidden_states, layout.position_ids)
-        for layer in self.layers:
+        for layer in self.running_layers:
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -342,15 +381,20 @@ class LongNetModel(LongNetPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
     @property
+    def running_layers(self) -> nn.ModuleList:
+        """All layers, unless something shortens the model through its configuration (early exit in `generate`)."""
+        return self.layers[: self.config.num_hidden_layers]
+
+    @property
     def patterns(self) -> list[DilatedPattern]:
-        """The pattern of every layer."""
-        return [layer.self_attn.pattern for layer in self.layers]
+        """The pattern of every layer that runs."""
+        return [layer.self_attn.pattern for layer in self.running_layers]
 
     def make_cache(self) -> Cache:
         """The cache that the model makes by itself: one through which gradients flow in training."""
         if self.training or self.config._attn_implementation == "eager":
             return DynamicCache(config=self.config)
-        return DilatedCache(self.config)
+        return DilatedCache.for_patterns(self.patterns)
 
 
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -363,6 +407,18 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
     if logits_to_keep.dim() == 2:
         return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
     return hidden_states[:, logits_to_keep]
+
+
+def loss_divisor(
+    labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None, ignore_index: int = -100
+) -> torch.Tensor | int:
+    """What a summed loss is divided by: the number given, which may count labels of other batches and processes, or
+    that of the labels. Not 0, be it given: the loss of no labels is 0, not 0 / 0."""
+    if num_items_in_batch is None:
+        return (labels != ignore_index).sum().clamp(min=1)
+    if torch.is_tensor(num_items_in_batch):
+        return num_items_in_batch.masked_fill(num_items_in_batch == 0, 1)
+    return num_items_in_batch or 1
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
@@ -415,7 +471,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
         shift_labels = kwargs.pop("shift_labels", None)
         loss_kwargs = {"ignore_index": kwargs.pop("ignore_index")} if "ignore_index" in kwargs else {}
         if num_items_in_batch is not None:
-            loss_kwargs["num_items_in_batch"] = num_items_in_batch
+            loss_kwargs["num_items_in_batch"] = loss_divisor(None, num_items_in_batch)
         has_labels = labels is not None or shift_labels is not None
         split = active_split() if has_labels else None
         if split is not None and shift_labels is None:
@@ -553,8 +609,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
             raise ValueError(f"The weights of {path or type(model_or_path).__name__} do not fit LongNet: {misfits}.")
         if path is None and getattr(model_or_path, "generation_config", None) is not None:
             model.generation_config = copy.deepcopy(model_or_path.generation_config)
-        # PEFT would write the source's name into adapters, and load them on the source, with its dense attention
-        model.name_or_path = None
+        forget_name(model)
         return model
 
 
@@ -564,24 +619,105 @@ def refuse_split(model: nn.Module, *args) -> None:
         raise ValueError(f"{type(model).__name__} cannot take a sequence that is split over processes.")
 
 
-class LongNetForSequenceClassification(GenericForSequenceClassification, LongNetPreTrainedModel):
+def last_real_tokens(
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    pad_token_id: int | None,
+) -> torch.Tensor:
+    """The column of the last token of every row `[B]` that is not padding, of `hidden_states` `[B, N, D]`.
+
+    What is padding, the mask `[B, past + N]` says, whichever tokens stand there. Without a mask it is the ids that
+    equal `pad_token_id`, as in Transformers; of embeddings, or if there is no such id, nothing is.
+    """
+    batch_size, length, device = *hidden_states.shape[:2], hidden_states.device
+    if attention_mask is not None:
+        real = attention_mask[:, -length:] != 0
+    elif input_ids is not None and pad_token_id is not None:
+        real = input_ids != pad_token_id
+    else:
+        return torch.full((batch_size,), length - 1, device=device)
+    return (real.to(device) * torch.arange(length, device=device)).argmax(dim=1)
+
+
+class LongNetForSequenceClassification(LongNetPreTrainedModel):
     """LongNet that classifies a sequence by its last token that is not padding."""
 
     def __init__(self, config: LongNetConfig):
-        # Not through the mixin, whose AutoModel knows no classes that came from the Hub
-        LongNetPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = LongNetModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.register_forward_pre_hook(refuse_split)
         self.post_init()
 
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        r"""
+        Args (the others are those of [`LongNetModel`]):
+            attention_mask: the last token that it calls real stands for the row, on whichever side the padding is.
+                Without a mask it is the last whose id is not `config.pad_token_id`.
+            labels: `[B]` classes; or `[B]` or `[B, num_labels]` numbers, for regression or for several labels per row.
+            num_items_in_batch: divide the summed loss by this instead of by the number of labels.
+        """
+        if attention_mask is None and input_ids is not None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        last = last_real_tokens(hidden_states, attention_mask, input_ids, self.config.pad_token_id)
+        logits = self.score(hidden_states)
+        pooled_logits = logits[torch.arange(len(last), device=logits.device), last]
+        loss = None
+        if labels is not None:
+            loss = self.sequence_loss(logits, pooled_logits, labels, num_items_in_batch)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled_logits,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
-class LongNetForTokenClassification(GenericForTokenClassification, LongNetPreTrainedModel):
+    def sequence_loss(self, logits, pooled_logits, labels, num_items_in_batch=None) -> torch.Tensor:
+        arguments = dict(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
+        problem, is_integer = self.config.problem_type, labels.dtype in (torch.long, torch.int)
+        if problem is None and self.num_labels > 1 and is_integer:
+            problem = "single_label_classification"
+        if hasattr(self, "_loss_function"):  # the user's own
+            given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            return self.loss_function(**arguments, **given)
+        if problem == "single_label_classification":
+            return self.loss_function(**arguments, num_items_in_batch=loss_divisor(labels, num_items_in_batch))
+        loss = self.loss_function(**arguments)  # of Transformers, a mean whatever is given
+        if num_items_in_batch is None:
+            return loss
+        return loss * (labels.numel() / loss_divisor(labels, num_items_in_batch))
+
+
+class LongNetForTokenClassification(LongNetPreTrainedModel):
     """LongNet that classifies every token."""
 
     def __init__(self, config: LongNetConfig):
-        LongNetPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = LongNetModel(config)
         dropout = getattr(config, "classifier_dropout", None)
@@ -590,16 +726,105 @@ class LongNetForTokenClassification(GenericForTokenClassification, LongNetPreTra
         self.register_forward_pre_hook(refuse_split)
         self.post_init()
 
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        r"""
+        Args (the others are those of [`LongNetModel`]):
+            labels: `[B, N]` classes, -100 where there is nothing to learn.
+            num_items_in_batch: divide the summed loss by this instead of by the number of labels.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            divisor = loss_divisor(labels, num_items_in_batch)
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=divisor)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
-class LongNetForQuestionAnswering(GenericForQuestionAnswering, LongNetPreTrainedModel):
+
+class LongNetForQuestionAnswering(LongNetPreTrainedModel):
     """LongNet that finds the first and last token of an answer."""
 
     def __init__(self, config: LongNetConfig):
-        LongNetPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.model = LongNetModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.register_forward_pre_hook(refuse_split)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        r"""
+        Args (the others are those of [`LongNetModel`]):
+            start_positions, end_positions: `[B]` columns; those behind the row's end are left out of the loss.
+            num_items_in_batch: divide the summed losses by this instead of by the numbers of positions.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            own_loss = hasattr(self, "_loss_function")  # set by the user
+            loss_function = self.loss_function if own_loss else span_loss
+            options = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = loss_function(start_logits, end_logits, start_positions, end_positions, **options)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def span_loss(start_logits, end_logits, start_positions, end_positions, num_items_in_batch=None) -> torch.Tensor:
+    """Transformers' loss of answers, but for batches in which no answer lies inside its row: theirs is 0 / 0."""
+    losses, length = [], start_logits.shape[1]
+    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+        positions = positions.to(logits.device).flatten().clamp(0, length)
+        total = F.cross_entropy(logits.float(), positions, ignore_index=length, reduction="sum")
+        losses.append(total / loss_divisor(positions, num_items_in_batch, length))
+    return (losses[0] + losses[1]) / 2
 
 
 # By the Auto classes that load them
@@ -609,9 +834,11 @@ LongNetConfig.register_for_auto_class()
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LongNetConfig.model_type] = LongNetForCausalLM.__name__
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _model_class.register_for_auto_class(_auto_class)
-# What `LoraConfig` adapts where it names no `target_modules`: as of Llama
-if LORA_TARGETS is not None:
-    LORA_TARGETS[LongNetConfig.model_type] = ["q_proj", "v_proj"]
+# What adapters of PEFT adapt where they name no `target_modules`: as of Llama, whose layers have the same names. There
+# is a table for each kind of adapter.
+for _name, _table in vars(peft_constants).items() if peft_constants is not None else ():
+    if _name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in _table:
+        _table[LongNetConfig.model_type] = copy.copy(_table["llama"])
 
 
 __all__ = [

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from comparisons import main_output, with_eager
 from models import build, every_head, every_kind, random_ids
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from longnet_hf import (
+    LongNetForCausalLM,
     LongNetForQuestionAnswering,
     LongNetForSequenceClassification,
     LongNetForTokenClassification,
@@ -63,16 +65,44 @@ def test_a_batch_equals_its_rows(model_class):
         torch.testing.assert_close(batch[row : row + 1], alone, rtol=0, atol=1e-10)
 
 
-def test_sequence_classification_reads_the_last_real_token():
-    model, ids = build(LongNetForSequenceClassification, num_labels=3), random_ids(1, 13)
-    alone = model(ids).logits
-    for pad in ((4, 0), (0, 4)):
-        padded = F.pad(torch.cat((ids, ids)), pad, value=0)
-        logits = model(padded, attention_mask=(padded != 0).long()).logits
-        torch.testing.assert_close(logits, alone.expand(2, -1))
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("by_embeddings", [True, False])
+@pytest.mark.parametrize(
+    "pad_token_id", [0, 5, None]
+)  # whatever the configuration's is, the mask says what is padding
+@pytest.mark.parametrize(
+    "columns", [[*range(4, 17)], [*range(13)], [0, *range(3, 14), 15]], ids=["left", "right", "in"]
+)
+def test_a_sequence_is_classified_by_its_last_real_token(columns, pad_token_id, by_embeddings, is_causal):
+    model = build(
+        LongNetForSequenceClassification, dtype=torch.float64, num_labels=3, is_causal=is_causal,
+        pad_token_id=pad_token_id,
+    )  # fmt: skip
+    row = random_ids(1, 13)
+    alone = model(row).logits
+    torch.testing.assert_close(alone, model.score(model.model(row).last_hidden_state[:, -1]))
+    ids, mask = torch.full((2, 17), 50), torch.zeros(2, 17, dtype=torch.long)
+    ids[:, columns], mask[:, columns] = row, 1
+    ids[1], mask[1] = random_ids(17), 1
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids)} if by_embeddings else {"input_ids": ids}
+    for attention_mask in (mask, mask.bool(), mask.double()):
+        logits = model(**inputs, attention_mask=attention_mask).logits
+        torch.testing.assert_close(logits[:1], alone)
+        torch.testing.assert_close(logits[1:], model(ids[1:], attention_mask=mask[1:]).logits)
+
+
+def test_rows_are_classified_without_a_mask_and_behind_a_cache():
+    model, ids = build(LongNetForSequenceClassification, dtype=torch.float64, num_labels=3), random_ids(2, 13)
+    expected = model(ids).logits
+    torch.testing.assert_close(model(F.pad(ids, (0, 4), value=0)).logits, expected)  # by `pad_token_id`
+    cache = model(ids[:, :5]).past_key_values
+    mask = torch.ones(2, 15)
+    mask[:, 13:] = 0
+    rest = F.pad(ids[:, 5:], (0, 2), value=7)
+    torch.testing.assert_close(model(rest, attention_mask=mask, past_key_values=cache).logits, expected)
     model.config.pad_token_id = None
-    with pytest.raises(ValueError, match="padding token"):
-        model(random_ids(2, 4))
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert model(ids, attention_mask=torch.zeros_like(ids)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(("model_class", "labels"), [
@@ -84,3 +114,94 @@ def test_heads_have_losses(model_class, labels):
     loss = build(model_class)(random_ids(2, 12), **labels).loss
     loss.backward()
     assert loss.isfinite()
+
+
+NOTHING = [
+    (LongNetForSequenceClassification, dict(labels=torch.full((2,), -100))),
+    (LongNetForTokenClassification, dict(labels=torch.full((2, 12), -100))),
+    (LongNetForQuestionAnswering, dict(start_positions=torch.full((2,), 12), end_positions=torch.tensor([99, 12]))),
+]
+
+
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)])
+@pytest.mark.parametrize(
+    ("model_class", "labels"), [*NOTHING, (LongNetForCausalLM, dict(labels=torch.full((2, 12), -100)))]
+)
+def test_the_loss_of_nothing_is_zero(model_class, labels, count):
+    model = build(model_class)
+    loss = model(random_ids(2, 12), **labels, num_items_in_batch=count).loss
+    loss.backward()
+    assert loss == 0 and all((x.grad == 0).all() for x in model.parameters())
+
+
+def up_to(column, labels):
+    return labels.masked_fill(torch.arange(12) > torch.arange(8)[:, None] + column, -100)
+
+
+ONE = dict(labels=torch.tensor([0, 1, 1, 0, 1, 1, 0, -100]))
+SEVERAL = dict(labels=(torch.rand(8, 3) > 0.5).float())
+SPANS = dict(start_positions=torch.tensor([1, 2, 0, 4, 11, 6, 7, 8]), end_positions=torch.arange(4, 12))
+TOKENS, NEXT = (dict(labels=up_to(3, torch.randint(3, high, (8, 12)))) for high in (5, 97))
+REGRESSION = dict(num_labels=3, problem_type="regression")
+LOSSES = {
+    "one class": (LongNetForSequenceClassification, ONE, {}),
+    "several classes": (LongNetForSequenceClassification, SEVERAL, dict(num_labels=3)),
+    "a number": (LongNetForSequenceClassification, dict(labels=torch.randn(8)), dict(num_labels=1)),
+    "a column of numbers": (LongNetForSequenceClassification, dict(labels=torch.randn(8, 1)), dict(num_labels=1)),
+    "numbers": (LongNetForSequenceClassification, dict(labels=torch.randn(8, 3)), REGRESSION),
+    "tokens": (LongNetForTokenClassification, TOKENS, dict(num_labels=5)),
+    "answers": (LongNetForQuestionAnswering, SPANS, {}),
+    "causal": (LongNetForCausalLM, NEXT, {}),
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", LOSSES)
+def test_accumulated_gradients_are_those_of_one_batch(name, smoothing, tmp_path):
+    pytest.importorskip("accelerate")
+    model_class, labels, changes = LOSSES[name]
+    if smoothing and name not in ("one class", "tokens", "causal"):
+        pytest.skip("Trainer smooths labels of classes only")
+    ids = random_ids(8, 12)
+    rows = [{"input_ids": ids[i]} | {key: x[i] for key, x in labels.items()} for i in range(8)]
+    norms = []
+    for size, steps in ((8, 1), (2, 4), (1, 8), (3, 3)):
+        if name == "answers" and size == 3:
+            continue  # Trainer counts what is called `labels`: of these it takes the mean over unequal batches
+        model = build(model_class, classifier_dropout=0.0, **changes).train()
+        arguments = TrainingArguments(
+            tmp_path, max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=steps, use_cpu=True,
+            report_to="none", disable_tqdm=True, save_strategy="no", optim="sgd", logging_steps=1, max_grad_norm=1e9,
+            label_smoothing_factor=smoothing, train_sampling_strategy="sequential",
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[0] > 1e-3 and norms == pytest.approx([norms[0]] * len(norms), rel=1e-4)
+
+
+def test_losses_are_those_of_transformers():
+    ids = random_ids(8, 12)
+    for name in ("one class", "several classes", "a number", "a column of numbers", "numbers", "answers"):
+        model_class, labels, changes = LOSSES[name]
+        model = build(model_class, **changes)
+        ours = model(ids, **labels)
+        if model_class is LongNetForQuestionAnswering:
+            theirs = model.loss_function(ours.start_logits, ours.end_logits, **labels)
+        else:
+            theirs = model.loss_function(logits=None, **labels, pooled_logits=ours.logits, config=model.config)
+        torch.testing.assert_close(ours.loss, theirs)
+
+
+@pytest.mark.parametrize("model_class", [model for model, _ in NOTHING])
+def test_a_loss_function_of_the_users_own_gets_what_was_given(model_class):
+    labels = dict(NOTHING)[model_class]
+    model, seen = build(model_class), {}
+
+    def loss_function(*args, **kwargs):
+        seen.update(kwargs)
+        return torch.ones(())
+
+    model.loss_function = loss_function
+    assert model(random_ids(2, 12), **labels, num_items_in_batch=7).loss == 1
+    assert seen["num_items_in_batch"] == 7
