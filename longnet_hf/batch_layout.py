@@ -283,9 +283,13 @@ def check_cache(
 ) -> None:
     """Refuse, for a model whose layers have `patterns`, a cache that does not hold what these ask for."""
     layers = getattr(past_key_values, "layers", None)
-    is_dynamic = layers is not None and all(type(layer) is DynamicLayer for layer in layers)
+    kinds = {type(layer) for layer in layers or ()}
+    made = getattr(past_key_values, "layer_class_to_replicate", None)  # of a cache that makes them when keys come
+    if made is not None:
+        kinds.add(getattr(made, "func", made))
+    is_dynamic = layers is not None and kinds <= {DynamicLayer}
     if not is_dynamic and not is_dilated_cache(past_key_values):
-        kinds = sorted({type(layer).__name__ for layer in layers or ()}) or [type(past_key_values).__name__]
+        kinds = sorted(kind.__name__ for kind in kinds) or [type(past_key_values).__name__]
         raise ValueError(
             "`past_key_values` must be a DilatedCache, or a DynamicCache that keeps all keys, got "
             f"{', '.join(kinds)}. Static, quantized, sliding-window and paged caches (continuous "

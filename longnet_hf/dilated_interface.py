@@ -8,6 +8,7 @@ This module does not travel with weights: whoever loads such a model imports `lo
 import contextlib
 import copy
 import functools
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,8 +23,8 @@ from transformers.utils import logging
 from .batch_layout import AttentionOptions, BatchLayout, SplitBatch, WholeBatch
 from .context_parallel import ActiveSplit, SplitDocuments, active_split
 from .dilated_pattern import DilatedPattern, layer_patterns
-from .documents import find_documents
-from .hub_longnet import forget_name
+from .documents import find_documents, is_packed
+from .hub_longnet import forget_name, with_parts
 from .pattern_report import pattern_warnings
 
 
@@ -41,6 +42,8 @@ _NOT_COMPUTED = {
     "head_mask": "a mask of heads",
     "output_attentions": "the weights of attention",
     "cache": "continuous batching",
+    "encoder_hidden_states": "attention to the states of an encoder",
+    "cu_seqlens": "documents by that name: their boundaries are `cu_seq_lens_q` and `cu_seq_lens_k`",
 }
 
 
@@ -69,8 +72,9 @@ def set_dilated_attention(
         segment_lengths, dilation_rates, branch_types, head_offset, segment_shift, full_attention_layers,
         full_attention_heads, sink_tokens: the pattern, as in [`LongNetConfig`].
         probe: run a few tokens through the model, with its own attention and with ours under a pattern that keeps
-            everything, and refuse it if ours is not called or the outputs differ. Switch it off for a model whose
-            weights are not there yet, or whose routing between experts rounding errors may tip.
+            everything, and refuse it if ours is not called or the outputs differ. Two packed documents are tried as
+            well; a model that mixes them refuses packed rows from then on. Switch it off for a model whose weights are
+            not there yet, or whose routing between experts rounding errors may tip.
 
     Returns:
         `model`.
@@ -103,9 +107,10 @@ def set_dilated_attention(
     fields = json.loads(json.dumps(fields))  # as a saved configuration has them
 
     before, old = config._attn_implementation, getattr(config, "dilated_attention", None)
+    mixing = None
     try:
         if probe:
-            _probe(model, config)
+            mixing = _probe(model, config)
         else:
             set_implementation(model, config, DILATED)
     except Exception:
@@ -113,6 +118,13 @@ def set_dilated_attention(
         _set_pattern(config, old)
         raise
     _set_pattern(config, fields)
+    if mixing:
+        config.dilated_attention_mixes = mixing
+    elif probe:
+        vars(config).pop("dilated_attention_mixes", None)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and mixing:
+            _guard_packing(module)
     if old is None or _patterns_of(config, old) != patterns:
         forget_name(model)
         for adapter in getattr(model, "peft_config", {}).values():
@@ -152,6 +164,9 @@ def check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         raise ValueError(f"{name} is dilated already: its pattern is in its configuration.")
     if getattr(config, "vocab_size", None) is None:
         raise ValueError(f"{name} is no model of text: its configuration has no `vocab_size`.")
+    takes = inspect.signature(model.base_model.forward).parameters
+    if "input_ids" not in takes:
+        raise ValueError(f"{name} is no model of text: it takes `{next(iter(takes))}` in place of `input_ids`.")
     crossing = [x for x, _ in model.named_modules() if "cross" in x.lower() or x.endswith("encoder_attn")]
     if config.is_encoder_decoder or crossing:
         raise ValueError(f"{name} has cross-attention, which dilated attention has not.")
@@ -170,26 +185,28 @@ def check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Switch the model to our function, and see that it is called and computes what the model's own does."""
+def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> list[str]:
+    """Switch the model to our function, and see that it is called and computes what the model's own does. Returns the
+    ways of saying where packed documents begin in which the model does not keep them apart."""
     name = type(model).__name__
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             "The weights are on the meta device, where they cannot be tried: load them, or `probe=False`."
         )
     ids = torch.arange(1, 1 + _PROBE_LENGTH, device=model.device)[None] % config.vocab_size
-    called, blind = set(), set()
+    called = set()
 
     def counted(module, *args, **kwargs):
         called.add(getattr(module, "layer_idx", None))
-        if kwargs.get("position_ids") is None:
-            blind.add(getattr(module, "layer_idx", None))
         return dilated_attention_forward(module, *args, **kwargs)
 
     if config._attn_implementation == DILATED:
         set_implementation(model, config, "sdpa" if model._supports_sdpa else "eager")
     with evaluation(model):
-        expected = model.base_model(input_ids=ids, use_cache=False)[0]
+        try:
+            expected = model.base_model(input_ids=ids, use_cache=False)[0]
+        except Exception as error:
+            raise ValueError(f"{name} cannot be tried on a few tokens alone: {error}") from error
         _set_pattern(config, dict(segment_lengths=[None], dilation_rates=[1], branch_types=["window"]))
         try:
             set_implementation(model, config, DILATED)
@@ -200,6 +217,7 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             output = model.base_model(input_ids=ids, use_cache=False)[0]
         finally:
             AttentionInterface.register(DILATED, dilated_attention_forward)
+        mixing = _mixing_packings(model.base_model, ids)
     if not called:
         raise ValueError(
             f"{name} does not call the attention function that is set (`attn_implementation`), and would go on with "
@@ -210,17 +228,89 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             f"{len(called)} of the {config.num_hidden_layers} layers of {name} are dilated: the others have no "
             "attention that can be exchanged."
         )
-    if blind:
-        logger.warning(
-            f"{name} does not tell its attention the `position_ids`: packed documents are kept apart with "
-            "`use_cache=False` and without an attention mask only."
-        )
-    # Rounding alone gives a few units in the last place; some models compute parts in float32 whatever their dtype
-    error = (output - expected).float().norm() / expected.float().norm()
-    if not error < max(1e-3, 8 * torch.finfo(expected.dtype).eps):
+    error = _distance(output, expected)
+    if not error < _tolerance(expected):
         raise ValueError(
             f"{name} computes something in its attention that dilated attention does not: with a pattern that keeps "
             f"everything its output differs by {error:.1e} of its norm."
+        )
+    if mixing:
+        ways = "; ".join(_PACKINGS[way] for way in mixing)
+        logger.warning(f"{name} does not keep packed documents apart by {ways}: it will refuse them.")
+    return mixing
+
+
+def _distance(output: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((output - expected).float().norm() / expected.float().norm())
+
+
+def _tolerance(expected: torch.Tensor) -> float:
+    """Rounding alone gives a few units in the last place; some models compute parts in float32 whatever the dtype."""
+    return max(1e-3, 8 * torch.finfo(expected.dtype).eps)
+
+
+# Ways to say where packed documents begin, and how to give them. Not all models tell their attention all of them.
+_PACKINGS = {
+    "position_ids": "`position_ids`",
+    "position_ids alone": "`position_ids` with `use_cache=False` and without `attention_mask`",
+    "cu_seq_lens": "`cu_seq_lens_q` and `cu_seq_lens_k`",
+}
+
+
+def _mixing_packings(model: PreTrainedModel, ids: torch.Tensor) -> list[str]:
+    """Try two packed documents in every way. What raises mixes nothing unawares."""
+    lengths = 3, _PROBE_LENGTH - 3
+    positions = [torch.arange(length, device=ids.device)[None] for length in lengths]
+    bounds = torch.tensor([0, lengths[0], _PROBE_LENGTH], dtype=torch.int32, device=ids.device)
+    inputs = {
+        "position_ids": dict(attention_mask=torch.ones_like(ids)),
+        "position_ids alone": dict(use_cache=False),
+        "cu_seq_lens": dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=5, max_length_k=5),
+    }
+    mixing = []
+    for name in _PACKINGS:
+        try:
+            documents = zip(ids.split(lengths, dim=1), positions, strict=True)
+            expected = torch.cat([model(input_ids=x, position_ids=p)[0] for x, p in documents], dim=1)
+            output = model(input_ids=ids, position_ids=torch.cat(positions, dim=1), **inputs[name])[0]
+        except Exception:
+            continue
+        if not _distance(output, expected) < _tolerance(expected):
+            mixing.append(name)
+    return mixing
+
+
+def _guard_packing(model: PreTrainedModel) -> None:
+    """Let a model that mixes packed documents refuse them: its attention is not told that there are several."""
+    if not getattr(model, "_guards_packing", False):
+        model._guards_packing = True
+        model.register_forward_pre_hook(_refuse_mixing, with_kwargs=True)
+
+
+def _refuse_mixing(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
+    parts = [part for part in with_parts(model.config) if part._attn_implementation == DILATED]
+    mixing = {name for part in parts for name in getattr(part, "dilated_attention_mixes", ())}
+    if not mixing or torch.compiler.is_compiling():
+        return
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    given = given | given.get("kwargs", {})
+    position_ids, mask, bounds = (given.get(name) for name in ("position_ids", "attention_mask", "cu_seq_lens_k"))
+    use_cache = given.get("use_cache", getattr(model.config, "use_cache", False))
+    if bounds is not None:
+        name, is_several = "cu_seq_lens", len(bounds) > 2
+    elif position_ids is None or position_ids.dim() != 2:
+        return
+    else:
+        name = "position_ids" if use_cache or mask is not None else "position_ids alone"
+        length = position_ids.shape[1]
+        mask = mask[:, -length:] if torch.is_tensor(mask) and mask.dim() == 2 else None
+        rows = len(position_ids if mask is None else mask)
+        is_several = is_packed(find_documents(rows, length, attention_mask=mask, position_ids=position_ids))
+    if is_several and name in mixing:
+        remedies = [_PACKINGS[other] for other in _PACKINGS if other not in mixing] + ["one document per row"]
+        raise ValueError(
+            f"{type(model).__name__} with dilated attention does not keep packed documents apart by "
+            f"{_PACKINGS[name]}: give {', or '.join(remedies)}."
         )
 
 
@@ -537,9 +627,25 @@ def _write_implementation(to_dict: Callable) -> Callable:
     return wrapped
 
 
+def _guard_loaded(init: Callable) -> Callable:
+    """`PreTrainedModel.__init__`, after which a model whose configuration says that it mixes documents refuses them:
+    what `set_dilated_attention` found out holds for the model that is loaded again."""
+
+    @functools.wraps(init)
+    def wrapped(self, config, *args, **kwargs):
+        init(self, config, *args, **kwargs)
+        if any(hasattr(part, "dilated_attention_mixes") for part in with_parts(config)):
+            _guard_packing(self)
+
+    wrapped.guards_packing = True
+    return wrapped
+
+
 AttentionInterface.register(DILATED, dilated_attention_forward)
 AttentionMaskInterface.register(DILATED, dilated_attention_mask)
 if not getattr(PreTrainedConfig.to_dict, "writes_dilated", False):  # a second import must not wrap it twice
     PreTrainedConfig.to_dict = _write_implementation(PreTrainedConfig.to_dict)
+if not getattr(PreTrainedModel.__init__, "guards_packing", False):
+    PreTrainedModel.__init__ = _guard_loaded(PreTrainedModel.__init__)
 
 __all__ = ["ContextParallelTrainerMixin", "set_dilated_attention"]

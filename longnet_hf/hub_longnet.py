@@ -159,13 +159,13 @@ def forget_name(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.name_or_path = None
-            for config in (module.config, *_parts(module.config)):
+            for config in with_parts(module.config):
                 config._name_or_path = ""
 
 
-def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The configurations inside of a configuration (of text, of images, ...)."""
-    return [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+def with_parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A configuration, and those inside of it (of text, of images, ...)."""
+    return [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
 
 
-__all__ = ["AUTO_MAP", "MODEL_CLASSES", "HubMixin", "forget_name"]
+__all__ = ["AUTO_MAP", "MODEL_CLASSES", "HubMixin", "forget_name", "with_parts"]

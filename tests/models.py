@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from longnet_hf import LongNetConfig
 from longnet_hf.modeling_longnet import AUTO_CLASSES
@@ -63,3 +66,9 @@ def build(model_class, kind: str = "paper", dtype=torch.float32, **changes):
 
 def random_ids(*shape: int) -> torch.Tensor:
     return torch.randint(3, SMALL["vocab_size"], shape)
+
+
+def word_tokenizer():
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"word{i}": i for i in range(3, 97)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     DataCollatorWithFlattening,
     StaticCache,
 )
@@ -269,6 +270,15 @@ def test_other_models_are_refused():
     with pytest.raises(ValueError, match="cross-attention"):
         config = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
         set_dilated_attention(AutoModel.from_config(config), **PATTERN)
+    for config, words in (
+        (transformers.Wav2Vec2Config, "it takes `input_values` in place of `input_ids`"),
+        (transformers.HubertConfig, "it takes `input_values` in place of `input_ids`"),
+        (transformers.ViTConfig, "no `vocab_size`"),
+    ):
+        small = config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+        for probe in (True, False):
+            with pytest.raises(ValueError, match=f"is no model of text: .*{words}"):
+                set_dilated_attention(AutoModel.from_config(small), **PATTERN, probe=probe)
     with pytest.raises(ValueError, match="`model` must be a model of Transformers, got Linear"):
         set_dilated_attention(torch.nn.Linear(1, 1), **PATTERN)
     with torch.device("meta"):
@@ -289,8 +299,10 @@ def test_what_a_call_asks_beyond_the_pattern_is_refused():
         model(ids, past_key_values=StaticCache(model.config, max_cache_len=32))
     with pytest.raises(ValueError, match="static"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(ValueError, match="weights of attention"):
-        model(ids, output_attentions=True)
+    swallowed = dict(output_attentions=True, head_mask=torch.ones(3, 4), sliding_window=4, cu_seqlens=torch.arange(2))
+    for name, value in (swallowed | dict(encoder_hidden_states=torch.ones(1, 9, 32))).items():
+        with pytest.raises(ValueError, match=f"does not compute .*`{name}`"):
+            model(ids, **{name: value})
     cache = model(ids, position_ids=torch.tensor([[*range(5), *range(4)]]), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="Packed documents cannot be continued"):
         model(ids[:, :1], position_ids=torch.tensor([[4]]), past_key_values=cache)
@@ -384,9 +396,72 @@ def test_the_kernels_serve_other_models_too(model_type, with_oracle):
     close(model(generated[:, :-1]).logits[:, 300:].argmax(-1), generated[:, 301:], 0)
 
 
-def test_a_model_whose_attention_is_not_told_the_positions_says_so(caplog, monkeypatch):
+FULL = dict(segment_lengths=[None], dilation_rates=[1], branch_types=["window"])
+
+
+@pytest.mark.parametrize(
+    "model_type, auto_class, changes, works",
+    [
+        ("llama", AutoModelForCausalLM, {}, ("position_ids", "alone", "cu_seq_lens")),
+        ("bert", AutoModelForMaskedLM, {}, ("position_ids", "alone", "cu_seq_lens")),
+        ("modernbert", AutoModelForMaskedLM, {"layer_types": ["full_attention"] * 3}, ("cu_seq_lens",)),
+        ("persimmon", AutoModelForCausalLM, {"hidden_act": "relu2"}, ("alone",)),
+    ],
+)
+def test_packed_documents_are_kept_apart_or_refused(
+    model_type, auto_class, changes, works, tmp_path, caplog, monkeypatch
+):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    set_dilated_attention(build("llama"), **PATTERN)
-    assert "position_ids" not in caplog.text
-    set_dilated_attention(build("persimmon", hidden_act="relu2", num_key_value_heads=4), **PATTERN)
-    assert "does not tell its attention the `position_ids`" in caplog.text
+    model = build(model_type, auto_class, **changes)
+    set_dilated_attention(model, **FULL)
+    assert ("will refuse them" in caplog.text) == (len(works) < 3)
+    model.save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    documents, bounds = [ids_of(1, 5), ids_of(1, 7)], torch.tensor([0, 5, 12], dtype=torch.int32)
+    packed = dict(input_ids=torch.cat(documents, dim=1), position_ids=torch.tensor([[*range(5), *range(7)]]))
+    ways = {
+        "position_ids": dict(attention_mask=torch.ones(1, 12, dtype=torch.long)),
+        "alone": dict(use_cache=False),
+        "cu_seq_lens": dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds),
+    }
+    for m in (model, copy.deepcopy(model), loaded):
+        expected = torch.cat([m(x).logits for x in documents], dim=1)
+        for name, inputs in ways.items():
+            if name in works:
+                close(m(**packed, **inputs).logits, expected)
+            elif name != "cu_seq_lens" or model_type != "persimmon":  # which knows no such argument
+                for called in (m, m.base_model):
+                    with pytest.raises(ValueError, match="does not keep packed documents apart by `position_ids`"):
+                        called(**packed, **inputs)
+        one = m(packed["input_ids"], position_ids=torch.arange(12)[None], attention_mask=torch.ones(1, 12)).logits
+        close(one, m(packed["input_ids"]).logits)
+        padded = dict(position_ids=torch.tensor([[1] * 5 + [*range(7)]]), attention_mask=torch.arange(12)[None] > 4)
+        close(m(packed["input_ids"], **padded).logits[:, 5:], m(documents[1]).logits)
+    model.set_attn_implementation("sdpa")
+    model(**packed, **ways["position_ids"])  # as Transformers would
+
+
+def test_no_name_of_the_dense_source_is_left(tmp_path):
+    """Whoever reads it again (TRL for a reference model, PEFT for an adapter's base) would get a dense model."""
+    text, vision = SHAPE | GROUPED | {"model_type": "llama"}, dict(hidden_size=16, intermediate_size=16)
+    vision |= dict(
+        num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4, model_type="clip_vision_model"
+    )
+    llava = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=90)
+    for source in (build("llama"), transformers.LlavaForConditionalGeneration(llava)):
+        source.save_pretrained(tmp_path / "dense")
+        model = type(source).from_pretrained(tmp_path / "dense")
+        assert str(tmp_path) in names_of(model)
+        set_dilated_attention(model, **PATTERN)
+        assert str(tmp_path) not in names_of(model)
+        model.save_pretrained(tmp_path / "dilated")
+        again = type(source).from_pretrained(tmp_path / "dilated")
+        set_dilated_attention(again, **PATTERN)  # which says nothing new
+        assert again.config._name_or_path == str(tmp_path / "dilated")
+
+
+def names_of(model):
+    """All that is written anywhere in a model and its configurations, in one string."""
+    parts = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
+    parts += [getattr(m.config, name) for m in parts for name in m.config.sub_configs] + [m.config for m in parts]
+    return " ".join(str(x) for part in parts for x in vars(part).values() if isinstance(x, str))

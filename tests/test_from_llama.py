@@ -1,10 +1,14 @@
 """Weights of the Llama family become those of a LongNet."""
 
+import copy
+import math
+import random
+
 import pytest
 import torch
 import transformers
 from comparisons import all_gradients, assert_same_gradients
-from models import SMALL, random_ids
+from models import SMALL, random_ids, word_tokenizer
 from patterns import joined
 from torch import nn
 
@@ -106,6 +110,50 @@ def test_from_llama_takes_fields_and_loading_options(tmp_path):
     )
     assert again.dtype == torch.float64
     assert [layer.self_attn.pattern.shift for layer in model.model.layers] == [False, True, False]
+
+
+def test_no_name_of_the_source_is_left(tmp_path):
+    """Whoever reads it again (TRL for a reference model, PEFT for an adapter's base) would get the dense source."""
+    llama_family("smollm").save_pretrained(tmp_path / "dense")
+    dense = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    for source in (tmp_path / "dense", str(tmp_path / "dense"), dense):
+        model = LongNetForCausalLM.from_llama(source, segment_lengths=[8], dilation_rates=[1])
+        assert model.config._name_or_path == "" and not model.name_or_path and not model.model.name_or_path
+        assert str(tmp_path) not in str(vars(model.config)) + str(vars(model.generation_config))
+        model.save_pretrained(tmp_path / "longnet")
+        assert str(tmp_path) not in (tmp_path / "longnet" / "config.json").read_text()
+        again = LongNetForCausalLM.from_pretrained(tmp_path / "longnet")
+        assert again.config._name_or_path == again.name_or_path == str(tmp_path / "longnet")
+
+
+def test_a_reference_model_of_dpo_is_dilated_too(tmp_path):
+    """Its first loss is ln 2 if, and only if, the reference computes what the model does."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    llama_family("smollm").save_pretrained(tmp_path / "dense")
+    model = LongNetForCausalLM.from_llama(tmp_path / "dense", segment_lengths=[8], dilation_rates=[1])
+    words = [f"word{i}" for i in range(3, 97)]
+    rows = [
+        {name: " ".join(random.choices(words, k=30)) for name in ("prompt", "chosen", "rejected")} for _ in range(4)
+    ]
+
+    def first_loss(model, reference=None):
+        arguments = trl.DPOConfig(
+            tmp_path / "run", max_steps=1, use_cpu=True, report_to="none", bf16=False, disable_tqdm=True,
+            save_strategy="no", logging_steps=1, gradient_checkpointing=False,
+        )  # fmt: skip
+        trainer = trl.DPOTrainer(
+            model, reference, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=word_tokenizer(),
+        )  # fmt: skip
+        trainer.train()
+        return trainer.state.log_history[0]["loss"]
+
+    with pytest.raises(OSError, match="''"):  # no reference is better than the dense one
+        first_loss(model)
+    assert first_loss(model, copy.deepcopy(model)) == pytest.approx(math.log(2), abs=1e-4)
+    model.save_pretrained(tmp_path / "longnet")
+    model = LongNetForCausalLM.from_pretrained(tmp_path / "longnet")
+    assert first_loss(model) == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_from_llama_refuses_what_does_not_fit(tmp_path):

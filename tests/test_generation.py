@@ -1,11 +1,14 @@
 """`generate` with a cache writes what the model writes without one, in every mode and across segment boundaries."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
 from models import KINDS, build, random_ids
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from longnet_hf import DilatedCache, LongNetForCausalLM, dilated_cache
 
@@ -280,6 +283,97 @@ def test_new_tokens_alone_may_be_masked_and_need_no_mask(paper):
         paper(ids[:, :-4], attention_mask=mask[:, :-4], past_key_values=cache)
         logits = paper(ids[:, -4:], attention_mask=new_mask, past_key_values=cache).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("attn_implementation", ["dilated", "eager"])
+def test_a_cache_may_make_its_layers_when_keys_come(model, attn_implementation):
+    ids, expected = random_ids(2, 30), None
+    model.set_attn_implementation(attn_implementation)
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, past_key_values=DynamicCache(), **GREEDY), expected)
+    cache = DynamicCache()
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([7, 1, 22], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, rtol=0, atol=1e-9)
+    lazy = transformers.Cache(layer_class_to_replicate=partial(DynamicSlidingWindowLayer, sliding_window=4))
+    with pytest.raises(ValueError, match="DynamicCache that keeps all keys, got DynamicSlidingWindowLayer"):
+        model(ids, past_key_values=lazy)
+
+
+def test_early_exit_drafts_what_the_whole_model_writes(model):
+    ids = random_ids(1, 21)
+    expected = model.generate(ids, **GREEDY)
+    for layers in (1, 2):
+        assert torch.equal(model.generate(ids, assistant_early_exit=layers, **GREEDY), expected)
+    model.config.num_hidden_layers = 2
+    shallow, cache = model(ids).logits, DilatedCache.for_patterns(model.model.patterns)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([7, 1, 13], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), shallow, rtol=0, atol=1e-9)
+
+
+def test_a_model_is_whole_again_when_generate_fails(paper, monkeypatch):
+    ids = random_ids(1, 21)
+    expected = paper(ids).logits
+    forward = type(paper.model).forward
+
+    def fail(self, *args, **kwargs):
+        if self.config.num_hidden_layers == 1 and kwargs["input_ids"].shape[1] == 1:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(paper.model), "forward", fail)
+    with pytest.raises(KeyboardInterrupt):
+        paper.generate(ids, assistant_early_exit=1, **GREEDY)
+    assert paper.config.num_hidden_layers == 3
+    assert torch.equal(paper(ids).logits, expected)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_model_cut_short_writes_from_its_cache(model, is_told):
+    model.model.layers = model.model.layers[:2]
+    if is_told:
+        model.config.num_hidden_layers = 2
+    ids, mask = left_padded([random_ids(12), random_ids(20)])
+    cached = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(cached, model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY))
+    chunks = [*model.forward_chunks(ids, attention_mask=mask, chunk_size=7, progress=False)]
+    expected = model.model(ids, attention_mask=mask).last_hidden_state[:, 14:]
+    torch.testing.assert_close(chunks[-1].last_hidden_state, expected, rtol=0, atol=1e-9)
+
+
+def test_a_cache_goes_in_and_out_of_inference_mode(model):
+    ids = random_ids(2, 70)
+    expected = model(ids).logits[:, -20:]
+
+    def tail(cache, *columns):
+        return torch.cat([model(ids[:, start:stop], past_key_values=cache).logits for start, stop in columns], dim=1)
+
+    def rearrange(cache):
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([0, 2]))
+        cache.reorder_cache(torch.tensor([0, 1]))
+
+    for is_first_inside in (True, False):
+        cache = DilatedCache(model.config)
+        with torch.inference_mode(is_first_inside):
+            model(ids[:, :50], past_key_values=cache)
+            rearrange(cache)
+        with torch.inference_mode(not is_first_inside):
+            torch.testing.assert_close(tail(cache, (50, 51), (51, 69), (69, 70)), expected, rtol=0, atol=1e-9)
+            cache.crop(-3)
+            rearrange(cache)
+        torch.testing.assert_close(tail(cache, (67, 70)), expected[:, -3:], rtol=0, atol=1e-9)
+    with torch.inference_mode():
+        cache = model(ids[:, :50]).past_key_values
+    assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def test_an_empty_prompt_is_refused(paper):
+    empty = torch.empty(1, 0, dtype=torch.long)
+    for call in (paper, lambda ids: paper.generate(ids, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=r"`input_ids` must hold at least one token per row, got shape \(1, 0\)"):
+            call(empty)
+    with pytest.raises(ValueError, match="`inputs_embeds` must hold at least one token"):
+        paper(inputs_embeds=torch.empty(1, 0, 32, dtype=torch.float64))
 
 
 def test_what_a_dilated_cache_cannot_do_is_refused(paper):

@@ -5,7 +5,7 @@ import torch
 from models import KINDS, build, random_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from longnet_hf import LongNetForCausalLM, set_dilated_attention
+from longnet_hf import LongNetForCausalLM, LongNetForSequenceClassification, set_dilated_attention
 
 
 peft = pytest.importorskip("peft")
@@ -74,6 +74,73 @@ def test_adapters_are_trained_saved_loaded_and_merged(source, tmp_path):
     torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-4)
     again = merged.generate(ids, max_new_tokens=10, min_new_tokens=10, do_sample=False)
     assert again.tolist() == generated.tolist()
+
+
+SOFT_PROMPTS = {
+    "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p-tuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "context": lambda: peft.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[3, 4, 5, 6], cpt_mask=[1] * 4, cpt_tokens_type_mask=[1, 2, 3, 4]
+    ),
+}
+
+
+@pytest.mark.parametrize("prompt", SOFT_PROMPTS)
+@pytest.mark.parametrize("kind", ["llama", "hybrid"])
+def test_soft_prompts_are_continued(kind, prompt):
+    """Through caches, behind left padding, as step by step without a cache."""
+    model = peft.get_peft_model(build(LongNetForCausalLM, kind), SOFT_PROMPTS[prompt]()).eval()
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight)
+    ids = random_ids(2, 11)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    options = dict(max_new_tokens=50, eos_token_id=None, do_sample=False)
+    together = model.generate(input_ids=ids, attention_mask=mask, **options)[:, 11:]
+    for row, start in ((0, 4), (1, 0)):
+        alone = ids[row : row + 1, start:]
+        assert torch.equal(model.generate(input_ids=alone, **options)[0, 11 - start :], together[row])
+        for _ in range(50):
+            next_id = model(input_ids=alone, attention_mask=torch.ones_like(alone)).logits[:, -1:].argmax(-1)
+            alone = torch.cat((alone, next_id), dim=1)
+        assert torch.equal(alone[0, 11 - start :], together[row])
+    base = model.get_base_model()
+    assert torch.equal(base.generate(ids, **options), base.generate(ids, use_cache=False, **options))
+
+
+def test_soft_prompts_before_a_classifier():
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    model = peft.get_peft_model(build(LongNetForSequenceClassification, num_labels=3), config).eval()
+    row = random_ids(1, 11)
+    alone = model(input_ids=row, attention_mask=torch.ones_like(row)).logits
+    for padding in ((3, 0), (0, 3)):
+        ids = torch.nn.functional.pad(row, padding, value=50)
+        mask = torch.nn.functional.pad(torch.ones_like(row), padding)
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, alone)
+
+
+@pytest.mark.parametrize("kind", ["paper", "llama"])
+@pytest.mark.parametrize("name", ["IA3", "Vera", "AdaLora", "LNTuning", "LoKr", "LoHa", "FourierFT", "BOFT", "OSF"])
+def test_adapters_know_what_to_adapt(name, kind):
+    options = dict(total_step=10) if name == "AdaLora" else {}
+    config = getattr(peft, f"{name}Config")(task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(build(LongNetForCausalLM, kind, num_key_value_heads=4), config)
+    trained = {part for key, x in model.named_parameters() if x.requires_grad for part in key.split(".")}
+    assert trained & {"q_proj", "v_proj", "input_layernorm"}
+    ids = random_ids(1, 20)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert any(x.grad is not None and x.grad.isfinite().all() for x in model.parameters() if x.requires_grad)
+
+
+def test_every_table_that_knows_llama_knows_longnet():
+    from peft.utils import constants
+
+    tables = {name: x for name, x in vars(constants).items() if name.startswith("TRANSFORMERS_MODELS_TO")}
+    assert len(tables) > 20
+    for name, table in tables.items():
+        assert ("longnet" in table) == ("llama" in table), name
 
 
 @pytest.mark.parametrize("source", ["paper", "from_llama", "other"])

@@ -15,15 +15,12 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from models import SMALL, build, random_ids
+from models import SMALL, build, random_ids, word_tokenizer
 from peft import LoraConfig, get_peft_model
 from processes import set_environment, spawn
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Trainer,
@@ -53,12 +50,6 @@ def build_other_model():
     shape = {name: value for name, value in SMALL.items() if name not in pattern}
     model = Qwen3ForCausalLM(Qwen3Config(**shape | {"head_dim": 8, "num_key_value_heads": 2}))
     return set_dilated_attention(model, **pattern)
-
-
-def word_tokenizer():
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"word{i}": i for i in range(3, 97)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def train(folder, mesh=None, resume=None, use_lora=False, kind="longnet", steps=4, length=64, shape=None, **options):
