@@ -55,8 +55,9 @@ class LongNetConfig(PreTrainedConfig):
         max_position_embeddings (`int`): the context length meant for the model. Only some `rope_type`s look at it.
         chunk_size_feed_forward (`int`): run the MLPs on so many tokens at a time, 0 for all, which saves memory. In
             training the backward pass recomputes them.
-        skip_logits (`bool`): leave out the logits where labels are given, so that no `[N, vocabulary]` matrix exists.
-            Set it to `False` if `compute_metrics` of a `Trainer` needs them.
+        skip_logits (`bool`): leave out the logits where labels are given and they would be more than 2**27 numbers, so
+            that no large `[N, vocabulary]` matrix exists. Set it to `False` if `compute_metrics` of a `Trainer`, or a
+            loss of your own, needs them even so.
         initializer_range, use_cache, tie_word_embeddings, bos_token_id, eos_token_id, pad_token_id: as in Llama.
 
     ```python

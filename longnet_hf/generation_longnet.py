@@ -176,9 +176,8 @@ class LongNetGenerationMixin(GenerationMixin):
         options = {"reserve": ASSISTED_RESERVE} if is_assisted else {}
         if generation_config.compile_config is not None:  # storage that does not grow
             options["max_length"] = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-        model_kwargs[CACHE] = DilatedCache.for_patterns(
-            self.base_model.patterns, offloading=kind == "offloaded", **options
-        )
+        options["offloading"] = kind == "offloaded"
+        model_kwargs[CACHE] = DilatedCache.for_patterns(self.base_model.patterns, **options)
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):

@@ -456,8 +456,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
             shift_labels: `[B, N]`, labels that are already shifted, in place of `labels`.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels. Where a sequence is
                 split over P processes: by P times this, as Trainer means it.
-            skip_logits: leave out the logits. Default: where there are labels, no `logits_to_keep`, and
-                `config.skip_logits` holds. The loss itself never holds the logits of all positions.
+            skip_logits: leave out the logits. Default: where there are labels, no `logits_to_keep`,
+                `config.skip_logits` holds, and there are more logits than 2**27. The loss itself never holds more.
 
         ```python
         >>> from longnet_hf import LongNetConfig, LongNetForCausalLM
@@ -491,7 +491,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
         hidden_states = outputs.last_hidden_state
         own_loss = hasattr(self, "_loss_function")  # set by the user, who expects it to be given all logits
         if skip_logits is None:
-            skip_logits = has_labels and not own_loss and self.leaves_out_logits(logits_to_keep)
+            num_tokens = hidden_states.shape[:-1].numel()
+            skip_logits = has_labels and not own_loss and self.leaves_out_logits(num_tokens, logits_to_keep)
         logits = None if skip_logits else self.lm_head(keep_positions(hidden_states, logits_to_keep))
 
         loss = None
@@ -523,16 +524,19 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def leaves_out_logits(self, logits_to_keep: int | torch.Tensor) -> bool:
-        """Whether, where there are labels, no logits are returned: a caller who asks for some positions gets them."""
-        all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        is_left_out = self.config.skip_logits and all_logits
-        if is_left_out and not self.training and not torch.compiler.is_compiling():
+    def leaves_out_logits(self, num_tokens: int, logits_to_keep: int | torch.Tensor) -> bool:
+        """Whether, where there are labels, no logits are returned. A caller who asks for some positions gets them, and
+        all are returned while they take no more than the loss may hold at a time."""
+        is_asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0
+        if is_asked or not self.config.skip_logits or num_tokens * self.config.vocab_size <= _MAX_LOGITS:
+            return False
+        if not torch.compiler.is_compiling():
             logger.warning_once(
-                "The logits are left out because there are labels. If something reads them (`compute_metrics` or "
-                "`predict` of Trainer), set `model.config.skip_logits = False`."
+                f"The logits of {num_tokens} tokens are left out, since there are labels. If something reads them "
+                "(`compute_metrics` or `predict` of Trainer, a loss of your own), set `model.config.skip_logits = "
+                "False`."
             )
-        return is_left_out
+        return True
 
     def chunked_loss(
         self,

@@ -1,5 +1,7 @@
 """The loss, computed in chunks, is the plain loss, whatever is given with the labels."""
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ def test_the_chunked_loss_is_the_plain_loss(max_logits, tied, monkeypatch):
     seen = []
     model.lm_head.register_forward_hook(lambda *x: seen.append(x[2].shape[:-1].numel()))
     outputs = model(ids, labels=labels)
-    assert outputs.logits is None and max(seen) <= max(1, max_logits // 97)
+    assert (outputs.logits is None) == (max_logits < 46 * 97) and max(seen) <= max(1, max_logits // 97)
     expected = plain_loss(model, ids, labels)
     torch.testing.assert_close(outputs.loss, expected.float(), rtol=1e-6, atol=1e-6, check_dtype=False)
     assert_same_gradients(all_gradients(model, outputs.loss), all_gradients(model, expected), atol=1e-6)
@@ -45,10 +47,19 @@ def test_the_loss_takes_what_trainer_gives():
     torch.testing.assert_close(ours, model(ids, labels=ids.where(ids > 40, -100)).loss)
 
 
-def test_logits_beside_labels_on_request():
-    model, ids = build(LongNetForCausalLM), random_ids(2, 23)
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_beside_labels_are_few_or_asked_for(training, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    modeling_longnet.logger.warning_once.cache_clear()
+    model, ids = build(LongNetForCausalLM).train(training), random_ids(2, 23)
     logits = model(ids).logits
+    assert torch.equal(model(ids, labels=ids).logits, logits)
+    assert model(ids, labels=ids, skip_logits=True).logits is None
+    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", 2 * 23 * 97)
+    assert torch.equal(model(ids, labels=ids).logits, logits) and not caplog.text
+    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", 2 * 23 * 97 - 1)
     assert model(ids, labels=ids).logits is None
+    assert "logits of 46 tokens are left out" in caplog.text and "skip_logits = False" in caplog.text
     assert torch.equal(model(ids, labels=ids, skip_logits=False).logits, logits)
     torch.testing.assert_close(model(ids, labels=ids, logits_to_keep=3).logits, logits[:, -3:])
     model.config.skip_logits = False

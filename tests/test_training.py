@@ -77,11 +77,20 @@ def test_layers_of_one_pattern_share_what_is_compiled():
     assert counter.frame_count == 1
 
 
+class OwnLossTrainer(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+        )
+        return (loss, outputs) if return_outputs else loss
+
+
 @pytest.mark.parametrize("with_metrics", [False, True])
-def test_trainer(with_metrics, tmp_path):
+@pytest.mark.parametrize("trainer_class", [Trainer, OwnLossTrainer])
+def test_trainer(trainer_class, with_metrics, tmp_path):
     pytest.importorskip("accelerate")
     model = build(LongNetForCausalLM)
-    model.config.skip_logits = not with_metrics
     rows = [{"input_ids": row, "labels": row} for row in random_ids(8, 20).tolist()]
     arguments = TrainingArguments(
         tmp_path,
@@ -92,7 +101,7 @@ def test_trainer(with_metrics, tmp_path):
         gradient_checkpointing=True,
     )
     metrics = (lambda p: {"shape": p.predictions.shape}) if with_metrics else None
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
+    trainer = trainer_class(model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
     trainer.train()
     result = trainer.evaluate()
     assert 0 < result["eval_loss"] < 20
