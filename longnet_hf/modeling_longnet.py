@@ -160,6 +160,7 @@ class LongNetAttention(nn.Module):
         past_key_values = one_cache(past_key_values, kwargs)
         batch_size, length, _ = hidden_states.shape
         if layout is None:
+            check_arguments(kwargs, self.config)
             inputs = BatchInputs(batch_size, length, hidden_states.device, attention_mask)
             layout = lay_out_batch(inputs, self.is_causal, past_key_values)
 
@@ -260,16 +261,15 @@ def check_arguments(kwargs: dict, config: LongNetConfig) -> None:
 
     `None` and `False` ask for nothing, nor do token types that are all 0, which some tokenizers give with every text.
     """
+    if kwargs.get("output_attentions", config.output_attentions) and config._attn_implementation != "eager":
+        raise ValueError(
+            "`output_attentions=True` needs the weights of attention, which the operator never holds: load the model "
+            'with `attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
+        )
     for name, value in kwargs.items():
-        if value is None or value is False or name in _TAKEN and name != "output_attentions":
+        if value is None or value is False or name in _TAKEN:
             continue
-        if name == "output_attentions":
-            if config._attn_implementation != "eager":
-                raise ValueError(
-                    "`output_attentions=True` needs the weights of attention, which the operator never holds: load "
-                    'the model with `attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
-                )
-        elif name != "token_type_ids" or torch.compiler.is_compiling() or bool((value != 0).any()):
+        if name != "token_type_ids" or torch.compiler.is_compiling() or bool((value != 0).any()):
             given = f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else repr(value)
             raise ValueError(f"LongNet does not take `{name}`, got {given}.{_INSTEAD.get(name, '')}")
 
@@ -479,6 +479,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
                 "`labels` of a sequence that is split over processes cannot be shifted on one of them: give "
                 "`shift_labels`, as Trainer does."
             )
+        own_loss = hasattr(self, "_loss_function")  # set by the user, who expects it to be given all logits
+        of_loss = {name: kwargs.pop(name) for name in list(kwargs) if own_loss and has_labels and name not in _TAKEN}
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -489,7 +491,6 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        own_loss = hasattr(self, "_loss_function")  # set by the user, who expects it to be given all logits
         if skip_logits is None:
             num_tokens = hidden_states.shape[:-1].numel()
             skip_logits = has_labels and not own_loss and self.leaves_out_logits(num_tokens, logits_to_keep)
@@ -507,6 +508,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
                 labels=labels,
                 vocab_size=self.config.vocab_size,
                 **loss_kwargs,
+                **of_loss,
                 **kwargs,
             )
         elif has_labels:

@@ -78,6 +78,8 @@ def test_a_loss_function_of_the_users_own_is_honoured():
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.mean() + vocab_size
     outputs = model(ids, labels=ids)
     torch.testing.assert_close(outputs.loss, outputs.logits.mean() + 97)
+    model.loss_function = lambda logits, labels, vocab_size, weight: logits.mean() * weight
+    torch.testing.assert_close(model(ids, labels=ids, weight=3.0).loss, 3 * outputs.logits.mean())
     model.loss_function = lambda logits, labels, vocab_size: logits.mean()  # gets nothing that was not given
     torch.testing.assert_close(model(ids, labels=ids).loss, outputs.logits.mean())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from comparisons import all_gradients, assert_same_gradients, main_output, with_eager
-from models import build, every_kind, random_ids, small_config
+from models import build, every_head, every_kind, random_ids, small_config
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from longnet_hf import (
@@ -201,6 +201,54 @@ def test_other_attentions_are_refused():
         model(random_ids(1, 4), cache=object())
     with pytest.raises(ValueError, match="continuous batching"):
         model.generate_batch([[5, 6, 7]])
+
+
+SWALLOWED = dict(
+    head_mask=torch.ones(3, 4),
+    sliding_window=4,
+    encoder_hidden_states=torch.ones(2, 9, 32),
+    cu_seqlens=torch.tensor([0, 4, 18]),
+    token_type_ids=torch.ones(2, 9, dtype=torch.long),
+    output_router_logits=True,
+    attention_masks=torch.ones(2, 9),  # misspelt
+)
+
+
+@every_head
+@pytest.mark.parametrize("name", SWALLOWED)
+def test_arguments_that_are_not_honoured_are_refused(model_class, name):
+    model, ids = build(model_class), random_ids(2, 9)
+    for call in (model, model.base_model):
+        with pytest.raises(ValueError, match=f"LongNet does not take `{name}`, got"):
+            call(ids, **{name: SWALLOWED[name]})
+        for nothing in (None, False) if name != "token_type_ids" else (None, torch.zeros(2, 9)):
+            assert torch.equal(main_output(call(ids, **{name: nothing})), main_output(call(ids)))
+
+
+@every_head
+def test_the_operator_has_no_weights_to_return(model_class):
+    model, ids = build(model_class), random_ids(2, 9)
+    with pytest.raises(ValueError, match='`output_attentions=True` .*`attn_implementation="eager"`'):
+        model(ids, output_attentions=True)
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    assert len(model(ids).attentions) == 3
+    for name in ("sdpa", "dilated"):
+        model.set_attn_implementation(name)
+        with pytest.raises(ValueError, match="`output_attentions=True`"):
+            model(ids)
+        assert model(ids, output_attentions=False).attentions is None
+
+
+def test_what_others_pass_along_says_nothing_new():
+    model, ids = build(LongNetForCausalLM), random_ids(2, 9)
+    harmless = dict(num_items_in_batch=3, max_length_q=9, max_length_k=9, use_cache=False, return_dict=True)
+    assert torch.equal(model.model(ids, **harmless).last_hidden_state, model.model(ids).last_hidden_state)
+    attention, x = LongNetAttention(small_config(), layer_idx=0), torch.randn(1, 9, 32)
+    with pytest.raises(ValueError, match="does not take `head_mask`"):
+        attention(x, head_mask=torch.ones(4))
+    with pytest.raises(ValueError, match="`labels`.*Only models with a head have a loss"):
+        model.model(ids, labels=ids)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 9, 9), (2, 9, 9), (2, 8), (1, 9)])
