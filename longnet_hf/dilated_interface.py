@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .batch_layout import AttentionOptions, BatchLayout, SplitBatch, WholeBatch
 from .context_parallel import ActiveSplit, SplitDocuments, active_split
 from .dilated_pattern import DilatedPattern, layer_patterns
-from .documents import find_documents, is_packed
+from .documents import find_documents, is_packed, running_max
 from .hub_longnet import forget_name, with_parts
 from .pattern_report import pattern_warnings
 
@@ -381,9 +381,16 @@ def dilated_attention_forward(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not is_causal and query.shape[2] != key.shape[2]:
         raise ValueError("Dilated attention has no cross-attention, and no cache where it is not causal.")
+    pattern = pattern_of(module)
+    if key.shape[1] < _num_heads(module.config) and not pattern.has_equal_heads:
+        raise ValueError(
+            f"{type(module).__name__} was called with {key.shape[1]} of its {_num_heads(module.config)} key/value "
+            "heads. Where heads are split over processes (tensor parallelism), all must attend alike: every dilation "
+            "rate must be 1, and no head may have full attention alone."
+        )
     layout = _lay_out(query, key, attention_mask, is_causal, **kwargs)
     scaling, size = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
-    options = AttentionOptions(pattern_of(module), scaling, dropout)
+    options = AttentionOptions(pattern, scaling, dropout)
     output, _ = layout.attend(module, *same_size(query, key, value), options)
     return output[..., :size], None
 
@@ -556,7 +563,7 @@ def _documents_of(
     sees_last = mask_function(row, head, index[:, 1:], index[:, :-1]).expand(size)
     sees_next = mask_function(row, head, index[:, :-1], index[:, 1:]).expand(size)
     starts = F.pad(~sees_last, (1, 0))
-    first = index.masked_fill(~starts, 0).cummax(dim=1).values
+    first = running_max(index.masked_fill(~starts, 0))
     sees_first = mask_function(row, head, index.expand(batch_size, -1), first).expand(batch_size, length)
     is_whole = sees_first[:, q_offset:].all()
     is_whole &= ~sees_next.any() if is_causal else (sees_next == sees_last).all()

@@ -283,6 +283,11 @@ class DilatedPattern:
         kept = range(start + phase, start + w, r)
         return clip(kept, 0, position) if kept and kept[-1] >= position else range(0)
 
+    @property
+    def has_equal_heads(self) -> bool:
+        """Whether all heads keep the same keys."""
+        return all(branch.rate == 1 and branch.heads is None for branch in self.branches)
+
     def max_live_keys(self, head: int | None = None) -> int | None:
         """How many keys a causal cache has to hold for a key/value head (default: for any), at most, at any position:
         the sum of w_i / r_i over the head's branches. `None` if that number grows with the position."""

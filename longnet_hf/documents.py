@@ -51,7 +51,7 @@ def find_documents(
             )
         position_ids = position_ids.to(device).expand(batch_size, length)
         columns = torch.arange(length, device=device).expand(batch_size, length)
-        last_real = columns.masked_fill(~real, -1).cummax(dim=1).values[:, :-1]
+        last_real = running_max(columns.masked_fill(~real, -1))[:, :-1]
         before = position_ids.gather(1, last_real.clamp(min=0)).masked_fill(last_real < 0, -1)
         starts = (position_ids[:, 1:] <= before) & (last_real >= 0) & real[:, 1:]
         ids[:, 1:] = starts.cumsum(1, dtype=torch.int32)
@@ -63,6 +63,14 @@ def find_documents(
     if not torch.compiler.is_compiling() and bool(real.all()) and bool((ids == 0).all()):
         return None
     return ids.masked_fill(~real, -1)
+
+
+def running_max(x: torch.Tensor) -> torch.Tensor:
+    """The largest of the numbers `[B, N]` up to each column."""
+    if torch.onnx.is_in_onnx_export():  # which has no such operator
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        return x[:, None].masked_fill(later, torch.iinfo(x.dtype).min).amax(-1)
+    return x.cummax(dim=1).values
 
 
 def resolve_documents(

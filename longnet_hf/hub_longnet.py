@@ -1,8 +1,11 @@
 """What goes to the Hub with a LongNet: its code for every Auto class, and a model card (README.md)."""
 
+import functools
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -26,6 +29,8 @@ _TEMPLATE = """---
 
 # {title}
 
+{sections}"""
+_SECTIONS = """{begin}
 A LongNet: a Transformers model with dilated attention ("LongNet: Scaling Transformers to 1,000,000,000 Tokens",
 [arXiv 2307.02486](https://arxiv.org/abs/2307.02486)), whose cost grows linearly with the length of the sequence.
 
@@ -68,7 +73,10 @@ model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
   year={{2023}}
 }}
 ```
+{end}
 """
+# Around our part of a card, other parts of which Trainer writes
+_BEGIN, _END = "<!-- longnet: begin -->", "<!-- longnet: end -->"
 
 
 _PIPELINES = {
@@ -82,9 +90,12 @@ _PIPELINES = {
 class HubMixin:
     """How a LongNet model is saved and pushed: its code travels with the weights, and so does a model card."""
 
+    completes_cards = True  # known by this, not by the class, of which code from the Hub has its own
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in Transformers. The code travels with the weights, for every Auto class, and so does a model card."""
         self.config.auto_map = dict(AUTO_MAP)
+        complete_trainers_cards()
         wrapped = type(self)
         try:
             # FSDP2 puts a class of PyTorch's in front of ours, whose code Transformers would save in place of ours
@@ -104,17 +115,26 @@ class HubMixin:
 
 def model_card(config, auto_class: str, repo_id: str) -> str:
     """The card's text, for a configuration, the Auto class of the model and the name or path that it is loaded by."""
+    metadata, title = _metadata(auto_class).to_yaml(), repo_id.split("/")[-1]
+    return _TEMPLATE.format(metadata=metadata, title=title, sections=_sections(config, auto_class, repo_id))
+
+
+def _metadata(auto_class: str) -> ModelCardData:
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_PIPELINES.get(auto_class, "feature-extraction"),
+        tags=["longnet", "dilated-attention"],
+    )
+
+
+def _sections(config, auto_class: str, repo_id: str) -> str:
     types = config.branch_types or ["segment"] * len(config.segment_lengths)
     rows = zip(types, config.segment_lengths, config.dilation_rates, strict=True)
     lengths = [length for length in config.segment_lengths if length is not None]
     unbounded = len(lengths) < len(config.segment_lengths) or bool(config.full_attention_layers)
-    return _TEMPLATE.format(
-        metadata=ModelCardData(
-            library_name="transformers",
-            pipeline_tag=_PIPELINES.get(auto_class, "feature-extraction"),
-            tags=["longnet", "dilated-attention"],
-        ).to_yaml(),
-        title=repo_id.split("/")[-1],
+    return _SECTIONS.format(
+        begin=_BEGIN,
+        end=_END,
         repo_id=repo_id,
         auto_class=auto_class,
         context=config.max_position_embeddings if unbounded else max(lengths),
@@ -142,12 +162,62 @@ def prepare_model_card(
     config, auto_class: str, directory, repo_id: str, revision: str | None = None, token=None
 ) -> None:
     """In a folder about to be uploaded, put the card in the place of the empty one that Transformers writes where the
-    main branch has none. A card that is in the repository stays."""
-    path = Path(directory) / "README.md"
-    if not HfApi(token=token).file_exists(repo_id, path.name, revision=revision):
+    main branch has none. A card that is in the repository stays; one that Trainer wrote gets our part, if it has none.
+    """
+    path, api = Path(directory) / "README.md", HfApi(token=token)
+    if not api.file_exists(repo_id, path.name, revision=revision):
         path.write_text(model_card(config, auto_class, repo_id), encoding="utf-8")
+        return
+    card = ModelCard.load(api.hf_hub_download(repo_id, path.name, revision=revision), ignore_metadata_errors=True)
+    if "generated_from_trainer" in (card.data.tags or ()) and _BEGIN not in card.text:
+        card.save(path)
+        complete_card(config, auto_class, path, repo_id)
     elif revision is not None:
         path.unlink()
+
+
+def complete_card(config, auto_class: str, path: Path, repo_id: str) -> None:
+    """Add our part to a card that says nothing of what a LongNet is and how it is loaded. What it says stays."""
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    if _BEGIN in card.text:
+        return
+    for name, ours in _metadata(auto_class).to_dict().items():
+        theirs = getattr(card.data, name, None)
+        if name == "tags":
+            ours = [*(theirs or ()), *(tag for tag in ours if tag not in (theirs or ()))]
+        if theirs is None or name == "tags":
+            setattr(card.data, name, ours)
+    card.text = f"{card.text.rstrip()}\n\n{_sections(config, auto_class, repo_id)}"
+    card.save(path)
+
+
+def complete_trainers_cards() -> None:
+    """Let the card that a Trainer writes over ours have our part, too.
+
+    Trainer writes it from what it knows, and has no hook for it; those of TRL write their own. But before, both save
+    the model, which is when this is called: with all classes of trainers there.
+    """
+    trainer = sys.modules.get("transformers.trainer")  # not imported for this
+    classes = [trainer.Trainer] if trainer is not None else []
+    while classes:
+        trainer_class = classes.pop()
+        classes += trainer_class.__subclasses__()
+        create = vars(trainer_class).get("create_model_card")
+        if create is not None and not getattr(create, "completes_longnets", False):
+            trainer_class.create_model_card = _completing(create)
+
+
+def _completing(create_model_card: Callable) -> Callable:
+    @functools.wraps(create_model_card)
+    def wrapped(self, *args, **kwargs):
+        result = create_model_card(self, *args, **kwargs)
+        model, path = self.accelerator.unwrap_model(self.model), Path(self.args.output_dir) / "README.md"
+        if getattr(model, "completes_cards", False) and self.is_world_process_zero() and path.exists():
+            complete_card(model.config, model._auto_class, path, self.hub_model_id or path.resolve().parent.name)
+        return result
+
+    wrapped.completes_longnets = True
+    return wrapped
 
 
 def forget_name(model: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ Reads from top to bottom like any model of Transformers: rotary positions, atten
 """
 
 import copy
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -289,6 +290,21 @@ class LongNetPreTrainedModel(HubMixin, ReadingMixin, PreTrainedModel):
         # `from_pretrained(path, segment_lengths=...)` sets attributes without checking how they fit together
         config.validate()
         super().__init__(config, *inputs, **kwargs)
+
+    @classmethod
+    @functools.wraps(PreTrainedModel.from_pretrained.__func__)
+    def from_pretrained(cls, *args, **kwargs):
+        parallel = kwargs.get("distributed_config")
+        parallel = vars(parallel) if hasattr(parallel, "tp_size") else dict(parallel or {})
+        for name in ("tp_plan", "tp_size"):
+            value = kwargs.get(name, parallel.get(name))
+            if value is not None and value != 1:
+                raise ValueError(
+                    f"`{name}={value!r}`: LongNet has no plan for tensor parallelism: heads keep different keys. "
+                    "Split sequences over processes (`ParallelismConfig(cp_size=...)` with Trainer, or "
+                    "`split_sequence`), or weights (FSDP2), or place layers (`device_map`)."
+                )
+        return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -315,6 +315,35 @@ def test_what_a_call_asks_beyond_the_pattern_is_refused():
             bare(ids)
 
 
+def test_heads_may_be_split_where_all_attend_alike():
+    """As tensor parallelism does it: a process has some of the heads, and the configuration of all."""
+    model = build("llama", num_key_value_heads=4)
+    attention, states = model.model.layers[0].self_attn, torch.randn(3, 1, 4, 50, 8, dtype=torch.float64)
+    alike = dict(segment_lengths=[8, None], dilation_rates=[1, 1], branch_types=["segment", "window"])
+    set_dilated_attention(model, **alike)
+    whole = dilated_attention_forward(attention, *states, None)[0]
+    close(dilated_attention_forward(attention, *states[:, :, 2:], None)[0], whole[:, :, 2:])
+    heads = dict(segment_lengths=[8], dilation_rates=[1], full_attention_heads={0: [1]})
+    for pattern in (PATTERN, heads):
+        set_dilated_attention(model, **pattern)
+        with pytest.raises(ValueError, match="called with 2 of its 4 key/value heads.*tensor parallelism"):
+            dilated_attention_forward(attention, *states[:, :, 2:], None)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bert"])
+def test_exports_to_onnx_go_through_plain_operations(model_type, monkeypatch):
+    auto_class = {"llama": AutoModelForCausalLM, "bert": AutoModelForMaskedLM}[model_type]
+    model, ids = set_dilated_attention(build(model_type, auto_class), **PATTERN), ids_of(2, 30)
+    mask = (torch.arange(30) >= torch.tensor([[4], [0]])).long()
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    inputs = dict(input_ids=ids, attention_mask=mask, use_cache=False)
+    exported = torch.export.export(model, (), inputs, strict=False)
+    called = {str(node.target) for node in exported.graph.nodes}
+    assert not [name for name in called if "dilated_operator" in name or "cummax" in name]
+    close(exported.module()(**inputs).logits[mask == 1], expected[mask == 1])
+
+
 def test_a_model_compiles():
     model, ids = set_dilated_attention(build("llama", dtype=torch.float32), **PATTERN), ids_of(1, 61)
     positions = torch.cat((torch.arange(23), torch.arange(38)))[None]

@@ -135,7 +135,8 @@ def test_push_pull_train_and_push_again(tmp_path, hub):
 
 
 def test_trainer_and_adapters_push_too(tmp_path, hub):
-    pytest.importorskip("accelerate"), pytest.importorskip("peft")
+    for name in ("accelerate", "peft", "trl", "datasets"):
+        pytest.importorskip(name)
     out = run(
         f"""
         import peft
@@ -148,6 +149,20 @@ def test_trainer_and_adapters_push_too(tmp_path, hub):
         trainer = Trainer(model, arguments, train_dataset=rows)
         trainer.train()
         trainer.push_to_hub()
+        trainer.push_to_hub()
+        model.push_to_hub("tester/trained")
+        from huggingface_hub import HfApi, ModelCard
+        card = ModelCard.load(r"{tmp_path}/trained/README.md")
+        card.text = "## Training procedure"  # as Trainer leaves it by itself
+        HfApi().create_repo("tester/mended")
+        HfApi().upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id="tester/mended")
+        model.push_to_hub("tester/mended")
+        import datasets, trl
+        from models import word_tokenizer
+        arguments = trl.SFTConfig(r"{tmp_path}/trl", use_cpu=True, bf16=False, report_to="none", push_to_hub=True,
+                                  hub_model_id="tester/trl", disable_tqdm=True)
+        trl.SFTTrainer(model, args=arguments, processing_class=word_tokenizer(),
+                       train_dataset=datasets.Dataset.from_list([{{"text": "word3 word4"}}])).push_to_hub()
         base = AutoModelForCausalLM.from_pretrained("tester/base")
         adapter = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
         adapter.push_to_hub("tester/adapter")
@@ -156,6 +171,15 @@ def test_trainer_and_adapters_push_too(tmp_path, hub):
         tmp_path,
         package=True,
     )
+    card = hub.files("tester/trained")["README.md"].decode()
+    for said in ("generated_from_trainer", "## Training procedure", "- longnet", "pipeline_tag: text-generation",
+                 'from_pretrained("tester/trained", trust_remote_code=True)', "| 1 | segment | 16 | 2 |"):  # fmt: skip
+        assert said in card
+    assert card.count("trust_remote_code=True") == card.count("## Training procedure") == 1
+    by_trl, mended = (hub.files(f"tester/{name}")["README.md"].decode() for name in ("trl", "mended"))
+    assert "## Training procedure" in mended and "sft" in by_trl
+    for card in (by_trl, mended):
+        assert card.count("trust_remote_code=True") == 1 and "dilated-attention" in card
     assert set(hub.files("tester/trained")) >= CODE and set(hub.files("tester/base")) >= CODE
     assert "| 1 | segment | 16 | 2 |" in hub.files("tester/base")["README.md"].decode()
     out = run(

@@ -185,6 +185,24 @@ def test_attention_can_be_used_alone():
     torch.testing.assert_close(output, attention.o_proj(attention.attn_sub_norm(mixed)), rtol=0, atol=1e-12)
 
 
+@every_kind
+def test_exports_to_onnx_go_through_plain_operations(kind, monkeypatch):
+    """ONNX has no function for the operator; `torch.onnx.export` itself needs packages that the tests do without."""
+    model, ids = build(LongNetForCausalLM, kind, torch.float64), random_ids(2, 30)
+    mask = (torch.arange(30) >= torch.tensor([[4], [0]])).long()
+    packed = torch.cat((torch.arange(12), torch.arange(18))).expand(2, -1)
+    for inputs in ({}, {"attention_mask": mask}, {"position_ids": packed}):
+        inputs = dict(input_ids=ids, use_cache=False) | inputs
+        expected = model(**inputs).logits
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+            exported = torch.export.export(model, (), inputs, strict=False)
+        called = {str(node.target) for node in exported.graph.nodes}
+        assert not [name for name in called if "dilated_operator" in name or "cummax" in name]
+        real = inputs.get("attention_mask", torch.ones_like(ids)) == 1
+        torch.testing.assert_close(exported.module()(**inputs).logits[real], expected[real], rtol=0, atol=1e-9)
+
+
 # What cannot be honoured is refused
 
 

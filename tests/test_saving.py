@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,18 @@ def test_layers_can_stay_on_disk(tmp_path):
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     on_cpu = LongNetForCausalLM.from_pretrained(tmp_path / "model", device_map="auto")
     assert torch.equal(on_cpu.generate(ids, max_new_tokens=5), model.generate(ids, max_new_tokens=5))
+
+
+@pytest.mark.parametrize("options", [
+    dict(tp_plan="auto"), dict(tp_size=2), dict(distributed_config={"tp_size": 2}),
+    dict(distributed_config=SimpleNamespace(tp_plan="auto", tp_size=None)),
+])  # fmt: skip
+def test_tensor_parallelism_is_refused(options, tmp_path):
+    build(LongNetForCausalLM).save_pretrained(tmp_path)
+    for auto in (LongNetForCausalLM, transformers.AutoModel):
+        with pytest.raises(ValueError, match="no plan for tensor parallelism.*`split_sequence`"):
+            auto.from_pretrained(tmp_path, **options)
+    assert transformers.AutoModel.from_pretrained(tmp_path, tp_size=1).config.num_hidden_layers == 3
 
 
 def test_the_model_card_is_that_of_the_model(tmp_path):
