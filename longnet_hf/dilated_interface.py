@@ -385,9 +385,9 @@ def dilated_attention_forward(
     heads = num_key_value_heads(module.config)
     if key.shape[1] < heads and not pattern.has_equal_heads:
         raise ValueError(
-            f"{type(module).__name__} was called with {key.shape[1]} of its {heads} key/value heads. Where "
-            "heads are split over processes (tensor parallelism), all must attend alike: every dilation rate must be 1, "
-            "and no head may have full attention alone."
+            f"{type(module).__name__} was called with {key.shape[1]} of its {heads} key/value heads. Where heads "
+            "are split over processes (tensor parallelism), all must attend alike: every dilation rate must be 1, and "
+            "no head may have full attention alone."
         )
     layout = _lay_out(query, key, attention_mask, is_causal, **kwargs)
     scaling, size = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]

@@ -203,6 +203,20 @@ def test_exports_to_onnx_go_through_plain_operations(kind, monkeypatch):
         torch.testing.assert_close(exported.module()(**inputs).logits[real], expected[real], rtol=0, atol=1e-9)
 
 
+def test_function_transforms_work_with_the_dense_formula():
+    model, ids = with_eager(build(LongNetForCausalLM, dtype=torch.float64)), random_ids(1, 20)
+    weights = {name: x.detach() for name, x in model.named_parameters()}
+
+    def total(weights):
+        return torch.func.functional_call(model, weights, (ids,), {"use_cache": False}).logits.square().sum()
+
+    expected = all_gradients(model, model(ids).logits.square().sum())
+    assert_same_gradients(torch.func.grad(total)(weights), expected, atol=1e-8)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="functorch"):  # PyTorch's own refusal
+        torch.func.grad(total)(weights)
+
+
 # What cannot be honoured is refused
 
 
