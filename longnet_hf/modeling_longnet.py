@@ -437,6 +437,20 @@ def loss_divisor(
     return num_items_in_batch or 1
 
 
+def logits_loss(
+    logits: torch.Tensor,
+    shift_labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """Cross-entropy of few logits `[B, N, vocabulary]` that are there anyway."""
+    logits, labels = logits.flatten(0, -2), shift_labels.flatten().to(logits.device)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    divisor = loss_divisor(labels, num_items_in_batch, ignore_index)
+    return total / (divisor.to(total.device) if torch.is_tensor(divisor) else divisor)
+
+
 class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
     """LongNet with a language modelling head."""
 
@@ -530,7 +544,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
         elif has_labels:
             if shift_labels is None:
                 shift_labels = F.pad(labels, (0, 1), value=loss_kwargs.get("ignore_index", -100))[..., 1:]
-            loss = self.chunked_loss(hidden_states, shift_labels, **loss_kwargs)
+            is_all = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
+            if is_all and logits.numel() <= _MAX_LOGITS:  # FSDP wants the head to be called once
+                loss = logits_loss(logits, shift_labels, **loss_kwargs)
+            else:
+                loss = self.chunked_loss(hidden_states, shift_labels, **loss_kwargs)
         if loss is not None and split is not None:
             loss = split.average(loss)
 
