@@ -14,9 +14,7 @@ Shapes: B batch, H query heads, Hkv key/value heads, L new tokens, D head size, 
 """
 
 import functools
-import hashlib
 import itertools
-import json
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -25,11 +23,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .cache_file import open_cache, write_cache
 from .dilated_operator import dilated_attention
 from .dilated_past import PastTile, attend_to_past, past_tiles
 from .dilated_pattern import Branch, DilatedPattern
@@ -46,9 +43,14 @@ _MAX_MASK = 1 << 25
 # Slots for all keys of a head are made in multiples of this
 _ROOM = 256
 
-# What a saved cache calls itself, and the names of tensors in its file: those of the attributes when it was defined
-_FORMAT = "longnet_hf.DilatedCache 1"
-_STATE = {"columns": "columns", "positions": "positions", "furthest": "max_positions", "last_real": "last_real"}
+# The attributes that hold a cache's counts, by the names of their tensors in a file
+_STATE = {
+    "columns": "columns",
+    "positions": "positions",
+    "furthest": "max_positions",
+    "last_real": "last_real",
+    "known": "known",
+}
 
 
 def _tensor_name(layer_idx: int, name: str, part: int) -> str:
@@ -188,6 +190,7 @@ class DilatedCache(Cache):
         self.max_positions: torch.Tensor | None = None  # [B], the largest that `positions` has been
         # [B, 2 * reserve], which of the last tokens are real: `reserve` of them are known after `crop`, too
         self.last_real: torch.Tensor | None = None
+        self.known: torch.Tensor | None = None  # [], of how many of the last tokens that is known
 
     @torch.inference_mode(False)  # what is made in inference mode could not be written to outside of it
     def _start(self, batch_size: int, device: torch.device | str) -> None:
@@ -195,6 +198,7 @@ class DilatedCache(Cache):
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.max_positions = torch.zeros_like(self.positions)
         self.last_real = torch.zeros(batch_size, 2 * self.reserve, dtype=torch.bool, device=device)
+        self.known = torch.zeros_like(self.columns)
         if not torch.compiler.is_compiling():  # CUDA graphs may write to these in place
             for name in _STATE.values():
                 torch._dynamo.mark_static_address(getattr(self, name))
@@ -231,6 +235,7 @@ class DilatedCache(Cache):
         self.positions.copy_(tokens.positions_after)
         self.max_positions.copy_(torch.maximum(self.max_positions, tokens.positions_after))
         self.last_real.copy_(torch.cat((self.last_real, real), dim=1)[:, length:])
+        self.known.copy_((self.known + length).clamp(max=2 * self.reserve))
         return tokens
 
     def attend(
@@ -330,7 +335,7 @@ class DilatedCache(Cache):
         shape = batch_size, columns + length
         check_padding_mask(attention_mask, shape, "(batch, cached and new tokens)")
         real = attention_mask[:, :columns].to(self.positions.device) != 0
-        known = min(columns, self.reserve)
+        known = min(int(self.known), self.reserve)
         is_real, was_real = real[:, columns - known :], self.last_real[:, 2 * self.reserve - known :]
         is_masked = was_real & ~is_real
         is_wrong = real.sum(1) + is_masked.sum(1) != self.positions
@@ -360,6 +365,8 @@ class DilatedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens: `-tokens_to_remove` of them, at most `reserve`.
 
+        Without tokens, which can always be had by taking back all of them, a cache is as new.
+
         Raises:
             ValueError: if there are not so many, or if keys that are then needed are dropped already.
         """
@@ -371,10 +378,19 @@ class DilatedCache(Cache):
             return
         if count > columns:
             raise ValueError(f"`tokens_to_remove` is {tokens_to_remove}, and the cache holds {columns} tokens.")
-        self._go_back(self.positions - (self.last_real[:, -count:].sum(1) if count <= self.reserve else count))
+        if count == columns:
+            return self.reset()
+        if count > int(self.known):
+            raise ValueError(
+                f"`tokens_to_remove` is {tokens_to_remove}, and which tokens were padding is known of the last "
+                f"{int(self.known)} only: keys that are then needed may be dropped. A `DilatedCache(config, "
+                f"reserve=...)` can go back `reserve` tokens, this one {self.reserve}."
+            )
+        self._go_back(self.positions - self.last_real[:, -count:].sum(1))
         for layer in self.layers:
             layer.crop(tokens_to_remove)
         self.columns -= count
+        self.known -= count
         self.last_real.copy_(self.last_real.roll(count, dims=1))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -413,51 +429,37 @@ class DilatedCache(Cache):
         """
         if self.positions is None:
             raise ValueError("The cache is empty: there is nothing to save.")
+        if not self.fits(model.base_model.patterns):
+            raise ValueError("The cache has other patterns than `model`, or another number of layers.")
         tensors = {name: getattr(self, attribute) for name, attribute in _STATE.items()}
         for layer_idx, layer in enumerate(self.layers):
             for number, part in enumerate(layer.parts):
                 stop = int(self.positions.max()) if part.is_plain else None  # not the room for more
                 for name, x in (("keys", part.keys), ("values", part.values)):
                     tensors[_tensor_name(layer_idx, name, number)] = x[:, :, :stop]
-        metadata = {
-            "format": _FORMAT,
-            "patterns": json.dumps([pattern.to_json() for pattern in self.patterns]),
-            "reserve": str(self.reserve),
-            "model": _fingerprint(model),
-        }
-        unfinished = f"{os.fspath(file)}.unfinished"
-        save_file({name: x.contiguous() for name, x in tensors.items()}, unfinished, metadata)
-        os.replace(unfinished, file)
+        write_cache(file, tensors, {"reserve": self.reserve}, model)
 
     @classmethod
     def load(cls, file: str | os.PathLike, model: PreTrainedModel) -> "DilatedCache":
         """The cache in a file that [`save`] wrote, on the devices of `model`.
 
         Raises:
-            ValueError: if it is no such file, or if the cache was filled by another model or with other patterns.
+            ValueError: if it is no such file, if anything in it was changed, or if the cache was filled by another
+                model: by other weights, or with another configuration.
+            OSError: if the file cannot be read.
         """
-        with safe_open(file, framework="pt") as saved:
-            metadata = saved.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"`file` holds no DilatedCache: {os.fspath(file)!r}.")
-            cache = cls(model.config, reserve=int(metadata["reserve"]))
-            if json.loads(metadata["patterns"]) != [pattern.to_json() for pattern in cache.patterns]:
-                raise ValueError(f"The cache in {os.fspath(file)!r} has other patterns than `model`.")
-            if metadata["model"] != _fingerprint(model):
-                raise ValueError(
-                    f"The cache in {os.fspath(file)!r} was filled by another model: `model` has other weights, or the "
-                    "same in another dtype."
-                )
+        with open_cache(file, model) as saved:
+            cache = cls(model.config, reserve=saved.fields["reserve"])
             for name, attribute in _STATE.items():
-                setattr(cache, attribute, saved.get_tensor(name).to(model.device))
+                setattr(cache, attribute, saved[name].to(model.device))
             for layer_idx, (layer, module) in enumerate(zip(cache.layers, model.base_model.layers, strict=True)):
                 device = next(module.parameters()).device
                 names = [[_tensor_name(layer_idx, name, part) for name in ("keys", "values")] for part in (0, 1)]
                 heads, size = model.config.num_key_value_heads, model.config.head_dim
-                like = saved.get_tensor(names[0][0]).new_empty(len(cache.positions), heads, 0, size, device=device)
+                like = saved[names[0][0]].new_empty(len(cache.positions), heads, 0, size, device=device)
                 layer.lazy_initialization(like, like)
                 for part, of_part in zip(layer.parts, names, strict=False):
-                    part.load(*map(saved.get_tensor, of_part))
+                    part.load(*map(saved.__getitem__, of_part))
         return cache
 
 
@@ -887,15 +889,6 @@ class _NoGradient(torch.autograd.Function):
             "No gradients flow through a DilatedCache that holds earlier tokens: give a DynamicCache as "
             "`past_key_values` to train through a cache."
         )
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """A checksum of the names, shapes and dtypes of all weights, and of 64 numbers of each."""
-    checksum = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
-        checksum.update(f"{name} {tuple(weight.shape)} {weight.dtype} {sample.double().tolist()}".encode())
-    return checksum.hexdigest()
 
 
 __all__ = ["DilatedCache"]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from models import KINDS, build, random_ids
 from patterns import random_pattern
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
@@ -113,6 +114,68 @@ def test_tokens_are_taken_back_and_replaced(seed):
     assert_attended(take(cache, qkv, columns, after), qkv, pattern, after, columns)
 
 
+@pytest.mark.parametrize("seed", range(60), indirect=True)
+def test_any_history_of_taking_back(seed):
+    """Every crop is exact or refused, whatever was padding, and however many of them follow one another."""
+    rng, pattern, qkv, mask = random_case(seed, length=200)
+    cache, source = make_cache(pattern, rng.choice([0, 1, 4, 12])), 0
+    kept = torch.zeros(0, dtype=torch.int64)  # which of the columns of `qkv` are in the cache
+    for _ in range(30):
+        if rng.random() < 0.5 and len(kept):
+            count = rng.choice([1, 2, 4, rng.randint(1, len(kept)), len(kept)])
+            count, before = min(count, len(kept)), cache.positions.clone()
+            try:
+                cache.crop(-count)
+                kept = kept[:-count]
+            except ValueError:
+                assert count < len(kept) and torch.equal(cache.positions, before)
+        else:
+            columns = slice(source, source + rng.choice([1, 1, 2, 5]))
+            source, kept = columns.stop, torch.cat((kept, torch.arange(columns.start, columns.stop)))
+            output = take(cache, qkv, columns, mask)
+            if output is not None:
+                held, last = tuple(x[:, :, kept] for x in qkv), slice(len(kept) - output.shape[2], None)
+                assert_attended(output, held, pattern, mask[:, kept], last)
+        assert cache.get_seq_length() == len(kept)
+        assert len(kept) == 0 or torch.equal(cache.positions, mask[:, kept].sum(1))
+
+
+def test_taking_back_more_than_is_known_is_refused():
+    """Eight columns of padding behind ten tokens: of ten columns, only eight are known, and then none."""
+    model, ids = build(LongNetModel), random_ids(1, 18)
+    mask = torch.ones_like(ids)
+    mask[:, 10:] = 0
+    cache = DilatedCache(model.config, reserve=4)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="known of the last 8 only"):
+        cache.crop(-9)
+    cache.crop(-4)
+    cache.crop(-4)
+    assert (cache.get_seq_length(), int(cache.positions)) == (10, 10)
+    with pytest.raises(ValueError, match="known of the last 0 only"):
+        cache.crop(-2)
+    expected = model(ids).last_hidden_state[:, 10:]
+    output = model(ids[:, 10:], past_key_values=cache).last_hidden_state
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["paper", "hybrid"])
+def test_a_cache_without_tokens_is_as_new(kind, monkeypatch):
+    """Also after a first pass that failed half-way, and for a batch of another size."""
+    model, ids = build(LongNetModel, kind), random_ids(2, 20)
+    expected = model(ids).last_hidden_state
+    cache = DilatedCache(model.config, reserve=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.layers[1], "forward", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(random_ids(3, 11), past_key_values=cache)
+    for _ in range(2):
+        cache.crop(-cache.get_seq_length())
+        assert cache.get_seq_length() == 0
+        halves = [model(half, past_key_values=cache).last_hidden_state for half in ids.split(10, dim=1)]
+        torch.testing.assert_close(torch.cat(halves, dim=1), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sequence_is_read_in_chunks(kind):
     """Hidden states and loss are those of one forward pass, padding on the left and inside included."""
@@ -183,18 +246,76 @@ def test_a_saved_cache_is_refused_by_other_models(tmp_path):
     model, file = build(LongNetForCausalLM), tmp_path / "book.safetensors"
     with pytest.raises(ValueError, match="empty"):
         DilatedCache(model.config).save(file, model)
-    model(random_ids(1, 9), use_cache=True).past_key_values.save(file, model)
+    cache = model(random_ids(1, 9), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="other patterns"):
+        cache.save(file, build(LongNetForCausalLM, segment_lengths=[8, 16, 41]))
+    cache.save(file, model)
+    with pytest.raises(ValueError, match=r"book.safe.*`segment_lengths` was \[8, 16, 40\] and is \[8, 16, 41\]"):
         DilatedCache.load(file, build(LongNetForCausalLM, segment_lengths=[8, 16, 41]))
-    with pytest.raises(ValueError, match="dtype"):
+    with pytest.raises(ValueError, match="book.safetensors.*`rope_parameters` was .*10000.0.* and is .*500.0"):
+        rope = {"rope_type": "default", "rope_theta": 500.0}
+        DilatedCache.load(file, build(LongNetForCausalLM, rope_parameters=rope))
+    with pytest.raises(ValueError, match="`norm_eps`.*; `scale_embedding`"):
+        DilatedCache.load(file, build(LongNetForCausalLM, norm_eps=1e-3, scale_embedding=False))
+    with pytest.raises(ValueError, match="book.safetensors.*dtype"):
         DilatedCache.load(file, build(LongNetForCausalLM, dtype=torch.float64))
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight += 1e-3
-    with pytest.raises(ValueError, match="other weights"):
-        DilatedCache.load(file, model)
-    save_file({"x": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="holds no DilatedCache"):
-        DilatedCache.load(file, model)
+    for weight in model.parameters():  # one number, anywhere
+        flat = weight.data.view(-1)
+        where = torch.randint(len(flat), ())
+        before = flat[where].clone()
+        flat[where] = torch.nextafter(before, before + 1)
+        with pytest.raises(ValueError, match="book.safetensors.*other weights"):
+            DilatedCache.load(file, model)
+        flat[where] = before
+    # What does not change a key may differ
+    model.config.use_cache, model.config.attention_dropout = False, 0.5
+    assert DilatedCache.load(file, model).get_seq_length() == 9
+
+
+def test_a_changed_file_of_a_cache_is_refused(tmp_path):
+    """Whatever was changed: it is one error, which names the file."""
+    model, file = build(LongNetForCausalLM, "hybrid"), tmp_path / "book.safetensors"
+    model(random_ids(2, 30), use_cache=True).past_key_values.save(file, model)
+    tensors = load_file(file)
+    with safe_open(file, "pt") as saved:
+        metadata = saved.metadata()
+
+    def refuse(match):
+        with pytest.raises(ValueError, match=f"{match}.*book.safetensors|book.safetensors.*{match}"):
+            DilatedCache.load(file, model)
+
+    for name, x in tensors.items():
+        changes = [x[None], x.double(), torch.zeros_like(x) if x.any() else torch.ones_like(x), x.flatten()]
+        if x.is_floating_point():
+            changes += [x.long(), x[:, :1], torch.full_like(x, torch.nan), -x]
+        elif x.dtype == torch.int64:
+            changes += [x + 1, x - 1000, torch.full_like(x, 2**60)]
+        for changed in changes:
+            if changed.shape != x.shape or changed.dtype != x.dtype or not torch.equal(changed, x):
+                save_file(tensors | {name: changed.contiguous()}, file, metadata)
+                refuse("damaged")
+        save_file({other: tensors[other] for other in tensors if other != name}, file, metadata)
+        refuse("damaged")
+    save_file(tensors | {"x": torch.zeros(1)}, file, metadata)
+    refuse("damaged")
+    for name in metadata:
+        for text in ("", "{", "[" * 10**5, metadata[name] + "1"):
+            save_file(tensors, file, metadata | {name: text})
+            refuse("")
+        save_file(tensors, file, {other: metadata[other] for other in metadata if other != name})
+        refuse("")
+    save_file(tensors, file, metadata | {"format": "longnet_hf.DilatedCache 1"})
+    refuse("version 1")
+    save_file(tensors, file)
+    refuse("holds no DilatedCache")
+    save_file(tensors, file, metadata)
+    DilatedCache.load(file, model)
+    whole = file.read_bytes()
+    for content in (b"", b"x" * 100, whole[:-1], whole[: len(whole) // 2], whole + b"0", bytes(8) + whole[8:]):
+        file.write_bytes(content)
+        refuse("damaged")
+    with pytest.raises(OSError, match="nowhere"):
+        DilatedCache.load(tmp_path / "nowhere", model)
 
 
 @pytest.mark.gpu
