@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .cache_file import open_cache, write_cache
-from .dilated_operator import dilated_attention
+from .dilated_operator import dilated_attention, refuse_forward_mode
 from .dilated_past import PastTile, attend_to_past, past_tiles
 from .dilated_pattern import Branch, DilatedPattern
 from .dilated_tiles import TileKernel
@@ -259,6 +259,7 @@ class DilatedCache(Cache):
         Returns:
             `[B, H, L, D]`, zeros at padding and at queries that no branch joins to any key.
         """
+        refuse_forward_mode(query, key, value)
         layer, tokens = self.layers[layer_idx], tokens.on(query.device)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         longest_block = self.reserve + 1 if query.is_cuda else min(self.reserve + 1, _BLOCK_ON_CPU)

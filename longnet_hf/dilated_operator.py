@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from .dilated_pattern import DilatedPattern
 from .dilated_tiles import (
@@ -78,6 +79,7 @@ def dilated_attention(
     """
     query, key, value = autocast_inputs(query, key, value)
     _check_inputs(query, key, value, pattern, scale, dropout)
+    refuse_forward_mode(query, key, value)
     given = dict(attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens)
     document_ids = _documents_of(key, document_ids, **given)
     if torch.onnx.is_in_onnx_export() and not return_lse:  # ONNX knows plain operations alone
@@ -175,6 +177,17 @@ def _check_inputs(query, key, value, pattern, scale, dropout) -> None:
         raise ValueError(f"`scale` must be a number above 0 or None, got {scale!r}.")
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` must lie in [0, 1), got {dropout}.")
+
+
+def refuse_forward_mode(*tensors: torch.Tensor) -> None:
+    """A custom operator drops tangents without a word, which would then be 0."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "Dilated attention has no forward-mode derivatives (`torch.func.jvp`, `jacfwd`): use "
+            '`attn_implementation="eager"` of a LongNet, or `dilated_attention_reference`, which has them.'
+        )
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:

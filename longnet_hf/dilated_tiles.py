@@ -173,10 +173,14 @@ class TileKernel:
             return output.flip(2), lse.flip(2)
         is_causal = not is_given and mask == "lower"
         if self.on_cpu and not is_given:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, is_causal, scale=self.scale
             )
-        if self.on_cuda and not is_given:
+            smallest, largest = lse.abs().aminmax()
+            if 0 < float(smallest) and float(largest) < torch.inf:  # also if NaN
+                return output, lse
+            # Not all NaN and infinities come through: of a few keys, what is left of them is a log-sum-exp of 0
+        elif self.on_cuda and not is_given:
             padded = map(_pad_head, (q, k, v))
             output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
                 *padded, 0.0, is_causal, scale=self.scale
@@ -202,7 +206,7 @@ class TileKernel:
             flipped = (x.flip(2) for x in (do, q, o, lse, k, v))
             return tuple(x.flip(2) for x in self.backward(*flipped, "lower"))
         is_causal, lse = not is_given and mask == "lower", lse[..., 0]
-        if self.on_cpu and not is_given:
+        if self.on_cpu and not is_given and bool(lse.isfinite().all()):
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 do, q, k, v, o, lse, 0.0, is_causal, scale=self.scale
             )

@@ -176,6 +176,38 @@ def test_padding_may_hold_anything(operator):
     assert torch.equal(operator(*spoiled, PATTERN, attention_mask=mask), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 2, 5, 16, 33, 100])
+def test_nan_goes_in_and_comes_out(length, dtype):
+    """In every tile, however small: a broken weight must show in the loss."""
+    patterns = DilatedPattern([4, 16], [1, 2]), DilatedPattern([5, 30], [1, 3], ["window"] * 2)
+    for pattern in patterns:
+        for which in (0, 1):
+            inputs = list(torch.randn(3, 1, 2, length, 8).to(dtype))
+            inputs[which][0, 0, length // 2, 3] = torch.nan
+            inputs = [x.requires_grad_() for x in inputs]
+            expected, output = (f(*inputs, pattern) for f in (dilated_attention_reference, dilated_attention))
+            assert torch.equal(output.isnan(), expected.isnan()) and output.isnan().any()
+            for grad in gradients(output, inputs, torch.ones_like(output))[:2]:
+                assert grad[0, 0, length // 2].isnan().all() and not grad[0, 1].isnan().any()
+
+
+def test_forward_mode_derivatives_are_refused_in_words():
+    (query, key, value), _ = random_tensors(1, 2, 1, 9, 9, 4)
+    expected = torch.func.jvp(lambda x: dilated_attention_reference(x, key, value, PATTERN), (query,), (query,))[1]
+    assert expected.abs().max() > 0.1
+    for index, x in enumerate((query, key, value)):
+
+        def attend(x, index=index):
+            inputs = [query, key, value]
+            inputs[index] = x
+            return dilated_attention(*inputs, PATTERN)
+
+        for derivative in (lambda f, x: torch.func.jvp(f, (x,), (x,)), lambda f, x: torch.func.jacfwd(f)(x)):
+            with pytest.raises(NotImplementedError, match="no forward-mode derivatives.*eager"):
+                derivative(attend, x)
+
+
 def test_second_derivatives_are_refused_in_words():
     inputs, grad = random_tensors(1, 2, 1, 20, 20, 4)
     output = dilated_attention(*inputs, PATTERN)

@@ -376,6 +376,25 @@ def test_an_empty_prompt_is_refused(paper):
         paper(inputs_embeds=torch.empty(1, 0, 32, dtype=torch.float64))
 
 
+def test_padding_of_earlier_calls_is_remembered(model):
+    """A later call need not say it again, in layers and heads with full attention neither."""
+    ids, mask = left_padded([random_ids(40), random_ids(33)])
+    expected = model(ids, attention_mask=mask).logits[:, 20:]
+    cache = DilatedCache(model.config)
+    model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+    output = torch.cat([model(x, past_key_values=cache).logits for x in (ids[:, 20:30], ids[:, 30:])], dim=1)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)
+
+
+def test_nan_goes_into_a_cache_and_comes_out(paper):
+    embeds = paper.model.embed_tokens(random_ids(1, 30)).detach()
+    embeds[0, 11] = torch.nan
+    for chunks in ([11, 1, 18], [10, 5, 15], [1] * 30):
+        cache = DilatedCache(paper.config)
+        parts = [paper(inputs_embeds=x, past_key_values=cache).logits for x in embeds.split(chunks, dim=1)]
+        assert torch.cat(parts, dim=1)[0, 11:16].isnan().all()  # all that are in its shortest segment
+
+
 def test_what_a_dilated_cache_cannot_do_is_refused(paper):
     ids = random_ids(2, 40)
     mask = torch.ones_like(ids)
