@@ -114,6 +114,7 @@ def set_dilated_attention(
         else:
             set_implementation(model, config, DILATED)
     except Exception:
+        _set_pattern(config, None)
         set_implementation(model, config, before)
         _set_pattern(config, old)
         raise
@@ -200,6 +201,7 @@ def _probe(model: PreTrainedModel, config: PreTrainedConfig) -> list[str]:
         called.add(getattr(module, "layer_idx", None))
         return dilated_attention_forward(module, *args, **kwargs)
 
+    _set_pattern(config, None)
     if config._attn_implementation == DILATED:
         set_implementation(model, config, "sdpa" if model._supports_sdpa else "eager")
     with evaluation(model):
@@ -618,7 +620,8 @@ def _write_implementation(to_dict: Callable) -> Callable:
     """`PreTrainedConfig.to_dict`, which also writes the name of the implementation where it is ours.
 
     Transformers reads this name in a configuration, but neither writes it nor has a hook for it; without it, a dilated
-    model would come back dense. The dictionaries of all other models stay what they are.
+    model would come back dense. A model that was made dense again has no pattern any more, with which it would come
+    back dilated. The dictionaries of all other models stay what they are.
     """
 
     @functools.wraps(to_dict)
@@ -629,6 +632,8 @@ def _write_implementation(to_dict: Callable) -> Callable:
             output["attn_implementation"] = DILATED
         elif dilated:
             output["attn_implementation"] = dict.fromkeys(dilated, DILATED)
+        if self._attn_implementation not in (None, DILATED):
+            output.pop("dilated_attention", None)
         return output
 
     wrapped.writes_dilated = True
@@ -649,11 +654,35 @@ def _guard_loaded(init: Callable) -> Callable:
     return wrapped
 
 
+def _choose_dilated(check: Callable) -> Callable:
+    """`PreTrainedModel._check_and_adjust_attn_implementation`, which chooses ours where nobody chose and there is a
+    pattern: many tools give `attn_implementation=None`, which takes away what the configuration says. Whoever does
+    choose another is told that it is dense."""
+
+    @functools.wraps(check)
+    def wrapped(self, attn_implementation, *args, **kwargs):
+        if getattr(self.config, "dilated_attention", None) is not None:
+            attn_implementation = DILATED if attn_implementation is None else attn_implementation
+            if attn_implementation != DILATED:
+                logger.warning(
+                    f"{type(self).__name__} has a pattern of dilated attention in its configuration, and will compute "
+                    f'full attention: `attn_implementation="{attn_implementation}"`. Give "{DILATED}", or nothing, for '
+                    "the model as it was saved."
+                )
+        return check(self, attn_implementation, *args, **kwargs)
+
+    wrapped.chooses_dilated = True
+    return wrapped
+
+
 AttentionInterface.register(DILATED, dilated_attention_forward)
 AttentionMaskInterface.register(DILATED, dilated_attention_mask)
 if not getattr(PreTrainedConfig.to_dict, "writes_dilated", False):  # a second import must not wrap it twice
     PreTrainedConfig.to_dict = _write_implementation(PreTrainedConfig.to_dict)
 if not getattr(PreTrainedModel.__init__, "guards_packing", False):
     PreTrainedModel.__init__ = _guard_loaded(PreTrainedModel.__init__)
+if not getattr(PreTrainedModel._check_and_adjust_attn_implementation, "chooses_dilated", False):
+    _check = _choose_dilated(PreTrainedModel._check_and_adjust_attn_implementation)
+    PreTrainedModel._check_and_adjust_attn_implementation = _check
 
 __all__ = ["ContextParallelTrainerMixin", "set_dilated_attention"]

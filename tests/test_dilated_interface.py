@@ -1,5 +1,6 @@
 """`attn_implementation="dilated"`: each architecture gives what its dense attention gives with log C for a mask."""
 
+import contextlib
 import copy
 import logging
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from longnet_hf import ContextParallelTrainerMixin, LongNetForCausalLM, set_dilated_attention
+from longnet_hf import ContextParallelTrainerMixin, LongNetForCausalLM, dilated_interface, set_dilated_attention
 from longnet_hf.dilated_interface import dilated_attention_forward, pattern_of
 
 
@@ -70,6 +71,18 @@ def build(model_type, auto_class=AutoModelForCausalLM, dtype=None, **changes):
     dtype = dtype or (torch.float32 if model_type == "qwen3_moe" else torch.float64)
     config = AutoConfig.for_model(model_type, **(SHAPE | ARCHITECTURES.get(model_type, {}) | changes))
     return auto_class.from_config(config, attn_implementation="sdpa").to(dtype).eval()
+
+
+@contextlib.contextmanager
+def told():
+    """What the package logs meanwhile."""
+    messages, logger, handler = [], dilated_interface.logger, logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
 
 
 def ids_of(*shape):
@@ -203,15 +216,30 @@ def test_a_saved_model_comes_back_with_its_pattern(tmp_path):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
         assert model.config._attn_implementation == "dilated"
     close(model(ids).logits, expected)
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
+    # Whoever takes the name away, as many tools do, has not chosen another
+    for load in (AutoModelForCausalLM.from_pretrained, type(model).from_pretrained):
+        loaded = load(folder, dtype=torch.float64, attn_implementation=None)
+        assert loaded.config._attn_implementation == "dilated"
+        close(loaded(ids).logits, expected)
+    config = AutoConfig.from_pretrained(folder, attn_implementation=None)
+    assert AutoModelForCausalLM.from_config(config).config._attn_implementation == "dilated"
+    with told() as messages:
+        dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
+    assert "will compute full attention" in messages[0]
     assert (dense(ids).logits - expected).abs().max() > 1e-3
     # And it can be given another
     set_dilated_attention(model, segment_lengths=[None], dilation_rates=[1], branch_types=["window"])
     close(model(ids).logits, dense(ids).logits)
     # Or made dense again
-    model.set_attn_implementation("sdpa")
+    with told() as messages:
+        model.set_attn_implementation("eager")
+    assert '`attn_implementation="eager"`' in messages[0]
     model.save_pretrained(tmp_path / "dense")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense").config._attn_implementation == "sdpa"
+    with told() as messages:
+        for choice in ({}, {"attn_implementation": None}):
+            dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **choice)
+            assert dense.config._attn_implementation == "sdpa" and not hasattr(dense.config, "dilated_attention")
+    assert not messages
 
 
 def test_of_text_and_images_the_text_model_is_dilated(tmp_path):
@@ -232,8 +260,9 @@ def test_of_text_and_images_the_text_model_is_dilated(tmp_path):
     expected = model(**inputs).logits
     assert (expected - dense).abs().max() > 1e-4
     model.save_pretrained(tmp_path)
-    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64)
-    close(again(**inputs).logits, expected)
+    for choice in ({}, {"attn_implementation": None}):
+        again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64, **choice)
+        close(again(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize(
