@@ -666,8 +666,8 @@ def _choose_dilated(check: Callable) -> Callable:
             if attn_implementation != DILATED:
                 logger.warning(
                     f"{type(self).__name__} has a pattern of dilated attention in its configuration, and will compute "
-                    f'full attention: `attn_implementation="{attn_implementation}"`. Give "{DILATED}", or nothing, for '
-                    "the model as it was saved."
+                    f'full attention: `attn_implementation="{attn_implementation}"`. Give "{DILATED}", or nothing, '
+                    "for the model as it was saved."
                 )
         return check(self, attn_implementation, *args, **kwargs)
 
