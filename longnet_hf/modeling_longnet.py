@@ -38,6 +38,7 @@ from .configuration_longnet import LongNetConfig
 from .context_parallel import active_split
 from .dilated_cache import DilatedCache
 from .dilated_pattern import DilatedPattern
+from .documents import find_documents, is_packed
 from .generation_longnet import LongNetGenerationMixin, ReadingMixin
 from .hub_longnet import MODEL_CLASSES, HubMixin, forget_name
 
@@ -680,6 +681,21 @@ def last_real_tokens(
     return (real.to(device) * torch.arange(length, device=device)).argmax(dim=1)
 
 
+def has_packed_rows(
+    hidden_states, attention_mask, position_ids, cu_seq_lens_q=None, cu_seq_lens_k=None, seq_idx=None, **kwargs
+) -> bool:
+    """Whether the caller said, in any way, that a row holds several documents (not looked at in `torch.compile`)."""
+    bounds = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+    if is_packed(seq_idx):
+        return True
+    if position_ids is None and bounds is None:
+        return False
+    batch_size, length = hidden_states.shape[:2]
+    mask = None if attention_mask is None else attention_mask[:, -length:]
+    given = dict(attention_mask=mask, position_ids=position_ids, cu_seq_lens=bounds)
+    return is_packed(find_documents(batch_size, length, **given))
+
+
 class LongNetForSequenceClassification(LongNetPreTrainedModel):
     """LongNet that classifies a sequence by its last token that is not padding."""
 
@@ -723,6 +739,8 @@ class LongNetForSequenceClassification(LongNetPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        if has_packed_rows(hidden_states, attention_mask, position_ids, **kwargs):
+            raise ValueError("A row has one class, and some hold several packed documents: give one per row.")
         last = last_real_tokens(hidden_states, attention_mask, input_ids, self.config.pad_token_id)
         logits = self.score(hidden_states)
         pooled_logits = logits[torch.arange(len(last), device=logits.device), last]
