@@ -38,9 +38,11 @@ from .configuration_longnet import LongNetConfig
 from .context_parallel import active_split
 from .dilated_cache import DilatedCache
 from .dilated_pattern import DilatedPattern
+from .dilated_tiles import accumulator
 from .documents import find_documents, is_packed
 from .generation_longnet import LongNetGenerationMixin, ReadingMixin
 from .hub_longnet import MODEL_CLASSES, HubMixin, forget_name
+from .linear_cross_entropy import is_plain_linear, linear_cross_entropy
 
 
 try:
@@ -51,7 +53,7 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-# Most logits that the loss holds at a time (512 MiB in float32). Fewer make the products with a large vocabulary slow.
+# Most logits that the loss of a wrapped head holds at a time (512 MiB in float32).
 _MAX_LOGITS = 1 << 27
 
 
@@ -582,31 +584,39 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         ignore_index: int = -100,
     ) -> torch.Tensor:
-        """Cross-entropy over chunks of positions whose logits are recomputed in the backward pass.
-
-        Each chunk goes through the module `lm_head`, so that whatever wraps it (LoRA, FSDP) takes part.
-        """
+        """Cross-entropy over chunks of positions, see [`linear_cross_entropy`]."""
         hidden_states = hidden_states.flatten(0, -2)
         shift_labels = shift_labels.flatten().to(hidden_states.device)
-        size = max(1, _MAX_LOGITS // self.config.vocab_size)
+        head = getattr(self.lm_head, "_orig_mod", self.lm_head)  # of Accelerate's regional compilation
+        if is_plain_linear(head) and head.weight.device == hidden_states.device:
+            loss = linear_cross_entropy(hidden_states, head.weight, shift_labels, ignore_index)
+        else:
+            loss = self.recomputed_loss(hidden_states, shift_labels, ignore_index)
+        if num_items_in_batch is None:
+            num_items_in_batch = (shift_labels != ignore_index).sum().clamp(min=1)
+        elif torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
+
+    def recomputed_loss(
+        self, hidden_states: torch.Tensor, shift_labels: torch.Tensor, ignore_index: int
+    ) -> torch.Tensor:
+        """The same, summed, of a head that is more than its weight: each chunk goes through the module `lm_head`, so
+        that whatever wraps it (LoRA, FSDP) takes part, and its logits are recomputed in the backward pass."""
 
         def chunk_loss(hidden_states, labels):
-            return F.cross_entropy(
-                self.lm_head(hidden_states).float(), labels, ignore_index=ignore_index, reduction="sum"
-            )
+            logits = self.lm_head(hidden_states)
+            logits = logits.to(accumulator(logits.dtype))
+            return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
 
+        size = max(1, _MAX_LOGITS // self.config.vocab_size)
         losses = []
         for chunk in zip(hidden_states.split(size), shift_labels.split(size), strict=True):
             if torch.is_grad_enabled():
                 losses.append(checkpoint(chunk_loss, *chunk, use_reentrant=False))
             else:
                 losses.append(chunk_loss(*chunk))
-        loss = torch.stack(losses).sum()
-        if num_items_in_batch is None:
-            num_items_in_batch = (shift_labels != ignore_index).sum().clamp(min=1)
-        elif torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
+        return torch.stack(losses).sum()
 
     @classmethod
     def from_llama(cls, model_or_path, *, segment_lengths, dilation_rates, **kwargs) -> "LongNetForCausalLM":
