@@ -1,13 +1,19 @@
 """Tokens per second and memory of a training step, as the sequence grows: LongNet beside a Llama of equal size.
 
     python benchmarks/train_step.py                                   # the paper's base model, 8 K to 1 M tokens
-    python benchmarks/train_step.py --size 1b --lengths 8192 131072 --compile
+    python benchmarks/train_step.py --size 1b --lengths 8192 131072 --models longnet+compile llama+liger+compile
+    python benchmarks/train_step.py --lengths 131072 --profile        # and what the GPU does in that time
 
-One sequence per step, bfloat16 weights, AdamW, gradient checkpointing and the loss in chunks for both. Llama attends
-through PyTorch's scaled_dot_product_attention (cuDNN). Needs a CUDA GPU.
+One sequence per step, bfloat16 weights, AdamW, gradient checkpointing for all. Llama attends through PyTorch's
+scaled_dot_product_attention (cuDNN). A model's name says what it is run with: `+compile` compiles every layer, `+liger`
+is Liger's kernels and loss (`pip install liger-kernel`); without it, Llama has this project's loss.
+
+MFU: the operations of the matrix products and of the pairs that attend, forward and backward, recomputation not
+counted, over the 989 TFLOP/s of an H100. Needs a CUDA GPU.
 """
 
 import argparse
+import re
 
 import torch
 from common import describe
@@ -25,6 +31,12 @@ SIZES = {
     "7b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32),
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000),  # for a CPU
 }
+MODELS = ["longnet", "longnet+compile", "llama", "llama+compile", "llama+liger", "llama+liger+compile"]
+PEAK = 989e12  # bfloat16 operations a second, dense, of an H100
+# Kernels by name; those of the loss are known by what launches them
+ATTENTION = re.compile(r"_query_kernel|_key_kernel|_stats_kernel|flash|fmha|sdpa|attention", re.IGNORECASE)
+PRODUCTS = re.compile(r"gemm|cutlass|nvjet|cublas|xmma|splitK|_mm", re.IGNORECASE)
+LOSS = re.compile(r"cross_?entropy|recomputed_loss", re.IGNORECASE)
 
 
 def make_model(name: str, size: str, chunk_size: int, device: str = "cuda", **pattern) -> torch.nn.Module:
@@ -44,61 +56,121 @@ def make_model(name: str, size: str, chunk_size: int, device: str = "cuda", **pa
     return model
 
 
-def loss_of(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Llama's own loss would hold the logits of all positions."""
+def loss_of(model: torch.nn.Module, input_ids: torch.Tensor, own_loss: bool = False) -> torch.Tensor:
+    """Llama's own loss would hold the logits of all positions, unless it is Liger's."""
+    if own_loss:
+        return model(input_ids, labels=input_ids).loss
     hidden_states = model.model(input_ids).last_hidden_state
     return LongNetForCausalLM.chunked_loss(model, hidden_states[:, :-1], input_ids[:, 1:])
+
+
+def operations(model: torch.nn.Module, length: int) -> float:
+    """Of a training step, without what is recomputed."""
+    config, base = model.config, model.get_base_model() if hasattr(model, "get_base_model") else model
+    weights = sum(module.weight.numel() for module in base.modules() if isinstance(module, torch.nn.Linear))
+    heads = config.num_attention_heads
+    if config.model_type == "longnet":
+        pairs = sum(pattern.pairs(length, heads) for pattern in base.model.patterns)
+    else:
+        pairs = config.num_hidden_layers * heads * length * (length + 1) // 2
+    return 3 * (2 * weights * length + 4 * config.head_dim * pairs)
+
+
+def profile(step) -> dict[str, float]:
+    """How a step's time on the GPU is spent, in shares; the kernels it launches; and the share of the step in which
+    the GPU works."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        torch.cuda.synchronize()
+    events = profiler.events()
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    begin, end = min(x.time_range.start for x in kernels), max(x.time_range.end for x in kernels)
+    kernels = [(kernel.name, kernel.time_range.elapsed_us()) for kernel in kernels if not kernel.is_user_annotation]
+    total = sum(time for _, time in kernels)
+
+    def is_of_the_loss(event) -> bool:
+        while event is not None:
+            if LOSS.search(event.name):
+                return True
+            event = event.cpu_parent
+        return False
+
+    of_loss = [
+        (x.name, x.duration) for event in events if event.kernels and is_of_the_loss(event) for x in event.kernels
+    ]
+    times = dict(attention=sum(time for name, time in kernels if ATTENTION.search(name)))
+    times["loss"] = sum(time for _, time in of_loss)
+    times["products"] = sum(time for name, time in kernels if PRODUCTS.search(name) and not ATTENTION.search(name))
+    times["products"] -= sum(time for name, time in of_loss if PRODUCTS.search(name))
+    times["elementwise"] = total - sum(times.values())
+    shares = {name: time / total for name, time in times.items()}
+    return shares | {"kernels": len(kernels), "GPU works": total / (end - begin)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--models", nargs="+", default=["longnet", "llama"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(13, 21)])
     parser.add_argument("--longest_llama", type=int, default=2**17, help="skip Llama beyond")
     parser.add_argument("--chunk_size", type=int, default=2**15, help="of LongNet's MLPs, in tokens")
     parser.add_argument("--no_checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="torch.compile every layer")
+    parser.add_argument("--profile", action="store_true", help="add how a step's time on the GPU is spent")
     options = parser.parse_args()
 
     print(f"{describe('cuda')}; {options.size}, checkpointing {not options.no_checkpointing}")
-    print(f"compiled {options.compile}, MLPs in chunks of {options.chunk_size}\n")
-    print("| tokens | model | parameters | seconds per step | tokens per second | peak GiB |")
-    print("|---|---|---|---|---|---|")
+    print(f"MLPs in chunks of {options.chunk_size}\n")
+    columns = ["tokens", "model", "parameters", "seconds per step", "tokens per second", "MFU", "peak GiB"]
+    if options.profile:
+        columns += ["attention", "loss", "other products", "elementwise", "kernels", "GPU works"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in options.models:
-        model = make_model(name, options.size, options.chunk_size).train()
+        kind, *added = name.split("+")
+        model = make_model(kind, options.size, options.chunk_size).train()
         if not options.no_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if options.compile:
+        if "liger" in added:
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama(model=model)
+        if "compile" in added:
             for layer in model.model.layers:
                 layer.compile(dynamic=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         for length in options.lengths:
-            if name == "llama" and length > options.longest_llama:
+            if kind == "llama" and length > options.longest_llama:
                 continue
             input_ids = torch.randint(model.config.vocab_size, (1, length), device="cuda")
+            own_loss = kind == "longnet" or "liger" in added
 
-            def step(model=model, optimizer=optimizer, input_ids=input_ids):
+            def step(model=model, optimizer=optimizer, input_ids=input_ids, own_loss=own_loss):
                 with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-                    loss_of(model, input_ids).backward()
+                    loss_of(model, input_ids, own_loss).backward()
                 optimizer.step()
                 optimizer.zero_grad()
 
+            row = [length, name, f"{parameters / 1e6:.0f} M"]
             try:
                 step()
+                step()
                 torch.cuda.reset_peak_memory_stats()
-                seconds = Timer("step()", globals={"step": step}).timeit(2).median
+                repeats = max(2, 2**18 // length)
+                seconds = Timer("step()", globals={"step": step}).timeit(repeats).median
             except torch.cuda.OutOfMemoryError:
-                print(f"| {length} | {name} | {parameters / 1e6:.0f} M | out of memory |", flush=True)
+                print(f"| {' | '.join(map(str, row))} | out of memory |", flush=True)
                 optimizer.zero_grad()
                 torch.cuda.empty_cache()
                 continue
+            mfu = operations(model, length) / seconds / PEAK
             peak = torch.cuda.max_memory_allocated() / 2**30
-            columns = (
-                f"{length} | {name} | {parameters / 1e6:.0f} M | {seconds:.3f} | {length / seconds:.0f} | {peak:.1f}"
-            )
-            print(f"| {columns} |", flush=True)
+            row += [f"{seconds:.3f}", f"{length / seconds:.0f}", f"{mfu:.1%}", f"{peak:.1f}"]
+            if options.profile:
+                found = profile(step)
+                row += [f"{found.pop(share):.0%}" for share in ("attention", "loss", "products", "elementwise")]
+                row += [found["kernels"], f"{found['GPU works']:.0%}"]
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 if __name__ == "__main__":

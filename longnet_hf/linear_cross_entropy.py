@@ -8,19 +8,13 @@ PyTorch has the same since 2.13 (`linear_cross_entropy` with options), in severa
 too short for a wide vocabulary; so has Liger. Shapes: N positions, D hidden size, V vocabulary.
 """
 
-import os
 import re
 
 import torch
 from torch import nn
 
 from .dilated_tiles import accumulator
-
-
-try:
-    from .loss_kernels import triton_cross_entropy_gradient_
-except ImportError:  # PyTorch without Triton: there are no GPUs to run it on
-    triton_cross_entropy_gradient_ = None
+from .pointwise import is_plain, kernels, uses_triton
 
 
 # Most memory that the logits of a chunk take: a GPU's products with a wide vocabulary want some thousands of rows.
@@ -29,16 +23,12 @@ _MAX_BYTES_ELSEWHERE = 1 << 27
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether all that a module does is a product with its weight, which lies in it: nothing wraps the module (LoRA),
-    hooks into it or patches it (`device_map`, ZeRO), and the weight is not sharded (DTensor), quantized or absent."""
+    """Whether all that a module does is a product with its weight, which lies in it (see `is_plain`)."""
     return (
         type(module) is nn.Linear
         and module.bias is None
-        and type(module.weight) in (nn.Parameter, torch.Tensor)
         and module.weight.shape == (module.out_features, module.in_features)
-        and "forward" not in vars(module)
-        and not any((module._forward_pre_hooks, module._forward_hooks))
-        and not any((module._backward_pre_hooks, module._backward_hooks))
+        and is_plain(module)
     )
 
 
@@ -62,16 +52,6 @@ def linear_cross_entropy(
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_states, weight)]
     loss, *_ = _forward_op(hidden_states, weight, labels, ignore_index, dtype, *needs)
     return loss
-
-
-def uses_triton(logits: torch.Tensor) -> bool:
-    """Whether the Triton kernel computes this; `LONGNET_TRITON=0` in the environment switches it off."""
-    return (
-        triton_cross_entropy_gradient_ is not None
-        and logits.device.type == "cuda"
-        and logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and os.environ.get("LONGNET_TRITON", "1") != "0"
-    )
 
 
 def _chunk_length(rows: int, weight: torch.Tensor) -> int:
@@ -123,8 +103,10 @@ def _forward_op(
 def _empty_results(hidden_states, weight, needs_hidden, needs_weight) -> tuple[torch.Tensor, ...]:
     exact = accumulator(hidden_states.dtype)
     grad_hidden = hidden_states.new_empty(hidden_states.shape if needs_hidden else 0)
-    return hidden_states.new_empty((), dtype=exact), grad_hidden, weight.new_empty(
-        weight.shape if needs_weight else 0, dtype=exact
+    return (
+        hidden_states.new_empty((), dtype=exact),
+        grad_hidden,
+        weight.new_empty(weight.shape if needs_weight else 0, dtype=exact),
     )
 
 
@@ -136,7 +118,7 @@ def _cross_entropy_gradient_(
     index = labels.masked_fill(is_ignored, 0)[:, None]
     at_label = logits.gather(1, index)[:, 0]  # which refuses labels out of range
     if uses_triton(logits):
-        lse = triton_cross_entropy_gradient_(logits, labels, ignore_index, with_gradient)
+        lse = kernels.cross_entropy_gradient_(logits, labels, ignore_index, with_gradient)
     else:
         exact = logits.to(accumulator(logits.dtype))
         lse = exact.logsumexp(-1)

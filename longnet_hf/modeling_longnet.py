@@ -27,7 +27,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -43,6 +43,7 @@ from .documents import find_documents, is_packed
 from .generation_longnet import LongNetGenerationMixin, ReadingMixin
 from .hub_longnet import MODEL_CLASSES, HubMixin, forget_name
 from .linear_cross_entropy import is_plain_linear, linear_cross_entropy
+from .pointwise import activate, rotate
 
 
 try:
@@ -173,7 +174,7 @@ class LongNetAttention(nn.Module):
         key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         if position_embeddings is not None:
-            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+            query_states, key_states = rotate(query_states, key_states, *position_embeddings)
 
         implementation = self.config._attn_implementation or "dilated"  # no model has chosen one if used alone
         if implementation not in ("dilated", "sdpa", "eager"):
@@ -224,11 +225,8 @@ class LongNetMLP(nn.Module):
         return torch.cat([self.forward_chunk(chunk) for chunk in chunks], dim=-2)
 
     def forward_chunk(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gate_proj is None:
-            x = self.act_fn(self.up_proj(x))
-        else:
-            x = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(self.ffn_sub_norm(x))
+        gate = None if self.gate_proj is None else self.gate_proj(x)
+        return self.down_proj(activate(self.act_fn, self.ffn_sub_norm, self.up_proj(x), gate))
 
 
 class LongNetDecoderLayer(GradientCheckpointingLayer):

@@ -31,5 +31,6 @@ def assert_same_gradients(ours, theirs, atol):
 
 
 def plain_loss(model, ids, labels):
-    logits = model(ids).logits.float()
+    logits = model(ids).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -11,26 +11,89 @@ from models import build, random_ids
 from processes import spawn
 from transformers import Trainer, TrainingArguments
 
-from longnet_hf import (
-    LongNetForCausalLM,
-    modeling_longnet,
-)
+from longnet_hf import LongNetForCausalLM, linear_cross_entropy, modeling_longnet
+
+
+def as_much_as(monkeypatch, logits: int, itemsize: int = 8) -> None:
+    """No chunk holds more logits."""
+    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", logits)
+    monkeypatch.setattr(linear_cross_entropy, "_MAX_BYTES", {})
+    monkeypatch.setattr(linear_cross_entropy, "_MAX_BYTES_ELSEWHERE", logits * itemsize)
 
 
 @pytest.mark.parametrize("max_logits", [1, 97 * 7, 1 << 25])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_chunked_loss_is_the_plain_loss(max_logits, tied, monkeypatch):
-    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", max_logits)
+@pytest.mark.parametrize("hooked", [True, False])
+def test_the_chunked_loss_is_the_plain_loss(max_logits, tied, hooked, monkeypatch):
+    """Of a head that is nothing but its weight, and of one that has to be called."""
+    as_much_as(monkeypatch, max_logits)
     model, ids = build(LongNetForCausalLM, dtype=torch.float64, tie_word_embeddings=tied), random_ids(2, 23)
     labels = ids.clone()
     labels[0, :9] = -100
     seen = []
-    model.lm_head.register_forward_hook(lambda *x: seen.append(x[2].shape[:-1].numel()))
+    if hooked:
+        model.lm_head.register_forward_hook(lambda *x: seen.append(x[2].shape[:-1].numel()))
     outputs = model(ids, labels=labels)
-    assert (outputs.logits is None) == (max_logits < 46 * 97) and max(seen) <= max(1, max_logits // 97)
+    assert (outputs.logits is None) == (max_logits < 46 * 97) and outputs.loss.dtype == torch.float64
+    assert max(seen) <= max(1, max_logits // 97) if hooked else not seen
     expected = plain_loss(model, ids, labels)
-    torch.testing.assert_close(outputs.loss, expected.float(), rtol=1e-6, atol=1e-6, check_dtype=False)
-    assert_same_gradients(all_gradients(model, outputs.loss), all_gradients(model, expected), atol=1e-6)
+    torch.testing.assert_close(outputs.loss, expected, rtol=1e-12, atol=0)
+    assert_same_gradients(all_gradients(model, outputs.loss), all_gradients(model, expected), atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, labels=labels).loss, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frozen", ["hidden_states", "weight", None])
+def test_the_loss_of_a_head_is_as_exact_as_the_plain_one(dtype, frozen, monkeypatch):
+    as_much_as(monkeypatch, 97 * 9)
+    labels = torch.randint(97, (31,))
+    labels[3:7] = -100
+    inputs = {"hidden_states": torch.randn(31, 16), "weight": torch.randn(97, 16)}
+
+    def plain(hidden_states, weight):
+        logits = (hidden_states @ weight.t()).double()
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    def fused(hidden_states, weight):
+        return linear_cross_entropy.linear_cross_entropy(hidden_states, weight, labels)
+
+    results = []
+    for function, its_dtype in ((plain, torch.float64), (plain, dtype), (fused, dtype)):
+        tensors = {
+            name: x.to(dtype).to(its_dtype, copy=True).requires_grad_(name != frozen) for name, x in inputs.items()
+        }
+        loss = function(**tensors)
+        (3 * loss).backward(retain_graph=True)
+        assert frozen is None or tensors[frozen].grad is None
+        results.append([loss.detach(), *(x.grad.double() for x in tensors.values() if x.grad is not None)])
+    assert loss.dtype == torch.float32
+    for exact, theirs, ours in zip(*results, strict=True):
+        assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_the_loss_of_a_head_under_autocast():
+    labels, weight = torch.randint(97, (31,)), torch.randn(97, 16, requires_grad=True)
+    hidden_states = torch.randn(31, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy.linear_cross_entropy(hidden_states, weight, labels)
+        expected = F.cross_entropy(F.linear(hidden_states, weight).float(), labels, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(x, (hidden_states, weight)) for x in (loss, expected))
+    for grad, other in zip(ours, theirs, strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, other, rtol=0.05, atol=0.05)
+
+
+def test_what_the_loss_of_a_head_cannot_do_is_refused():
+    hidden_states, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    for label in (7, -1):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            linear_cross_entropy.linear_cross_entropy(hidden_states, weight, torch.full((5,), label))
+    loss = linear_cross_entropy.linear_cross_entropy(hidden_states, weight, torch.arange(5))
+    (grad,) = torch.autograd.grad(loss, hidden_states, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.sum().backward()
 
 
 def test_the_loss_takes_what_trainer_gives():
@@ -86,7 +149,7 @@ def test_a_loss_function_of_the_users_own_is_honoured():
 
 def test_lora_on_the_head_gets_its_gradient_from_the_chunked_loss(monkeypatch):
     peft = pytest.importorskip("peft")
-    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", 97 * 5)
+    as_much_as(monkeypatch, 97 * 5)
     base = build(LongNetForCausalLM, tie_word_embeddings=False)
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["lm_head", "v_proj"], init_lora_weights=False))
     ids = random_ids(2, 23)
@@ -112,7 +175,7 @@ def fsdp_worker(rank, world_size, expected):
     """One of two processes: FSDP2 as Accelerate lays it out, layers one by one and the rest together."""
     from torch.distributed.fsdp import fully_shard
 
-    modeling_longnet._MAX_LOGITS = 97 * 5
+    linear_cross_entropy._MAX_BYTES_ELSEWHERE = 97 * 5 * 8
     model, ids = build(LongNetForCausalLM, dtype=torch.float64).train(), expected.pop("ids")
     model.gradient_checkpointing_enable()
     mesh = torch.distributed.init_device_mesh("cpu", (world_size,))

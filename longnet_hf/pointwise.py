@@ -1,0 +1,72 @@
+"""What a layer does between its matrix products: in few passes over memory on a GPU, in plain PyTorch elsewhere."""
+
+import os
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+
+try:
+    from . import pointwise_kernels as kernels
+except ImportError:  # PyTorch without Triton: there are no GPUs to run it on
+    kernels = None
+
+
+def uses_triton(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels compute this; `LONGNET_TRITON=0` in the environment switches them off."""
+    return (
+        kernels is not None
+        and x.device.type == "cuda"
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and os.environ.get("LONGNET_TRITON", "1") != "0"
+    )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module does what its class says, with the weights that lie in it: nothing hooks into it or patches it
+    (`device_map`, ZeRO, Liger), and no weight is sharded (DTensor), quantized or absent."""
+    return (
+        "forward" not in vars(module)
+        and not any((module._forward_pre_hooks, module._forward_hooks))
+        and not any((module._backward_pre_hooks, module._backward_hooks))
+        and all(
+            type(x) in (nn.Parameter, torch.Tensor) and x.numel() > 0
+            for x in module._parameters.values()
+            if x is not None
+        )
+    )
+
+
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary positions: query `[B, H, N, D]` and key `[B, Hkv, N, D]` turned by `cos` and `sin` `[B or 1, N, D]`."""
+    if uses_triton(query) and query.dtype == key.dtype == cos.dtype and not cos.requires_grad:
+        return kernels.Rotary.apply(query, key, cos, sin)
+    return apply_rotary_pos_emb(query, key, cos, sin)
+
+
+_ACTIVATIONS = {type(ACT2FN[name]): name for name in ("gelu", "silu", "relu")} | {nn.SiLU: "silu"}
+_NORMS = {nn.Identity: "none", nn.LayerNorm: "layer", LlamaRMSNorm: "rms"}
+
+
+def activate(
+    activation: nn.Module, norm: nn.Module, up: torch.Tensor, gate: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`norm(activation(up))` or, gated, `norm(activation(gate) * up)`, of `[..., W]`."""
+    act, kind = _ACTIVATIONS.get(type(activation)), _NORMS.get(type(norm))
+    if (
+        uses_triton(up)
+        and up.shape[-1] <= kernels.MAX_WIDTH
+        and act is not None
+        and kind is not None
+        and is_plain(activation)
+        and is_plain(norm)
+        and not getattr(activation, "inplace", False)
+    ):
+        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0))
+        return kernels.ActivationNorm.apply(up, gate, weight, bias, act, kind, eps)
+    return norm(activation(up) if gate is None else activation(gate) * up)

@@ -1,0 +1,303 @@
+"""Triton kernels for what is done to every number by itself or to rows of numbers, each in one pass over memory: rotary
+positions, activation with norm, and from logits to their gradients."""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+MAX_WIDTH = 16384  # of a row that is held in registers
+# That share the rows of a backward pass, since they add up gradients of the norm's weights: 4 a core of an H100
+_PROGRAMS = 528
+
+
+def _on_device_of(x: torch.Tensor):
+    """Triton launches on the current device. A compiled graph knows its own."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
+
+
+# Rotary positions
+
+
+@triton.jit
+def _rotate(
+    X, OUT, COS, SIN, heads, length, x_head, x_row, o_head, o_row, cos_row, sin_row,
+    INVERSE: tl.constexpr, HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    position, head, d = row // heads, row % heads, tl.arange(0, BLOCK_D)[None, :]
+    inside = (position < length) & (d < HALF)
+    COS += position * cos_row + d
+    SIN += position * sin_row + d
+    X += head * x_head + position * x_row + d
+    OUT += head * o_head + position * o_row + d
+    left, right = tl.load(X, mask=inside).to(tl.float32), tl.load(X + HALF, mask=inside).to(tl.float32)
+    cos_left, cos_right = tl.load(COS, mask=inside).to(tl.float32), tl.load(COS + HALF, mask=inside).to(tl.float32)
+    sin_left, sin_right = tl.load(SIN, mask=inside).to(tl.float32), tl.load(SIN + HALF, mask=inside).to(tl.float32)
+    if INVERSE:  # transposed, which is what a gradient goes through
+        new_left, new_right = left * cos_left + right * sin_right, right * cos_right - left * sin_left
+    else:
+        new_left, new_right = left * cos_left - right * sin_left, right * cos_right + left * sin_right
+    tl.store(OUT, new_left, mask=inside)
+    tl.store(OUT + HALF, new_right, mask=inside)
+
+
+@triton.jit
+def _rotary_kernel(
+    Q, K, Q_OUT, K_OUT, COS, SIN, q_heads, k_heads, length,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, qo_batch, qo_head, qo_row, ko_batch, ko_head, ko_row,
+    cos_batch, cos_row, sin_batch, sin_row,
+    INVERSE: tl.constexpr, HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Some rows (position, head) of the queries, or of the keys."""
+    batch = tl.program_id(1).to(tl.int64)
+    COS += batch * cos_batch
+    SIN += batch * sin_batch
+    if tl.program_id(2) == 0:
+        _rotate(
+            Q + batch * q_batch, Q_OUT + batch * qo_batch, COS, SIN, q_heads, length, q_head, q_row, qo_head, qo_row,
+            cos_row, sin_row, INVERSE, HALF, BLOCK_ROWS, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _rotate(
+            K + batch * k_batch, K_OUT + batch * ko_batch, COS, SIN, k_heads, length, k_head, k_row, ko_head, ko_row,
+            cos_row, sin_row, INVERSE, HALF, BLOCK_ROWS, BLOCK_D,
+        )  # fmt: skip
+
+
+def _launch_rotary(query, key, cos, sin, inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, cos, sin))
+    outputs = torch.empty_like(query), torch.empty_like(key)
+    batch, heads, length, head_dim = query.shape
+    half = head_dim // 2
+    block_d = triton.next_power_of_2(half)
+    block_rows = max(1, 2048 // block_d)
+    strides = [stride for x in (query, key, *outputs) for stride in x.stride()[:3]]
+    for x in (cos, sin):
+        strides += [0 if x.shape[0] == 1 else x.stride(0), x.stride(1)]
+    grid = (triton.cdiv(length * max(heads, key.shape[1]), block_rows), batch, 2)
+    with _on_device_of(query):
+        _rotary_kernel[grid](
+            query, key, *outputs, cos, sin, heads, key.shape[1], length, *strides,
+            INVERSE=inverse, HALF=half, BLOCK_ROWS=block_rows, BLOCK_D=block_d,
+        )  # fmt: skip
+    return outputs
+
+
+class Rotary(torch.autograd.Function):
+    """Queries and keys `[B, H, N, D]`, turned by `cos` and `sin` `[B or 1, N, D]`, which get no gradient."""
+
+    @staticmethod
+    def forward(ctx, query, key, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _launch_rotary(query, key, cos, sin, inverse=False)
+
+    @staticmethod
+    def backward(ctx, grad_query, grad_key):
+        return *_launch_rotary(grad_query, grad_key, *ctx.saved_tensors, inverse=True), None, None
+
+
+# Activation with norm
+
+
+@triton.jit
+def _activation(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    else:
+        return tl.maximum(x, 0.0)
+
+
+@triton.jit
+def _slope(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp2(x * x * -0.7213475204444817)
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    elif ACTIVATION == "silu":
+        share = tl.sigmoid(x)
+        return share * (1.0 + x * (1.0 - share))
+    else:
+        return tl.where(x > 0.0, 1.0, 0.0)
+
+
+@triton.jit
+def _activation_kernel(
+    UP, GATE, WEIGHT, BIAS, OUT, STATS, up_row, gate_row,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: norm(act(up)) or, gated, norm(act(gate) * up)."""
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = d < WIDTH
+    up = tl.load(UP + row * up_row + d, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        x = up * _activation(tl.load(GATE + row * gate_row + d, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    else:
+        x = _activation(up, ACTIVATION)
+    if NORM != "none":
+        mean = 0.0
+        if NORM == "layer":
+            mean = tl.sum(x) / WIDTH
+            x = tl.where(inside, x - mean, 0.0)
+        rstd = tl.rsqrt(tl.sum(x * x) / WIDTH + EPS)
+        tl.store(STATS + row * 2, mean)
+        tl.store(STATS + row * 2 + 1, rstd)
+        x *= rstd * tl.load(WEIGHT + d, mask=inside).to(tl.float32)
+        if BIASED:
+            x += tl.load(BIAS + d, mask=inside).to(tl.float32)
+    tl.store(OUT + row * WIDTH + d, x, mask=inside)
+
+
+@triton.jit
+def _activation_gradient_kernel(
+    UP, GATE, WEIGHT, STATS, GRAD, GRAD_UP, GRAD_GATE, GRAD_WEIGHT, GRAD_BIAS, rows, up_row, gate_row, grad_row,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Every so many rows. Gradients of the norm's weights are summed up over the program's rows."""
+    d = tl.arange(0, BLOCK)
+    inside = d < WIDTH
+    grad_weight, grad_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    if NORM != "none":
+        weight = tl.load(WEIGHT + d, mask=inside, other=0.0).to(tl.float32)
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        up = tl.load(UP + row * up_row + d, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(GRAD + row * grad_row + d, mask=inside, other=0.0).to(tl.float32)
+        activated = up
+        if GATED:
+            gate = tl.load(GATE + row * gate_row + d, mask=inside, other=0.0).to(tl.float32)
+            activated = gate
+        if NORM != "none":
+            mean, rstd = tl.load(STATS + row * 2), tl.load(STATS + row * 2 + 1)
+            x = _activation(activated, ACTIVATION)
+            if GATED:
+                x *= up
+            x = tl.where(inside, (x - mean) * rstd, 0.0)
+            grad_weight += grad * x
+            if BIASED:
+                grad_bias += grad
+            grad *= weight
+            grad -= x * (tl.sum(grad * x) / WIDTH)
+            if NORM == "layer":
+                grad -= tl.sum(grad) / WIDTH  # x sums up to 0, so that the order of the two does not matter
+            grad *= rstd
+        if GATED:
+            tl.store(GRAD_UP + row * WIDTH + d, grad * _activation(gate, ACTIVATION), mask=inside)
+            tl.store(GRAD_GATE + row * WIDTH + d, grad * up * _slope(gate, ACTIVATION), mask=inside)
+        else:
+            tl.store(GRAD_UP + row * WIDTH + d, grad * _slope(up, ACTIVATION), mask=inside)
+    if NORM != "none":
+        at = tl.program_id(0) * WIDTH + d
+        tl.store(GRAD_WEIGHT + at, grad_weight, mask=inside)
+        if BIASED:
+            tl.store(GRAD_BIAS + at, grad_bias, mask=inside)
+
+
+def _warps(block: int) -> int:
+    return min(32, max(4, block // 512))
+
+
+class ActivationNorm(torch.autograd.Function):
+    """`norm(act(up))` or `norm(act(gate) * up)` of `[..., W]`, in the dtype of `up`, computed in float32.
+
+    `norm` is "layer" or "rms", with a weight `[W]`, or "none"; `bias` `[W]` may be None.
+    """
+
+    @staticmethod
+    def forward(ctx, up, gate, weight, bias, activation: str, norm: str, eps: float):
+        shape, width = up.shape, up.shape[-1]
+        up = up.reshape(-1, width)
+        gate = None if gate is None else gate.reshape(-1, width)
+        output = torch.empty_like(up, memory_format=torch.contiguous_format)
+        stats = torch.empty(len(up) if norm != "none" else 0, 2, dtype=torch.float32, device=up.device)
+        block = triton.next_power_of_2(width)
+        ctx.options = dict(
+            ACTIVATION=activation, NORM=norm, GATED=gate is not None, BIASED=bias is not None, WIDTH=width, BLOCK=block
+        )
+        tensors = up, up if gate is None else gate, up if weight is None else weight, up if bias is None else bias
+        if len(up) > 0:
+            with _on_device_of(up):
+                _activation_kernel[(len(up),)](
+                    *tensors, output, stats, up.stride(0), tensors[1].stride(0),
+                    EPS=eps, **ctx.options, num_warps=_warps(block),
+                )  # fmt: skip
+        ctx.save_for_backward(up, gate, weight, bias, stats)
+        return output.view(shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        up, gate, weight, bias, stats = ctx.saved_tensors
+        options, width = ctx.options, up.shape[-1]
+        shape, grad = grad.shape, grad.reshape(-1, width)
+        grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
+        grad_gate = torch.empty_like(grad_up) if gate is not None else None
+        programs = min(_PROGRAMS, len(up))
+        sums = [
+            torch.empty(programs, width, dtype=torch.float32, device=up.device) if x is not None else None
+            for x in (weight, bias)
+        ]
+        tensors = up, up if gate is None else gate, up if weight is None else weight, stats, grad, grad_up
+        results = (up if x is None else x for x in (grad_gate, *sums))
+        if programs > 0:
+            with _on_device_of(up):
+                _activation_gradient_kernel[(programs,)](
+                    *tensors, *results, len(up), up.stride(0), tensors[1].stride(0), grad.stride(0),
+                    **options, num_warps=_warps(options["BLOCK"]),
+                )  # fmt: skip
+        grad_weight, grad_bias = (
+            None if x is None else x.sum(0).to(of.dtype) for x, of in zip(sums, (weight, bias), strict=True)
+        )
+        grad_gate = None if grad_gate is None else grad_gate.view(shape)
+        return grad_up.view(shape), grad_gate, grad_weight, grad_bias, None, None, None
+
+
+# From logits to their gradients
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _cross_entropy_kernel(
+    LOGITS, LABELS, LSE, row_stride, vocabulary, ignore_index, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One row: its log-sum-exp, and with GRADIENT the gradient of its cross-entropy over the logits, 0 if ignored."""
+    row = tl.program_id(0).to(tl.int64)
+    logits, label = LOGITS + row * row_stride, tl.load(LABELS + row)
+    columns = tl.arange(0, BLOCK)
+    top, total = -float("inf"), 0.0
+    for start in range(0, vocabulary, BLOCK):
+        x = tl.load(logits + start + columns, mask=start + columns < vocabulary, other=-float("inf"))
+        x = x.to(tl.float32) * _LOG2_E
+        new_top = tl.maximum(top, tl.max(x))
+        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(x - new_top))
+        top = new_top
+    lse = top + tl.log2(total)
+    tl.store(LSE + row, lse / _LOG2_E)
+    if GRADIENT:
+        weight = tl.where(label == ignore_index, 0.0, 1.0)
+        for start in range(0, vocabulary, BLOCK):
+            inside = start + columns < vocabulary
+            x = tl.load(logits + start + columns, mask=inside, other=0.0)
+            x = tl.exp2(x.to(tl.float32) * _LOG2_E - lse) - tl.where(start + columns == label, 1.0, 0.0)
+            tl.store(logits + start + columns, x * weight, mask=inside)
+
+
+_LOGITS_BLOCK = 32768  # measured on an H100: one program of all warps per core finds the row in the L2 cache again
+
+
+def cross_entropy_gradient_(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, with_gradient: bool
+) -> torch.Tensor:
+    """Log-sum-exp `[N]` in float32 of logits `[N, V]`, which become their gradients if asked for."""
+    rows, vocabulary = logits.shape
+    lse = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    block = min(_LOGITS_BLOCK, triton.next_power_of_2(vocabulary))
+    with _on_device_of(logits):
+        _cross_entropy_kernel[(rows,)](
+            logits, labels, lse, logits.stride(0), vocabulary, ignore_index, with_gradient, block,
+            num_warps=max(4, block // 1024),
+        )  # fmt: skip
+    return lse
