@@ -5,7 +5,7 @@
     python benchmarks/train_step.py --lengths 131072 --profile        # and what the GPU does in that time
 
 One sequence per step, bfloat16 weights, AdamW, gradient checkpointing for all. Llama attends through PyTorch's
-scaled_dot_product_attention (cuDNN). A model's name says what it is run with: `+compile` compiles every layer, `+liger`
+scaled_dot_product_attention (cuDNN). A model's name says what it runs with: `+compile` compiles every layer, `+liger`
 is Liger's kernels and loss (`pip install liger-kernel`); without it, Llama has this project's loss.
 
 MFU: the operations of the matrix products and of the pairs that attend, forward and backward, recomputation not

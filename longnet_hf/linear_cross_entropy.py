@@ -4,8 +4,8 @@ The gradients are made in the forward pass, chunk by chunk: the logits of a chun
 their own gradients in place, and two further products add what they give to the gradients of the head's input and
 weight. Nothing is recomputed, and the backward pass only scales.
 
-PyTorch has the same since 2.13 (`linear_cross_entropy` with options), in several passes over the logits and with chunks
-too short for a wide vocabulary; so has Liger. Shapes: N positions, D hidden size, V vocabulary.
+PyTorch has the same since 2.13 (`linear_cross_entropy` with options), in several passes over the logits, and so has
+Liger, in chunks too short for a wide vocabulary. Shapes: N positions, D hidden size, V vocabulary.
 """
 
 import re

@@ -43,7 +43,8 @@ from .documents import find_documents, is_packed
 from .generation_longnet import LongNetGenerationMixin, ReadingMixin
 from .hub_longnet import MODEL_CLASSES, HubMixin, forget_name
 from .linear_cross_entropy import is_plain_linear, linear_cross_entropy
-from .pointwise import activate, rotate
+from .pointwise import activate, is_plain, rotate
+from .recompute import in_chunks
 
 
 try:
@@ -219,6 +220,9 @@ class LongNetMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not 0 < self.chunk_size < x.shape[-2]:
             return self.forward_chunk(x)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and all(map(is_plain, self.children())):
+            weights = [weight for weight in self.parameters() if weight.requires_grad]
+            return in_chunks(self.forward_chunk, x, self.chunk_size, weights)
         chunks = x.split(self.chunk_size, dim=-2)
         if torch.is_grad_enabled():
             return torch.cat([checkpoint(self.forward_chunk, chunk, use_reentrant=False) for chunk in chunks], dim=-2)

@@ -24,11 +24,18 @@ def uses_triton(x: torch.Tensor) -> bool:
     )
 
 
+_ACTIVATIONS = {type(ACT2FN[name]): name for name in ("gelu", "silu", "relu")} | {nn.SiLU: "silu"}
+_NORMS = {nn.Identity: "none", nn.LayerNorm: "layer", LlamaRMSNorm: "rms"}
+_PLAIN = {nn.Linear, *_ACTIVATIONS, *_NORMS}
+
+
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module does what its class says, with the weights that lie in it: nothing hooks into it or patches it
-    (`device_map`, ZeRO, Liger), and no weight is sharded (DTensor), quantized or absent."""
+    """Whether a module is PyTorch's or Transformers' own and does what its class says, with the weights that lie in
+    it: nothing wraps it (LoRA), hooks into it or patches it (`device_map`, ZeRO, Liger), and no weight is sharded
+    (DTensor), quantized or absent."""
     return (
-        "forward" not in vars(module)
+        type(module) in _PLAIN
+        and "forward" not in vars(module)
         and not any((module._forward_pre_hooks, module._forward_hooks))
         and not any((module._backward_pre_hooks, module._backward_hooks))
         and all(
@@ -48,25 +55,20 @@ def rotate(
     return apply_rotary_pos_emb(query, key, cos, sin)
 
 
-_ACTIVATIONS = {type(ACT2FN[name]): name for name in ("gelu", "silu", "relu")} | {nn.SiLU: "silu"}
-_NORMS = {nn.Identity: "none", nn.LayerNorm: "layer", LlamaRMSNorm: "rms"}
-
-
 def activate(
     activation: nn.Module, norm: nn.Module, up: torch.Tensor, gate: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`norm(activation(up))` or, gated, `norm(activation(gate) * up)`, of `[..., W]`."""
-    act, kind = _ACTIVATIONS.get(type(activation)), _NORMS.get(type(norm))
     if (
         uses_triton(up)
         and up.shape[-1] <= kernels.MAX_WIDTH
-        and act is not None
-        and kind is not None
+        and type(activation) in _ACTIVATIONS
+        and type(norm) in _NORMS
         and is_plain(activation)
         and is_plain(norm)
-        and not getattr(activation, "inplace", False)
     ):
         weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        name, kind = _ACTIVATIONS[type(activation)], _NORMS[type(norm)]
         eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0))
-        return kernels.ActivationNorm.apply(up, gate, weight, bias, act, kind, eps)
+        return kernels.ActivationNorm.apply(up, gate, weight, bias, name, kind, eps)
     return norm(activation(up) if gate is None else activation(gate) * up)

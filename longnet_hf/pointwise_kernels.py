@@ -1,5 +1,5 @@
-"""Triton kernels for what is done to every number by itself or to rows of numbers, each in one pass over memory: rotary
-positions, activation with norm, and from logits to their gradients."""
+"""Triton kernels for what is done to numbers one by one or row by row, each in one pass over memory: rotary positions,
+activation with norm, and from logits to their gradients."""
 
 from contextlib import nullcontext
 

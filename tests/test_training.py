@@ -39,6 +39,35 @@ def test_mlps_in_chunks_change_nothing(kind, checkpointing):
         torch.testing.assert_close(chunked.eval()(ids).logits, model.eval()(ids).logits)
 
 
+@pytest.mark.parametrize(("checkpointing", "hooked"), [(False, False), (True, False), (True, True)])
+def test_mlps_in_chunks_are_computed_twice(checkpointing, hooked):
+    """Also inside a checkpoint, unless a module has to be called as it is."""
+    model, ids = build(LongNetForCausalLM, chunk_size_feed_forward=7).train(), random_ids(1, 30)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    if hooked:
+        model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *x: None)
+    mlp, calls = model.model.layers[0].mlp, []
+    forward_chunk = mlp.forward_chunk
+    mlp.forward_chunk = lambda x: calls.append(x.shape[-2]) or forward_chunk(x)
+    model(ids, labels=ids).loss.backward()
+    assert sorted(calls) == sorted([7, 7, 7, 7, 2] * 2 + [7, 7, 7, 7] * hooked)
+
+
+def test_mlps_in_chunks_under_autocast():
+    model, ids = build(LongNetForCausalLM, chunk_size_feed_forward=7).train(), random_ids(1, 30)
+    results = []
+    for size in (7, 0):
+        for layer in model.model.layers:
+            layer.mlp.chunk_size = size
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        results.append((loss.detach(), all_gradients(model, loss)))
+    (ours, gradients), (expected, others) = results
+    assert torch.equal(ours, expected)
+    assert_same_gradients(gradients, others, atol=0.02)
+
+
 def test_checkpointed_activations_can_be_offloaded():
     """With the hook that `activation_checkpointing_enable(offload=True)` uses, whose pinned memory wants a GPU."""
     model, ids = build(LongNetForCausalLM).train(), random_ids(2, 30)
