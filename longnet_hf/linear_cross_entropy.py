@@ -14,7 +14,13 @@ import torch
 from torch import nn
 
 from .dilated_tiles import accumulator
-from .pointwise import is_plain, kernels, uses_triton
+from .pointwise import is_plain, uses_triton
+
+
+try:
+    from .pointwise_kernels import cross_entropy_gradient_
+except ImportError:  # PyTorch without Triton
+    pass
 
 
 # Most memory that the logits of a chunk take: a GPU's products with a wide vocabulary want some thousands of rows.
@@ -118,7 +124,7 @@ def _cross_entropy_gradient_(
     index = labels.masked_fill(is_ignored, 0)[:, None]
     at_label = logits.gather(1, index)[:, 0]  # which refuses labels out of range
     if uses_triton(logits):
-        lse = kernels.cross_entropy_gradient_(logits, labels, ignore_index, with_gradient)
+        lse = cross_entropy_gradient_(logits, labels, ignore_index, with_gradient)
     else:
         exact = logits.to(accumulator(logits.dtype))
         lse = exact.logsumexp(-1)

@@ -9,15 +9,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 
 try:
-    from . import pointwise_kernels as kernels
+    from .pointwise_kernels import MAX_WIDTH, ActivationNorm, Rotary
 except ImportError:  # PyTorch without Triton: there are no GPUs to run it on
-    kernels = None
+    MAX_WIDTH = 0
 
 
 def uses_triton(x: torch.Tensor) -> bool:
     """Whether the Triton kernels compute this; `LONGNET_TRITON=0` in the environment switches them off."""
     return (
-        kernels is not None
+        MAX_WIDTH > 0
         and x.device.type == "cuda"
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and os.environ.get("LONGNET_TRITON", "1") != "0"
@@ -51,7 +51,7 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary positions: query `[B, H, N, D]` and key `[B, Hkv, N, D]` turned by `cos` and `sin` `[B or 1, N, D]`."""
     if uses_triton(query) and query.dtype == key.dtype == cos.dtype and not cos.requires_grad:
-        return kernels.Rotary.apply(query, key, cos, sin)
+        return Rotary.apply(query, key, cos, sin)
     return apply_rotary_pos_emb(query, key, cos, sin)
 
 
@@ -61,7 +61,7 @@ def activate(
     """`norm(activation(up))` or, gated, `norm(activation(gate) * up)`, of `[..., W]`."""
     if (
         uses_triton(up)
-        and up.shape[-1] <= kernels.MAX_WIDTH
+        and up.shape[-1] <= MAX_WIDTH
         and type(activation) in _ACTIVATIONS
         and type(norm) in _NORMS
         and is_plain(activation)
@@ -70,5 +70,5 @@ def activate(
         weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
         name, kind = _ACTIVATIONS[type(activation)], _NORMS[type(norm)]
         eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0))
-        return kernels.ActivationNorm.apply(up, gate, weight, bias, name, kind, eps)
+        return ActivationNorm.apply(up, gate, weight, bias, name, kind, eps)
     return norm(activation(up) if gate is None else activation(gate) * up)
