@@ -20,8 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .context_parallel import ActiveSplit, SequenceSplit, SplitDocuments, active_split, split_attention
 from .dilated_cache import DilatedCache, NewTokens, is_dilated_cache, is_empty
-from .dilated_operator import dilated_attention, dilated_attention_reference
+from .dilated_operator import dilated_attention, dilated_attention_reference, dilated_attention_weights
 from .dilated_pattern import DilatedPattern
+from .dilated_tiles import accumulator
 from .documents import find_documents, is_packed
 
 
@@ -72,12 +73,14 @@ class AttentionOptions(NamedTuple):
         scale: factor of the scores.
         dropout: probability of dropping a pair; 0 in evaluation.
         is_dense: compute the dense reference, which can return its weights, in place of the operator.
+        segment_padding: `"zeros"` to attend to the padding of segments, in a whole batch that is not causal.
     """
 
     pattern: DilatedPattern
     scale: float
     dropout: float = 0.0
     is_dense: bool = False
+    segment_padding: str = "none"
 
 
 class WholeBatch:
@@ -133,14 +136,27 @@ class WholeBatch:
         """
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, module.layer_idx)
-        arguments = dict(
-            is_causal=self.is_causal, scale=options.scale, dropout=options.dropout, document_ids=self.document_ids
-        )
+        arguments = dict(dropout=options.dropout, **self._arguments(options))
         if options.is_dense:
             arguments["return_weights"] = True
             output, weights = dilated_attention_reference(query, key, value, options.pattern, **arguments)
             return output.transpose(1, 2), weights
         return dilated_attention(query, key, value, options.pattern, **arguments).transpose(1, 2), None
+
+    def weights(
+        self, query: torch.Tensor, key: torch.Tensor, options: AttentionOptions, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """The weights `[B, H, R, N]` of the queries in the columns `rows` `[R]`, where there is no cache."""
+        query, key = (x.to(accumulator(x.dtype)) for x in (query[:, :, rows], key))
+        return dilated_attention_weights(query, key, options.pattern, rows, **self._arguments(options))
+
+    def _arguments(self, options: AttentionOptions) -> dict:
+        return dict(
+            is_causal=self.is_causal,
+            scale=options.scale,
+            document_ids=self.document_ids,
+            segment_padding=options.segment_padding,
+        )
 
 
 class CachedBatch(WholeBatch):

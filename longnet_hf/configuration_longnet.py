@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .dilated_pattern import DilatedPattern, heads_of_layers, layer_patterns
+from .dilated_pattern import DilatedPattern, check_segment_padding, heads_of_layers, layer_patterns
 from .pattern_report import pattern_warnings
 
 
@@ -35,8 +35,12 @@ class LongNetConfig(PreTrainedConfig):
             attention, in place of all branches (see [`rank_heads`], which finds those that need it).
         sink_tokens (`int`): every query also attends to so many first tokens of its document, where the branches of a
             head do not join them already. Pretrained models that are given windows need one at least.
+        segment_padding (`str`): `"zeros"` for encoders whose weights were trained with torchscale (see
+            [`LongNetModel.from_torchscale`]), which attend to the zeros that fill up the last segment; `"none"` for
+            all others.
         is_causal (`bool`): `False` makes an encoder, for the classification heads.
         vocab_size (`int`): by default the size of the paper's tokenizer, cl100k_base, rounded up to a multiple of 64.
+            0: a model without embeddings of tokens, which takes `inputs_embeds` only.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`): sizes, as in Llama.
         num_key_value_heads (`int`, *optional*): fewer than `num_attention_heads` for grouped-query attention.
         head_dim (`int`, *optional*): size of a head, `hidden_size / num_attention_heads` by default.
@@ -50,7 +54,13 @@ class LongNetConfig(PreTrainedConfig):
             start them with variance 1 / `hidden_size`, as in torchscale.
         attention_bias, attention_out_bias, mlp_bias (`bool`): biases of the query, key and value projections, of the
             output projection, and of the MLP.
+        use_final_norm (`bool`): norm after the last layer.
         attention_dropout (`float`): dropout of attention weights in training.
+        embedding_dropout, hidden_dropout (`float`): dropout of the embeddings, and of what attention and MLP add to
+            the hidden states.
+        drop_path_rate (`float`): probability with which the last layer's attention, and its MLP, is left out for a
+            whole row in training (stochastic depth, arXiv 1603.09382); it grows linearly from 0 in the first layer.
+        use_rope (`bool`): rotary positions; without them attention knows of positions only through the pattern.
         rope_parameters (`dict`, *optional*): rotary positions, as in all of Transformers (`rope_type`, `rope_theta`).
         max_position_embeddings (`int`): the context length meant for the model. Only some `rope_type`s look at it.
         chunk_size_feed_forward (`int`): run the MLPs on so many tokens at a time, 0 for all, which saves memory. In
@@ -87,7 +97,11 @@ class LongNetConfig(PreTrainedConfig):
     attention_bias: bool = True
     attention_out_bias: bool = True
     mlp_bias: bool = True
+    use_final_norm: bool = True
     attention_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    drop_path_rate: float | int = 0.0
     segment_lengths: list[int | None] | tuple[int | None, ...] = (2048, 4096, 8192, 16384, 32768)
     dilation_rates: list[int] | tuple[int, ...] = (1, 2, 4, 6, 12)
     branch_types: list[str] | tuple[str, ...] | None = None
@@ -96,8 +110,10 @@ class LongNetConfig(PreTrainedConfig):
     full_attention_layers: list[int] | tuple[int, ...] | None = None
     full_attention_heads: dict | None = None
     sink_tokens: int = 0
+    segment_padding: str = "none"
     is_causal: bool = True
     max_position_embeddings: int = 32768
+    use_rope: bool = True
     rope_parameters: dict | None = None
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -186,9 +202,11 @@ class LongNetConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: checks what concerns several fields."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.vocab_size < 0:
+            raise ValueError(f"`vocab_size` must be at least 0, got {self.vocab_size}.")
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"`pad_token_id` must lie below `vocab_size` ({self.vocab_size}), got {self.pad_token_id}."
@@ -198,14 +216,17 @@ class LongNetConfig(PreTrainedConfig):
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
                 f"({self.num_key_value_heads})."
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.use_rope:
             raise ValueError(f"`head_dim` must be even for rotary positions, got {self.head_dim}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
         if self.norm_type not in ("layer_norm", "rms_norm"):
             raise ValueError(f'`norm_type` must be "layer_norm" or "rms_norm", got {self.norm_type!r}.')
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"`attention_dropout` must lie in [0, 1), got {self.attention_dropout}.")
+        for name in ("attention_dropout", "embedding_dropout", "hidden_dropout", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+        for pattern in self.layer_patterns:
+            check_segment_padding(pattern, self.segment_padding, self.is_causal)
         if self.chunk_size_feed_forward < 0:
             raise ValueError(f"`chunk_size_feed_forward` must be at least 0, got {self.chunk_size_feed_forward}.")
         for name in ("sliding_window", "use_sliding_window", "layer_types"):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from .dilated_pattern import DilatedPattern
+from .dilated_pattern import DilatedPattern, check_segment_padding
 from .dilated_tiles import (
     DocumentTile,
     TileKernel,
@@ -25,7 +25,7 @@ from .dilated_tiles import (
     in_groups,
     tile_gradients,
 )
-from .documents import BatchDocuments, find_documents, resolve_documents
+from .documents import BatchDocuments, find_documents, positions_in_documents, resolve_documents
 
 
 try:
@@ -47,6 +47,7 @@ def dilated_attention(
     position_ids: torch.Tensor | None = None,
     cu_seq_lens: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    segment_padding: str = "none",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Dilated attention (LongNet, arXiv 2307.02486, section 2), in memory linear in N and time as `pattern.pairs`
@@ -68,6 +69,8 @@ def dilated_attention(
             next.
         cu_seq_lens: `[documents + 1]`, boundaries of the documents in the flattened batch, from 0 to B * N.
         document_ids: `[B, N]` from [`find_documents`], in place of the three arguments before, to find them only once.
+        segment_padding: `"zeros"` for encoders trained with torchscale, which attend to the keys and values of zeros
+            that fill up the last segment: see [`~DilatedPattern.padding_keys`]. Not causal, without windows or shift.
         return_lse: also return the log-sum-exp of the scores, with which the softmax can be continued over other keys.
 
     Returns:
@@ -75,11 +78,12 @@ def dilated_attention(
         With `return_lse` also `[B, H, Nq]` in float32 (of float64, float64), -inf for those; it carries no gradient.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit together.
+        ValueError: if shapes, dtypes or devices do not fit together, or if `segment_padding` has no meaning.
     """
     query, key, value = autocast_inputs(query, key, value)
     _check_inputs(query, key, value, pattern, scale, dropout)
     refuse_forward_mode(query, key, value)
+    check_segment_padding(pattern, segment_padding, is_causal)
     given = dict(attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens)
     document_ids = _documents_of(key, document_ids, **given)
     if torch.onnx.is_in_onnx_export() and not return_lse:  # ONNX knows plain operations alone
@@ -89,7 +93,7 @@ def dilated_attention(
     seed = torch.randint(2**62, (1,), dtype=torch.int64) if dropout > 0 else None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     options = pattern.to_json(), is_causal, scale, float(dropout), seed
-    output, lse = _forward_op(query, key, value, document_ids, *options)
+    output, lse = _forward_op(query, key, value, document_ids, *options, segment_padding == "zeros")
     return (output, lse.detach()) if return_lse else output
 
 
@@ -106,38 +110,76 @@ def dilated_attention_reference(
     position_ids: torch.Tensor | None = None,
     cu_seq_lens: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    segment_padding: str = "none",
     return_weights: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The oracle: softmax(Q K^T * scale + log C) V with the dense matrix C of `pattern.multiplicity`.
 
     Arguments and output are those of [`dilated_attention`]; memory is O(B * H * Nq * N). Here dropout acts on a pair
-    as a whole, also where several branches join it. With `return_weights`, also returns the weights `[B, H, Nq, N]`.
+    as a whole, also where several branches join it. With `return_weights`, also returns the weights `[B, H, Nq, N]`;
+    those of padding keys are left out.
     """
     query, key, value = autocast_inputs(query, key, value)
     _check_inputs(query, key, value, pattern, scale, dropout)
     given = dict(attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens)
     document_ids = _documents_of(key, document_ids, **given)
-    heads, queries, keys = key.shape[1], query.shape[2], key.shape[2]
+    rows = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=key.device)
+    options = dict(is_causal=is_causal, scale=scale, document_ids=document_ids, segment_padding=segment_padding)
+    weights = dilated_attention_weights(query, key, pattern, rows, **options)
+    weights = F.dropout(weights.to(query.dtype), dropout)
+    if document_ids is not None:  # padding may hold anything, NaN too
+        value = value.masked_fill((document_ids < 0)[:, None, :, None], 0.0)
+    output = weights @ value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return (output, weights) if return_weights else output
+
+
+def dilated_attention_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    pattern: DilatedPattern,
+    rows: torch.Tensor,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    document_ids: torch.Tensor | None = None,
+    segment_padding: str = "none",
+) -> torch.Tensor:
+    """Which weights chosen queries give to all keys: rows of softmax(Q K^T * scale + log C), see
+    [`dilated_attention_reference`].
+
+    Args:
+        query: `[B, H, R, D]`, the chosen queries only.
+        key: `[B, Hkv, N, D]`.
+        rows: `[R]`, integers: where in the sequence of N the queries stand.
+        pattern, is_causal, scale, document_ids, segment_padding: those of [`dilated_attention`].
+
+    Returns:
+        `[B, H, R, N]` in float32 (of float64, float64). A row sums to 1, less what goes to keys of zeros; rows of
+        padding, and queries that no branch joins to any key, are zero.
+    """
+    check_segment_padding(pattern, segment_padding, is_causal)
+    heads, keys = key.shape[1], key.shape[2]
     if document_ids is None:
-        document_ids = torch.zeros(1, keys, dtype=torch.int32, device=key.device)
-
-    together = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids >= 0)[:, None, :]
-    position = together.tril(-1).sum(-1)  # [B, N], inside the document
-    n, m = position[:, None, keys - queries :, None], position[:, None, None, :]
+        document_ids = torch.zeros(key.shape[0], keys, dtype=torch.int32, device=key.device)
+    position = positions_in_documents(document_ids)
+    of_rows = document_ids[:, rows, None]
+    together = (of_rows == document_ids[:, None, :]) & (of_rows >= 0)  # [B, R, N]
+    n, m = position[:, None, rows, None], position[:, None, None, :]
     head = torch.arange(heads, device=key.device)[:, None, None]
-    count = pattern.multiplicity(n, m, head, heads, is_causal) * together[:, None, keys - queries :]  # C
-
+    count = pattern.multiplicity(n, m, head, heads, is_causal) * together[:, None]  # C
     group = query.shape[1] // heads
-    value = value.masked_fill((document_ids < 0)[:, None, :, None], 0.0)  # padding may hold anything, NaN too
-    count, key, value = (x.repeat_interleave(group, dim=1) for x in (count, key, value))
+    count, key = (x.repeat_interleave(group, dim=1) for x in (count, key))
+    dtype = accumulator(query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query @ key.transpose(-1, -2) * scale).masked_fill(count == 0, -torch.inf)
-    scores = scores + count.clamp(min=1).to(accumulator(query.dtype)).log()
+    scores = scores + count.clamp(min=1).to(dtype).log()
+    if segment_padding == "zeros":  # one more key, whose score is 0
+        length = together.sum(-1, keepdim=True).clamp(min=1)[:, None]
+        zeros = pattern.padding_keys(n, length, head, heads).repeat_interleave(group, dim=1)
+        scores = torch.cat((scores, zeros.to(dtype).log()), dim=-1)
     unjoined = (count == 0).all(-1, keepdim=True)
-    weights = scores.masked_fill(unjoined, 0.0).softmax(-1, dtype=accumulator(query.dtype))
-    weights = F.dropout(weights.masked_fill(unjoined, 0.0).to(query.dtype), dropout)
-    output = weights @ value
-    return (output, weights) if return_weights else output
+    weights = scores.masked_fill(unjoined, 0.0).softmax(-1, dtype=dtype).masked_fill(unjoined, 0.0)
+    return weights[..., :keys]
 
 
 def _documents_of(key: torch.Tensor, document_ids: torch.Tensor | None, **given) -> torch.Tensor | None:
@@ -222,6 +264,7 @@ def _forward_op(
     scale: float,
     dropout: float,
     seed: torch.Tensor | None,
+    pads_segments: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merged output `[B, H, Nq, D]` and log-sum-exp `[B, H, Nq]` of all branches."""
     query, key, value = map(adjacent_rows, (query, key, value))
@@ -237,7 +280,30 @@ def _forward_op(
         tensors = (in_groups(x, k.shape[1]) for x in (output, lse[..., None], q, k, v))
         tiles = _tiles(documents, pattern, is_causal)
         attend_to_tiles(*tensors, tiles, TileKernel(query, scale, dropout, seed))
+    if pads_segments:
+        _attend_to_zeros(output, lse, documents, DilatedPattern.from_json(pattern))
     return documents.unpack_queries(output, query), documents.unpack_lse(lse)
+
+
+def _attend_to_zeros(
+    output: torch.Tensor, lse: torch.Tensor, documents: BatchDocuments, pattern: DilatedPattern
+) -> None:
+    """Continue the softmax, in place, over the keys of zeros of `segment_padding="zeros"`.
+
+    Their scores and values are 0: C of them add C to the denominator and nothing else. From the continued output and
+    log-sum-exp, the backward pass gives the gradients of the continued softmax, as it does for merged branches.
+    """
+    heads = documents.key_shape[1]
+    head = torch.arange(heads, device=output.device)[:, None]
+    for document in documents.documents:
+        n = torch.arange(document.first_query, document.length, device=output.device)
+        count = pattern.padding_keys(n, document.length, head, heads)
+        log_count = count.repeat_interleave(output.shape[1] // heads, dim=0).to(lse.dtype).log()
+        columns = slice(document.query_column + document.first_query, document.query_column + document.length)
+        part, part_lse = output[document.row, :, columns], lse[document.row, :, columns]
+        kept = torch.where(log_count == -torch.inf, 1.0, torch.sigmoid(part_lse - log_count))
+        part.copy_(part * kept[..., None])
+        part_lse.copy_(torch.logaddexp(part_lse, log_count))
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
@@ -289,7 +355,7 @@ def _tiles(documents: BatchDocuments, pattern: str, is_causal: bool) -> Iterator
 
 
 @_forward_op.register_fake
-def _(query, key, value, document_ids, pattern, is_causal, scale, dropout, seed):
+def _(query, key, value, document_ids, pattern, is_causal, scale, dropout, seed, pads_segments):
     return _like(query), query.new_empty(query.shape[:3], dtype=accumulator(query.dtype))
 
 
@@ -299,14 +365,14 @@ def _(grad_output, query, key, value, output, lse, document_ids, pattern, is_cau
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, document_ids, *ctx.options, seed = inputs
+    query, key, value, document_ids, *ctx.options, seed, _ = inputs
     ctx.save_for_backward(query, key, value, *output, document_ids, seed)
 
 
 def _backward(ctx, grad_output, _):
     query, key, value, output, lse, document_ids, seed = ctx.saved_tensors
     grads = backward_op(grad_output, query, key, value, output, lse, document_ids, *ctx.options, seed)
-    return *grads, None, None, None, None, None, None
+    return *grads, None, None, None, None, None, None, None
 
 
 def _no_second_derivatives(ctx, *grads):

@@ -20,6 +20,7 @@ import numpy as np
 
 BRANCH_TYPES = ("segment", "window", "sink")
 HEAD_OFFSETS = ("paper", "grouped", "rotating")
+SEGMENT_PADDINGS = ("none", "zeros")
 
 
 class Branch(NamedTuple):
@@ -259,6 +260,21 @@ class DilatedPattern:
         visible = (m <= n) if is_causal else (m == m)
         return sum(visible & self.joins(branch, n, m, head, num_heads) for branch in self.branches)
 
+    def padding_keys(self, n, length, head, num_heads: int):
+        """How many keys of zeros query `n` of a document of `length` positions has with `segment_padding="zeros"`.
+
+        torchscale's encoders fill the sequence up to a multiple of min(w, length), and each segment up to a multiple
+        of r, with keys and values of zeros, and attend to them. `length` may be an integer tensor, too.
+        """
+        count = 0
+        for branch in self.branches:
+            r, phase = branch.rate, self.phase(branch, head, num_heads)
+            w = _lesser(branch.length, length)
+            place = n % w
+            real = _lesser(w, length - (n - place))  # positions in the segment
+            count = count + (place % r == phase) * (-(-w // r) + (phase - real) // r)
+        return count
+
     # How much work that is, and what a cache has to hold
 
     def pairs(self, length: int, num_heads: int, *, num_queries: int | None = None, is_causal: bool = True) -> int:
@@ -418,6 +434,28 @@ def _checked_heads(branch_heads, num_branches: int) -> tuple[tuple[int, ...] | N
     if all(heads is None for heads in branch_heads):
         return None
     return tuple(None if heads is None else tuple(sorted(set(heads))) for heads in branch_heads)
+
+
+def check_segment_padding(pattern: DilatedPattern, segment_padding: str, is_causal: bool) -> None:
+    """Refuse a `segment_padding` that is unknown, or that has no meaning for a pattern."""
+    if segment_padding not in SEGMENT_PADDINGS:
+        raise ValueError(f"`segment_padding` must be one of {SEGMENT_PADDINGS}, got {segment_padding!r}.")
+    if segment_padding == "none":
+        return
+    reason = None
+    if is_causal:
+        reason = "in causal attention (`is_causal=True`) padding comes after every query and changes nothing"
+    elif "window" in pattern.branch_types:
+        reason = "a branch of type 'window' (full attention, too) has no segments to fill up"
+    elif pattern.shift or pattern.offset:
+        reason = "torchscale, whose padding this is, does not shift segments (`segment_shift=True`)"
+    if reason is not None:
+        raise ValueError(f'`segment_padding="zeros"` has no meaning here: {reason}. Use "none".')
+
+
+def _lesser(a, b):
+    """The lesser of two integers (tensors)."""
+    return a + (b - a) * (b < a)
 
 
 def _is_positive_int(value) -> bool:

@@ -83,7 +83,7 @@ class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
 
 def eager_attention_forward(module, query, key, value, layout, scaling, dropout=0.0, past_key_values=None, **kwargs):
     """`attn_implementation="eager"`: the dense reference, which returns its weights `[B, H, N, past + N]`, too."""
-    options = AttentionOptions(module.pattern, scaling, dropout, is_dense=True)
+    options = AttentionOptions(module.pattern, scaling, dropout, True, module.config.segment_padding)
     return layout.attend(module, query, key, value, options, past_key_values)
 
 
@@ -93,7 +93,7 @@ def dilated_attention_forward(module, query, key, value, layout, scaling, dropou
         raise ValueError(
             f'`attn_implementation="dilated"` of {type(module).__name__} needs the package: `import longnet_hf`.'
         )
-    options = AttentionOptions(module.pattern, scaling, dropout)
+    options = AttentionOptions(module.pattern, scaling, dropout, segment_padding=module.config.segment_padding)
     return layout.attend(module, query, key, value, options, past_key_values)
 
 
@@ -149,6 +149,7 @@ class LongNetAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         layout: BatchLayout | None = None,
+        attention_rows: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -159,9 +160,11 @@ class LongNetAttention(nn.Module):
             attention_mask: padding mask `[B, past + N]`, nonzero at real tokens; looked at where there is no `layout`.
             past_key_values: cache that holds the earlier keys and values, and takes the new ones.
             layout: how the tokens lie in their documents, the same for all layers (see [`lay_out_batch`]).
+            attention_rows: `[R]`, see [`LongNetModel`].
 
         Returns:
-            The output `[B, N, hidden_size]`, and the weights `[B, H, N, past + N]` with `attn_implementation="eager"`.
+            The output `[B, N, hidden_size]`, and the weights: `[B, H, R, N]` where `attention_rows` asks for them, or
+            `[B, H, N, past + N]` with `attn_implementation="eager"`.
         """
         past_key_values = one_cache(past_key_values, kwargs)
         batch_size, length, _ = hidden_states.shape
@@ -194,6 +197,9 @@ class LongNetAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             past_key_values=past_key_values,
         )
+        if attention_rows is not None:
+            options = AttentionOptions(self.pattern, self.scaling, segment_padding=self.config.segment_padding)
+            attn_weights = layout.weights(query_states, key_states, options, attention_rows)
         return self.o_proj(self.attn_sub_norm(attn_output.flatten(2))), attn_weights
 
 
@@ -233,6 +239,22 @@ class LongNetMLP(nn.Module):
         return self.down_proj(activate(self.act_fn, self.ffn_sub_norm, self.up_proj(x), gate))
 
 
+class LongNetDropPath(nn.Module):
+    """Stochastic depth: leaves out, in training, what a layer adds to some rows of a batch (arXiv 1603.09382)."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.probability == 0:
+            return x
+        return F.dropout(x.new_ones(x.shape[0], 1, 1), self.probability) * x
+
+    def extra_repr(self) -> str:
+        return f"p={self.probability:.3g}"
+
+
 class LongNetDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: LongNetConfig, layer_idx: int):
         super().__init__()
@@ -240,11 +262,14 @@ class LongNetDecoderLayer(GradientCheckpointingLayer):
         self.mlp = LongNetMLP(config)
         self.input_layernorm = make_norm(config, config.hidden_size)
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.drop_path = LongNetDropPath(config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1))
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attn_output
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + self.drop_path(self.dropout(attn_output))
+        mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.drop_path(self.dropout(mlp_output))
 
 
 # Arguments that models of Transformers take beside those that ours name. The first are honoured, the others say
@@ -262,15 +287,17 @@ _INSTEAD = {
 }
 
 
-def check_arguments(kwargs: dict, config: LongNetConfig) -> None:
+def check_arguments(kwargs: dict, config: LongNetConfig, attention_rows: torch.Tensor | None = None) -> None:
     """Refuse what a caller asks for and no LongNet does, in place of going on without it.
 
     `None` and `False` ask for nothing, nor do token types that are all 0, which some tokenizers give with every text.
     """
-    if kwargs.get("output_attentions", config.output_attentions) and config._attn_implementation != "eager":
+    wants_attentions = kwargs.get("output_attentions", config.output_attentions)
+    if wants_attentions and attention_rows is None and config._attn_implementation != "eager":
         raise ValueError(
             "`output_attentions=True` needs the weights of attention, which the operator never holds: load the model "
-            'with `attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`.'
+            'with `attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`; or ask for those of '
+            "some tokens with `attention_rows`."
         )
     for name, value in kwargs.items():
         if value is None or value is False or name in _TAKEN:
@@ -328,14 +355,18 @@ class LongNetModel(LongNetPreTrainedModel):
 
     def __init__(self, config: LongNetConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = None
+        if config.vocab_size > 0:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embed_scale = 1.0
         if config.scale_embedding:  # unit variance to begin with, or the branches' outputs drown the embeddings
             self.embed_scale = math.sqrt(config.hidden_size)
-            self.embed_tokens.init_std = 1 / self.embed_scale
+            if self.embed_tokens is not None:
+                self.embed_tokens.init_std = 1 / self.embed_scale
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList([LongNetDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = make_norm(config, config.hidden_size)
-        self.rotary_emb = LongNetRotaryEmbedding(config)
+        self.norm = make_norm(config, config.hidden_size) if config.use_final_norm else nn.Identity()
+        self.rotary_emb = LongNetRotaryEmbedding(config) if config.use_rope else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -349,6 +380,7 @@ class LongNetModel(LongNetPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        attention_rows: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -360,16 +392,28 @@ class LongNetModel(LongNetPreTrainedModel):
             past_key_values: a [`DilatedCache`], which is made where `use_cache` asks for one, or an ordinary
                 `DynamicCache`. To a `DilatedCache`, which knows its tokens, `attention_mask` may also be given for the
                 new ones alone, `[B, N]`.
+            attention_rows: `[R]`, columns of the batch. With it, `output_attentions=True` gives what these tokens pay
+                to all others in every layer, `[B, H, R, N]`, exactly and without an N × N matrix. Not with a cache.
         """
         past_key_values = one_cache(past_key_values, kwargs)
-        check_arguments(kwargs, self.config)
+        check_arguments(kwargs, self.config, attention_rows)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
+            if self.embed_tokens is None:
+                raise ValueError("This model has no vocabulary (`vocab_size=0`): give `inputs_embeds`.")
             inputs_embeds = self.embed_tokens(input_ids)
         if inputs_embeds.shape[1] == 0:
             name, given = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
             raise ValueError(f"`{name}` must hold at least one token per row, got shape {tuple(given.shape)}.")
+        if attention_rows is not None:
+            attention_rows = self.check_attention_rows(attention_rows, inputs_embeds, past_key_values, kwargs)
+            use_cache = False
+        if self.training and self.config.drop_path_rate > 0 and active_split() is not None:
+            raise ValueError(
+                "A sequence cannot be split over processes in training with `drop_path_rate` above 0, got "
+                f"{self.config.drop_path_rate}: each would leave out other layers."
+            )
 
         is_causal = self.config.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         if past_key_values is not None:
@@ -389,17 +433,34 @@ class LongNetModel(LongNetPreTrainedModel):
             past_key_values = self.make_cache()
             layout = layout.filling(past_key_values)
 
-        hidden_states = inputs_embeds * self.embed_scale
-        position_embeddings = self.rotary_emb(hidden_states, layout.position_ids)
+        hidden_states = self.embedding_dropout(inputs_embeds * self.embed_scale)
+        position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, layout.position_ids)
         for layer in self.running_layers:
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 layout=layout,
+                attention_rows=attention_rows,
                 **{CACHE: past_key_values},  # the name by which gradient checkpointing knows it
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
+
+    def check_attention_rows(self, attention_rows, inputs_embeds, past_key_values, kwargs) -> torch.Tensor:
+        """`attention_rows` as a tensor of columns from 0 on, or an error that says why they cannot be had."""
+        length = inputs_embeds.shape[1]
+        rows = torch.as_tensor(attention_rows, device=inputs_embeds.device)
+        if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+            raise ValueError(f"`attention_rows` must be integers of shape [R], got {rows.dtype} {tuple(rows.shape)}.")
+        if bool(((rows < -length) | (rows >= length)).any()):
+            raise ValueError(f"`attention_rows` must lie below the length {length}, got {rows.tolist()}.")
+        if not kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError("`attention_rows` says which attention to return: give `output_attentions=True`, too.")
+        if past_key_values is not None or active_split() is not None:
+            raise ValueError(
+                "`attention_rows` cannot be had with `past_key_values` or of a sequence that is split over processes."
+            )
+        return rows % length
 
     @property
     def running_layers(self) -> nn.ModuleList:
@@ -456,6 +517,11 @@ def logits_loss(
     return total / (divisor.to(total.device) if torch.is_tensor(divisor) else divisor)
 
 
+def check_vocabulary(config: LongNetConfig) -> None:
+    if config.vocab_size == 0:
+        raise ValueError("A language modelling head needs a vocabulary, got `vocab_size=0`.")
+
+
 class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
     """LongNet with a language modelling head."""
 
@@ -465,6 +531,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
         if not config.is_causal:
             raise ValueError("`is_causal=False` makes an encoder; LongNetForCausalLM needs `is_causal=True`.")
         super().__init__(config)
+        check_vocabulary(config)
         self.model = LongNetModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -60,6 +60,18 @@ def test_kernels_agree_with_the_oracle(seed, interpreted):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", [{}, {"attention_mask": (torch.arange(53) < torch.tensor([[53], [30]])).long()}])
+def test_keys_of_zeros_after_the_kernels(layout, interpreted):
+    inputs, grad = random_tensors(2, 3, 2, 53, 53, 8, torch.float32)
+    pattern, options = DilatedPattern([16, 36, 90], [1, 3, 5]), dict(is_causal=False, segment_padding="zeros")
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    output = dilated_attention(*inputs, pattern, **options, **layout)
+    expected = dilated_attention_reference(*exact, pattern, **options, **layout)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+    for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, exact, grad.double()), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
+
+
 def test_offsets_of_64_bits_agree_too(interpreted, monkeypatch):
     """Very large rates need them; the interpreter would not need as many numbers as a GPU does."""
     constants = kernels._constants

@@ -9,6 +9,7 @@ from patterns import joined, random_pattern
 from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference, find_documents
 from longnet_hf import dilated_operator as operator_module
 from longnet_hf import dilated_tiles as tiles_module
+from longnet_hf.dilated_operator import dilated_attention_weights
 
 
 PATTERN = DilatedPattern([8, 16, 40], [1, 2, 3], ["segment", "segment", "window"])
@@ -84,6 +85,85 @@ def test_fast_operator_agrees_with_the_oracle(seed):
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
     for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def mixture_over_padded_segments(query, key, value, pattern):
+    """What torchscale's encoders compute for one document `[H, N, D]`: cut, pad with zeros, keep, attend, mix."""
+    heads, length, size = query.shape
+    numerator, denominator = torch.zeros_like(query), query.new_zeros(heads, length, 1)
+    for branch in pattern.branches:
+        w = min(branch.length, length)
+        for head in range(heads):
+            phase = pattern.phase(branch, head, heads)
+            for start in range(0, length, w):
+                rows = range(start, start + -(-w // branch.rate) * branch.rate)[phase :: branch.rate]
+                real = [row for row in rows if row < min(start + w, length)]
+                zeros = query.new_zeros(len(rows) - len(real), size)
+                keys, values = (torch.cat((x[head, real], zeros)) for x in (key, value))
+                scores = (query[head, real] @ keys.T * size**-0.5).exp()
+                numerator[head, real] = numerator[head, real] + scores @ values
+                denominator[head, real] = denominator[head, real] + scores.sum(-1, keepdim=True)
+    return torch.where(denominator > 0, numerator / denominator.clamp(min=1e-30), 0.0)
+
+
+@pytest.mark.parametrize("attention", [dilated_attention, dilated_attention_reference])
+@pytest.mark.parametrize("seed", range(12))
+def test_keys_of_zeros_are_attended_to_in_each_document(seed, attention):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    branches = rng.randint(1, 4)
+    lengths, rates = ([rng.randint(1, 24) for _ in range(branches)], [rng.randint(1, 6) for _ in range(branches)])
+    pattern = DilatedPattern(lengths, rates, head_offset=rng.choice(["paper", "grouped"]))
+    documents = [rng.randint(1, 40) for _ in range(3)]
+    ids = torch.tensor([n for n, length in enumerate(documents) for _ in range(length)] + [-1] * 3)
+    ids = ids[torch.randperm(len(ids))] if rng.random() < 0.5 else ids
+    (query, key, value), grad = random_tensors(1, rng.choice([1, 3, 4]), 1, len(ids), len(ids), 4)
+    output = attention(query, key, value, pattern, is_causal=False, document_ids=ids[None], segment_padding="zeros")
+    expected = torch.zeros_like(query)
+    for n in range(3):
+        parts = (x[0, :, ids == n] for x in (query, key, value))
+        expected[0, :, ids == n] = mixture_over_padded_segments(*parts, pattern)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-11)
+    inputs = query, key, value
+    for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("queries", [37, 9])
+def test_keys_of_zeros_for_the_last_queries_of_grouped_heads(queries):
+    pattern = DilatedPattern([8, 16, 64], [1, 3, 5])
+    inputs, grad = random_tensors(2, 2, 3, queries, 37, 4)
+    options = dict(is_causal=False, segment_padding="zeros", attention_mask=torch.rand(2, 37) < 0.8)
+    output, expected = (f(*inputs, pattern, **options) for f in (dilated_attention, dilated_attention_reference))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-11)
+    for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", [dilated_attention, dilated_attention_reference])
+@pytest.mark.parametrize(("change", "reason"), [
+    (dict(is_causal=True), "causal"), (dict(pattern=DilatedPattern([8, 16], [1, 2], ["segment", "window"])), "window"),
+    (dict(pattern=DilatedPattern.full()), "window"), (dict(pattern=DilatedPattern([8], [1], shift=True)), "shift"),
+    (dict(segment_padding="ones"), "must be one of .*'none', 'zeros'.*'ones'"),
+])  # fmt: skip
+def test_keys_of_zeros_are_refused_where_they_have_no_meaning(change, reason, attention):
+    (query, key, value), _ = random_tensors(1, 2, 1, 9, 9, 4)
+    arguments = dict(pattern=DilatedPattern([8], [1]), is_causal=False, segment_padding="zeros") | change
+    with pytest.raises(ValueError, match=f"`segment_padding.*{reason}"):
+        attention(query, key, value, **arguments)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_weights_of_chosen_rows_are_rows_of_all_weights(causal):
+    pattern = DilatedPattern([8, 16, 40], [1, 2, 3])
+    padding = "none" if causal else "zeros"
+    (query, key, value), _ = random_tensors(2, 2, 2, 31, 31, 4)
+    ids = torch.randint(-1, 3, (2, 31))
+    options = dict(is_causal=causal, document_ids=ids, segment_padding=padding, scale=0.7)
+    _, expected = dilated_attention_reference(query, key, value, pattern, return_weights=True, **options)
+    rows = torch.tensor([30, 0, 7])
+    weights = dilated_attention_weights(query[:, :, rows], key, pattern, rows, **options)
+    torch.testing.assert_close(weights, expected[:, :, rows], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -288,8 +368,10 @@ def test_compiles_into_one_graph_and_passes_pytorchs_checks_of_custom_operators(
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
         for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    arguments = (*inputs, find_documents(2, 21, attention_mask=mask), PATTERN.to_json(), True, 0.5, 0.0, None)
-    torch.library.opcheck(operator_module._forward_op, arguments)
+    documents = find_documents(2, 21, attention_mask=mask)
+    for pattern, is_causal, pads_segments in ((PATTERN, True, False), (DilatedPattern([8], [1]), False, True)):
+        arguments = (*inputs, documents, pattern.to_json(), is_causal, 0.5, 0.0, None, pads_segments)
+        torch.library.opcheck(operator_module._forward_op, arguments)
 
 
 def test_autocast_brings_mixed_inputs_to_its_dtype():

@@ -301,3 +301,124 @@ def test_the_operator_goes_by_its_own_name_too(tmp_path):
     x = torch.zeros(1, 1, 4, 8)
     with pytest.raises(ValueError, match="Linear needs the package: `import longnet_hf`"):
         modeling_longnet.dilated_attention_forward(torch.nn.Linear(1, 1), x, x, x, None, 1.0)
+
+
+def encoder(**changes):
+    """A model that attends both ways, on embeddings of its own, in float64."""
+    return build(LongNetModel, dtype=torch.float64, is_causal=False, head_offset="grouped", **changes)
+
+
+def test_without_rotary_positions_only_the_pattern_knows_of_positions():
+    model, ids = encoder(use_rope=False, segment_lengths=[64], dilation_rates=[1]), random_ids(1, 20)
+    assert not [name for name, _ in model.named_buffers() if "rotary" in name]
+    order = torch.randperm(20)
+    permuted = model(ids[:, order]).last_hidden_state
+    torch.testing.assert_close(permuted, model(ids).last_hidden_state[:, order], rtol=0, atol=1e-12)
+    rotary = encoder(segment_lengths=[64], dilation_rates=[1])
+    assert (rotary(ids[:, order]).last_hidden_state - rotary(ids).last_hidden_state[:, order]).abs().max() > 0.01
+
+
+def test_without_the_final_norm():
+    with_norm, without, ids = encoder(), encoder(use_final_norm=False), random_ids(1, 20)
+    without.load_state_dict({n: weight for n, weight in with_norm.state_dict().items() if not n.startswith("norm.")})
+    expected = with_norm.norm(without(ids).last_hidden_state)
+    torch.testing.assert_close(with_norm(ids).last_hidden_state, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "module", "times"), [
+    ("embedding_dropout", "embedding_dropout", 1), ("hidden_dropout", "layers.0.dropout", 2),
+])  # fmt: skip
+def test_dropout_of_embeddings_and_of_what_layers_add(name, module, times):
+    model, ids, seen = encoder(**{name: 0.5}, num_hidden_layers=1), random_ids(1, 20), []
+    model.get_submodule(module).register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    expected = model(ids).last_hidden_state
+    assert all(torch.equal(*pair) for pair in seen)  # nothing in evaluation
+    seen.clear()
+    assert not torch.equal(model.train()(ids).last_hidden_state, expected)
+    assert len(seen) == times  # hidden states: what attention adds, and what the MLP adds
+    for before, after in seen:
+        kept = after != 0
+        torch.testing.assert_close(after[kept], 2 * before[kept])
+        assert 0.3 < kept.double().mean() < 0.7
+
+
+def test_drop_path_leaves_out_layers_of_whole_rows_more_often_in_depth():
+    model = encoder(drop_path_rate=0.5)
+    assert [layer.drop_path.probability for layer in model.layers] == [0, 0.25, 0.5]
+    ids, path = random_ids(400, 3), model.layers[2].drop_path
+    seen = []
+    path.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    model(ids)
+    assert all(torch.equal(*pair) for pair in seen)
+    seen.clear()
+    model.train()(ids)
+    assert len(seen) == 2
+    for before, after in seen:
+        kept = (after != 0).flatten(1).any(1)
+        torch.testing.assert_close(after, 2 * before * kept[:, None, None])
+        assert 0.4 < kept.double().mean() < 0.6
+
+
+def test_drop_path_and_dropout_under_gradient_checkpointing():
+    model, ids = encoder(drop_path_rate=0.5, hidden_dropout=0.2, embedding_dropout=0.2).train(), random_ids(4, 30)
+    torch.manual_seed(1)
+    expected = all_gradients(model, model(ids).last_hidden_state.square().sum())
+    model.gradient_checkpointing_enable()
+    torch.manual_seed(1)
+    assert_same_gradients(all_gradients(model, model(ids).last_hidden_state.square().sum()), expected, 1e-9)
+
+
+def test_without_a_vocabulary_a_model_takes_embeddings():
+    model = encoder(vocab_size=0, pad_token_id=None)
+    assert model(inputs_embeds=torch.randn(1, 9, 32, dtype=torch.float64)).last_hidden_state.shape == (1, 9, 32)
+    with pytest.raises(ValueError, match="vocab_size=0.*inputs_embeds"):
+        model(random_ids(1, 9))
+    with pytest.raises(ValueError, match="vocab_size=0"):
+        build(LongNetForCausalLM, vocab_size=0, pad_token_id=None)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_segments_is_that_of_each_row_alone(side):
+    model, ids = encoder(segment_padding="zeros"), random_ids(2, 37)
+    plain = encoder()
+    mask = torch.ones(2, 37, dtype=torch.long)
+    hidden = slice(0, 14) if side == "left" else slice(23, 37)
+    mask[1, hidden] = 0
+    batch = model(ids, attention_mask=mask).last_hidden_state
+    for row in range(2):
+        real = mask[row] == 1
+        alone = model(ids[row : row + 1, real]).last_hidden_state
+        torch.testing.assert_close(batch[row : row + 1, real], alone, rtol=0, atol=1e-10)
+        assert (alone - plain(ids[row : row + 1, real]).last_hidden_state).abs().max() > 1e-3
+    eager = with_eager(model)(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(batch[mask == 1], eager[mask == 1], rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="segment_padding"):
+        model(ids, is_causal=True)
+
+
+@pytest.mark.parametrize("model_class", [LongNetModel, LongNetForCausalLM])
+def test_attention_of_chosen_rows_is_that_of_the_dense_formula(model_class):
+    model, ids = build(model_class, "llama", dtype=torch.float64), random_ids(2, 31)
+    mask = torch.ones(2, 31, dtype=torch.long)
+    mask[1, :6] = 0
+    expected = with_eager(model)(ids, attention_mask=mask, output_attentions=True).attentions
+    for a_model in (model, with_eager(model)):
+        rows = a_model(ids, attention_mask=mask, output_attentions=True, attention_rows=[0, 20, -1]).attentions
+        assert len(rows) == 3
+        for ours, theirs in zip(rows, expected, strict=True):
+            torch.testing.assert_close(ours, theirs[:, :, [0, 20, 30]], rtol=0, atol=1e-10)
+
+
+def test_attention_of_rows_that_cannot_be_had_is_refused():
+    model, ids = build(LongNetModel), random_ids(1, 9)
+    for rows, text in (
+        ([9], "below the length 9, got .9."),
+        ([0.5], "integers of shape"),
+        ([[1]], "integers of shape"),
+    ):
+        with pytest.raises(ValueError, match=f"`attention_rows` must .*{text}"):
+            model(ids, attention_rows=rows, output_attentions=True)
+    with pytest.raises(ValueError, match="`output_attentions=True`"):
+        model(ids, attention_rows=[1])
+    with pytest.raises(ValueError, match="`past_key_values`"):
+        model(ids, attention_rows=[1], output_attentions=True, past_key_values=model.make_cache())
