@@ -21,12 +21,20 @@ from .modeling_longnet import (
     LongNetModel,
     LongNetPreTrainedModel,
 )
+from .modeling_longnet_slide import (
+    SLIDE_AUTO_CLASSES,
+    LongNetForSlideClassification,
+    LongNetSlideConfig,
+    LongNetSlideModel,
+    collate_slides,
+)
 from .pattern_report import draw_pattern, reach
 
 
-AutoConfig.register(LongNetConfig.model_type, LongNetConfig)
-for _auto_class, _model_class in AUTO_CLASSES.items():
-    getattr(transformers, _auto_class).register(LongNetConfig, _model_class)
+for _config, _auto_classes in ((LongNetConfig, AUTO_CLASSES), (LongNetSlideConfig, SLIDE_AUTO_CLASSES)):
+    AutoConfig.register(_config.model_type, _config)
+    for _auto_class, _model_class in _auto_classes.items():
+        getattr(transformers, _auto_class).register(_config, _model_class)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,10 +48,14 @@ __all__ = [
     "LongNetForCausalLM",
     "LongNetForQuestionAnswering",
     "LongNetForSequenceClassification",
+    "LongNetForSlideClassification",
     "LongNetForTokenClassification",
     "LongNetModel",
     "LongNetPreTrainedModel",
+    "LongNetSlideConfig",
+    "LongNetSlideModel",
     "SequenceSplit",
+    "collate_slides",
     "dilated_attention",
     "dilated_attention_reference",
     "draw_pattern",

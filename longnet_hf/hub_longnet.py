@@ -51,7 +51,7 @@ model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 | context length | {context} tokens |
 | layers, hidden size | {config.num_hidden_layers}, {config.hidden_size} |
 | heads (key/value), head size | {config.num_attention_heads} ({config.num_key_value_heads}), {config.head_dim} |
-| vocabulary | {config.vocab_size} |
+| vocabulary | {vocabulary} |
 | head offset | {config.head_offset} |
 | segments shifted in odd layers | {shift} |
 | layers with full attention | {full} |
@@ -84,17 +84,19 @@ _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
 }
 
 
 class HubMixin:
     """How a LongNet model is saved and pushed: its code travels with the weights, and so does a model card."""
 
+    code_of_auto_classes: dict[str, str] = AUTO_MAP
     completes_cards = True  # known by this, not by the class, of which code from the Hub has its own
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in Transformers. The code travels with the weights, for every Auto class, and so does a model card."""
-        self.config.auto_map = dict(AUTO_MAP)
+        self.config.auto_map = dict(self.code_of_auto_classes)
         complete_trainers_cards()
         wrapped = type(self)
         try:
@@ -142,6 +144,7 @@ def _sections(config, auto_class: str, repo_id: str) -> str:
         if unbounded
         else "A pair of tokens further apart than the longest segment is not seen directly.",
         config=config,
+        vocabulary=config.vocab_size or "none",
         shift="yes" if config.segment_shift else "no",
         full=", ".join(map(str, config.full_attention_layers or ())) or "none",
         branches="\n".join(

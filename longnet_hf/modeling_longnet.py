@@ -4,6 +4,7 @@ Reads from top to bottom like any model of Transformers: rotary positions, atten
 """
 
 import copy
+import dataclasses
 import functools
 import math
 import os
@@ -45,6 +46,7 @@ from .hub_longnet import MODEL_CLASSES, HubMixin, forget_name
 from .linear_cross_entropy import is_plain_linear, linear_cross_entropy
 from .pointwise import activate, is_plain, rotate
 from .recompute import in_chunks
+from .torchscale_weights import config_fields, read_checkpoint, rename_encoder
 
 
 try:
@@ -337,6 +339,48 @@ class LongNetPreTrainedModel(HubMixin, ReadingMixin, PreTrainedModel):
                     "`split_sequence`), or weights (FSDP2), or place layers (`device_map`)."
                 )
         return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def from_torchscale(cls, checkpoint, args, **kwargs):
+        """A LongNet with the weights of a plain decoder or encoder of torchscale, unchanged.
+
+        An encoder attends, as it was trained, to the zeros that fill up its last segments (`segment_padding="zeros"`).
+
+        Args:
+            checkpoint: a file of `torch.save` with the state dict of a `LongNetDecoder` or `LongNetEncoder`, or that
+                state dict.
+            args: its options: torchscale's `DecoderConfig` or `EncoderConfig`, or a dict of what one was made of.
+            kwargs: further fields of [`LongNetConfig`]; the rest goes to `from_pretrained` (`dtype`, `device_map`, …).
+
+        Raises:
+            ValueError: if it has weights or options that LongNet does not compute; they are named.
+        """
+        weights = read_checkpoint(checkpoint)
+        fields = config_fields(args, weights)
+        weights, fields["use_rope"] = rename_encoder(weights, fields["num_attention_heads"])
+        if fields["use_rope"]:
+            fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+        if not issubclass(cls, LongNetModel):
+            weights = {name if name.startswith("lm_head.") else f"model.{name}": x for name, x in weights.items()}
+        elif fields["tie_word_embeddings"]:
+            del weights["lm_head.weight"]
+        return cls.from_weights(weights, fields, **kwargs)
+
+    @classmethod
+    def from_weights(cls, weights: dict[str, torch.Tensor], fields: dict, **kwargs):
+        """The model with exactly these weights, whose configuration has `fields`, and those that `kwargs` hold beside
+        arguments of `from_pretrained`."""
+        known = {field.name for field in dataclasses.fields(cls.config_class)} - {"dtype"}
+        config = cls.config_class(**fields | {name: kwargs.pop(name) for name in list(kwargs) if name in known})
+        dtype = next(x.dtype for x in weights.values() if x.is_floating_point())
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", dtype))
+        options = dict(config=config, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True)
+        model, info = cls.from_pretrained(None, **options, **kwargs)
+        misfits = {name: sorted(map(str, info[name])) for name in info if name.endswith("_keys") and info[name]}
+        if misfits:
+            raise ValueError(f"The weights do not fit {cls.__name__} and its configuration: {misfits}.")
+        forget_name(model)
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -971,11 +1015,17 @@ LongNetConfig.register_for_auto_class()
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LongNetConfig.model_type] = LongNetForCausalLM.__name__
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _model_class.register_for_auto_class(_auto_class)
-# What adapters of PEFT adapt where they name no `target_modules`: as of Llama, whose layers have the same names. There
-# is a table for each kind of adapter.
-for _name, _table in vars(peft_constants).items() if peft_constants is not None else ():
-    if _name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in _table:
-        _table[LongNetConfig.model_type] = copy.copy(_table["llama"])
+
+
+def adapt_as_llama(model_type: str) -> None:
+    """Tell PEFT what adapters adapt where they name no `target_modules`: as of Llama, whose layers have the same
+    names. There is a table for each kind of adapter."""
+    for name, table in vars(peft_constants).items() if peft_constants is not None else ():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:
+            table[model_type] = copy.copy(table["llama"])
+
+
+adapt_as_llama(LongNetConfig.model_type)
 
 
 __all__ = [

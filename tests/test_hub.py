@@ -11,8 +11,14 @@ from local_hub import LocalHub
 from models import build, random_ids
 from processes import HANG_LIMIT
 from safetensors import safe_open
+from test_slides import batch_of, build_slide, random_slides
 
-from longnet_hf import LongNetForCausalLM, LongNetForSequenceClassification, LongNetModel
+from longnet_hf import (
+    LongNetForCausalLM,
+    LongNetForSequenceClassification,
+    LongNetModel,
+    LongNetSlideModel,
+)
 
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +37,7 @@ CODE = {
     "hub_longnet.py",
     "modeling_longnet.py",
     "pattern_report.py",
+    "torchscale_weights.py",
 }
 IMPORTS = """
 import torch
@@ -80,6 +87,33 @@ def test_a_saved_folder_serves_every_auto_class_without_the_package(model_class,
         tmp_path,
     )
     assert out.count("True") == 5 and "LongNetForQuestionAnswering" in out
+
+
+def test_a_slides_encoder_loads_without_the_package(tmp_path, hub):
+    model, slides = build_slide(LongNetSlideModel, dtype=torch.float32), random_slides(20, 30, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "slides")
+    names = {path.name for path in (tmp_path / "slides").iterdir()}
+    assert names >= CODE | {"modeling_longnet_slide.py"}
+    assert "| vocabulary | none |" in (tmp_path / "slides" / "README.md").read_text()
+    batch = batch_of(slides)
+    torch.save((batch, model(**batch).pooler_output), tmp_path / "expected.pt")
+    out = run(
+        f"""
+        from transformers import AutoModelForImageClassification
+        batch, expected = torch.load(r"{tmp_path}/expected.pt")
+        for auto, kwargs in ((AutoModel, dict()), (AutoModelForImageClassification, dict(num_labels=3))):
+            model = auto.from_pretrained(r"{tmp_path}/slides", trust_remote_code=True, **kwargs)
+            model(**batch)
+            encoder = getattr(model, "model", model)
+            print(type(model).__name__, torch.allclose(encoder(**batch).pooler_output, expected, atol=1e-5))
+            model.save_pretrained(r"{tmp_path}/again")
+        again = AutoModelForImageClassification.from_pretrained(r"{tmp_path}/again", trust_remote_code=True)
+        print(torch.equal(again(**batch).logits, model(**batch).logits))
+        """,
+        hub,
+        tmp_path,
+    )
+    assert out.split() == ["LongNetSlideModel", "True", "LongNetForSlideClassification", "True", "True"]
 
 
 def test_push_pull_train_and_push_again(tmp_path, hub):
