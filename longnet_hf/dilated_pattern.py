@@ -272,7 +272,7 @@ class DilatedPattern:
             w = _lesser(branch.length, length)
             place = n % w
             real = _lesser(w, length - (n - place))  # positions in the segment
-            count = count + (place % r == phase) * (-(-w // r) + (phase - real) // r)
+            count = count + (branch.belongs_to(head) & (place % r == phase)) * (-(-w // r) + (phase - real) // r)
         return count
 
     # How much work that is, and what a cache has to hold
@@ -445,8 +445,8 @@ def check_segment_padding(pattern: DilatedPattern, segment_padding: str, is_caus
     reason = None
     if is_causal:
         reason = "in causal attention (`is_causal=True`) padding comes after every query and changes nothing"
-    elif "window" in pattern.branch_types:
-        reason = "a branch of type 'window' (full attention, too) has no segments to fill up"
+    elif set(pattern.branch_types) != {"segment"}:
+        reason = "branches of type 'window' (full attention, too) and 'sink' have no segments to fill up"
     elif pattern.shift or pattern.offset:
         reason = "torchscale, whose padding this is, does not shift segments (`segment_shift=True`)"
     if reason is not None:

@@ -93,7 +93,7 @@ def mixture_over_padded_segments(query, key, value, pattern):
     numerator, denominator = torch.zeros_like(query), query.new_zeros(heads, length, 1)
     for branch in pattern.branches:
         w = min(branch.length, length)
-        for head in range(heads):
+        for head in filter(branch.belongs_to, range(heads)):
             phase = pattern.phase(branch, head, heads)
             for start in range(0, length, w):
                 rows = range(start, start + -(-w // branch.rate) * branch.rate)[phase :: branch.rate]
@@ -113,7 +113,8 @@ def test_keys_of_zeros_are_attended_to_in_each_document(seed, attention):
     torch.manual_seed(seed)
     branches = rng.randint(1, 4)
     lengths, rates = ([rng.randint(1, 24) for _ in range(branches)], [rng.randint(1, 6) for _ in range(branches)])
-    pattern = DilatedPattern(lengths, rates, head_offset=rng.choice(["paper", "grouped"]))
+    owners = [rng.choice([None, (0,)]) for _ in range(branches)]
+    pattern = DilatedPattern(lengths, rates, head_offset=rng.choice(["paper", "grouped"]), branch_heads=owners)
     documents = [rng.randint(1, 40) for _ in range(3)]
     ids = torch.tensor([n for n, length in enumerate(documents) for _ in range(length)] + [-1] * 3)
     ids = ids[torch.randperm(len(ids))] if rng.random() < 0.5 else ids
@@ -144,6 +145,7 @@ def test_keys_of_zeros_for_the_last_queries_of_grouped_heads(queries):
 @pytest.mark.parametrize(("change", "reason"), [
     (dict(is_causal=True), "causal"), (dict(pattern=DilatedPattern([8, 16], [1, 2], ["segment", "window"])), "window"),
     (dict(pattern=DilatedPattern.full()), "window"), (dict(pattern=DilatedPattern([8], [1], shift=True)), "shift"),
+    (dict(pattern=DilatedPattern([8, 2], [1, 1], ["segment", "sink"])), "sink"),
     (dict(segment_padding="ones"), "must be one of .*'none', 'zeros'.*'ones'"),
 ])  # fmt: skip
 def test_keys_of_zeros_are_refused_where_they_have_no_meaning(change, reason, attention):
