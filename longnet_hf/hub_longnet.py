@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 MODEL_CLASSES = {
     "AutoModel": "LongNetModel",
     "AutoModelForCausalLM": "LongNetForCausalLM",
+    "AutoModelForMaskedLM": "LongNetForMaskedLM",
     "AutoModelForSequenceClassification": "LongNetForSequenceClassification",
     "AutoModelForTokenClassification": "LongNetForTokenClassification",
     "AutoModelForQuestionAnswering": "LongNetForQuestionAnswering",
@@ -81,6 +82,7 @@ _BEGIN, _END = "<!-- longnet: begin -->", "<!-- longnet: end -->"
 
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",

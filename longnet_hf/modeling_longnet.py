@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    MaskedLMOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
@@ -775,6 +776,69 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
             model.generation_config = copy.deepcopy(model_or_path.generation_config)
         forget_name(model)
         return model
+
+
+class LongNetForMaskedLM(LongNetPreTrainedModel):
+    """LongNet, as an encoder, that predicts masked tokens: what encoders are pretrained as."""
+
+    _tied_weights_keys = LongNetForCausalLM._tied_weights_keys
+    chunked_loss = LongNetForCausalLM.chunked_loss
+    leaves_out_logits = LongNetForCausalLM.leaves_out_logits
+
+    def __init__(self, config: LongNetConfig):
+        if config.is_causal:
+            raise ValueError("LongNetForMaskedLM predicts from both sides: the configuration needs `is_causal=False`.")
+        super().__init__(config)
+        check_vocabulary(config)
+        self.model = LongNetModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        r"""
+        Args (the others are those of [`LongNetModel`]):
+            labels: `[B, N]`, the tokens that were masked, -100 elsewhere, as `DataCollatorForLanguageModeling` gives
+                them. Nothing is shifted.
+            num_items_in_batch: divide the summed loss by this instead of by the number of labels.
+            skip_logits: leave out the logits. Default: where there are labels, and `config.skip_logits` holds.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        own_loss = hasattr(self, "_loss_function")  # set by the user, who expects it to be given all logits
+        if skip_logits is None:
+            skip_logits = labels is not None and not own_loss and self.leaves_out_logits(0)
+        logits = None if skip_logits else self.lm_head(hidden_states)
+        loss = None
+        if labels is not None and own_loss:
+            logits_for_loss = self.lm_head(hidden_states) if logits is None else logits
+            loss = self.loss_function(
+                logits_for_loss, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        elif labels is not None:
+            labels = labels.to(hidden_states.device)
+            if not torch.compiler.is_compiling():  # to a compiled graph their number would be new in every batch
+                hidden_states, labels = hidden_states[labels != -100], labels[labels != -100]
+            loss = self.chunked_loss(hidden_states, labels, num_items_in_batch)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 def refuse_split(model: nn.Module, *args) -> None:

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from longnet_hf import LongNetConfig
+from longnet_hf import LongNetConfig, LongNetForMaskedLM
 from longnet_hf.modeling_longnet import AUTO_CLASSES
 
 
@@ -60,6 +60,8 @@ def small_config(kind: str = "paper", **changes) -> LongNetConfig:
 def build(model_class, kind: str = "paper", dtype=torch.float32, **changes):
     """A model in evaluation mode, with weights large enough that attention matters."""
     torch.manual_seed(0)
+    if model_class is LongNetForMaskedLM:
+        changes.setdefault("is_causal", False)
     model = model_class(small_config(kind, initializer_range=0.2, **changes))
     return model.to(dtype).eval()
 

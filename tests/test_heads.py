@@ -3,13 +3,23 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from comparisons import main_output, with_eager
+from comparisons import all_gradients, assert_same_gradients, main_output, with_eager
 from models import build, every_head, every_kind, random_ids
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from longnet_hf import (
     LongNetForCausalLM,
+    LongNetForMaskedLM,
     LongNetForQuestionAnswering,
     LongNetForSequenceClassification,
     LongNetForTokenClassification,
@@ -25,7 +35,7 @@ def test_hidden_states_and_attentions(model_class, kind):
     assert [tuple(x.shape) for x in outputs.attentions] == [(2, 4, 21, 21)] * 3
     weights = outputs.attentions[0]
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 21))
-    assert (weights.triu(1) == 0).all()
+    assert (weights.triu(1) == 0).all() == model.config.is_causal
     for ours, theirs in zip(model(ids, return_dict=False), model(ids).to_tuple(), strict=True):
         assert not torch.is_tensor(ours) or torch.equal(ours, theirs)
 
@@ -220,3 +230,74 @@ def test_a_loss_function_of_the_users_own_gets_what_was_given(model_class):
     model.loss_function = loss_function
     assert model(random_ids(2, 12), **labels, num_items_in_batch=7).loss == 1
     assert seen["num_items_in_batch"] == 7
+
+
+def masked_batch(model, batch=2, length=30):
+    """Ids in which some tokens are masked (by id 3), and the labels of those, in padded rows."""
+    ids, mask = random_ids(batch, length), torch.ones(batch, length, dtype=torch.long)
+    mask[0, length - 9 :] = 0
+    masked = (torch.rand(batch, length) < 0.3) & (mask == 1)
+    return ids.masked_fill(masked, 3), mask, ids.masked_fill(~masked, -100)
+
+
+@every_kind
+def test_masked_language_models_have_the_loss_of_all_logits(kind):
+    model = build(LongNetForMaskedLM, kind, torch.float64)
+    ids, mask, labels = masked_batch(model)
+    logits = model(ids, attention_mask=mask).logits
+    outputs = model(ids, attention_mask=mask, labels=labels)
+    assert logits.shape == (2, 30, 97) and outputs.logits is None
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert_same_gradients(all_gradients(model, outputs.loss), all_gradients(model, expected), 1e-6)
+    torch.testing.assert_close(outputs.loss, expected.to(outputs.loss.dtype), rtol=0, atol=1e-6)
+    summed = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    for count in (7, torch.tensor(7)):
+        loss = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=count).loss
+        torch.testing.assert_close(loss, (summed / 7).to(loss.dtype), rtol=0, atol=1e-5)
+    assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
+    whole = model(ids, attention_mask=mask, labels=labels, skip_logits=False)
+    torch.testing.assert_close(whole.logits, logits)
+
+
+def test_masked_tokens_are_predicted_from_both_sides():
+    model, ids = build(LongNetForMaskedLM, dtype=torch.float64), random_ids(1, 20)
+    changed = ids.clone()
+    changed[0, 15] = (ids[0, 15] + 1) % 90 + 3
+    assert (model(ids).logits[0, 12] - model(changed).logits[0, 12]).abs().max() > 1e-6
+    with pytest.raises(ValueError, match="LongNetForMaskedLM .*`is_causal=False`"):
+        build(LongNetForMaskedLM, is_causal=True)
+    with pytest.raises(ValueError, match="LongNetForCausalLM needs `is_causal=True`"):
+        build(LongNetForCausalLM, is_causal=False)
+
+
+def test_a_masked_language_model_uses_a_loss_of_its_own_and_compiles():
+    model = build(LongNetForMaskedLM, dtype=torch.float64)
+    ids, mask, labels = masked_batch(model)
+    expected = model(ids, attention_mask=mask, labels=labels).loss
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(ids, attention_mask=mask, labels=labels).loss, expected)
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
+    outputs = model(ids, attention_mask=mask, labels=labels)
+    assert outputs.loss == outputs.logits.sum()
+
+
+def test_a_masked_language_model_is_pretrained_by_trainer_with_the_collator(tmp_path):
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="[PAD]"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    special = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    rows = [tokenizer(" ".join(map(chr, range(97, 97 + n)))) for n in (26, 20, 26, 11) * 4]
+    rows = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows]
+    model = build(LongNetForMaskedLM).train()
+    arguments = TrainingArguments(
+        tmp_path, max_steps=12, per_device_train_batch_size=4, learning_rate=5e-3, use_cpu=True, report_to="none",
+        disable_tqdm=True, save_strategy="no", seed=1,
+    )  # fmt: skip
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collator)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 1
+    model.save_pretrained(tmp_path / "model")
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path / "model")) is LongNetForMaskedLM
