@@ -41,18 +41,20 @@ def gather_attention(query, key, value, pattern, is_causal):
     outputs, lses = [], []
     for branch in pattern.branches:
         w, r = min(branch.length, length), branch.rate
-        output, lse = torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+        w += -w % r
+        padded = [F.pad(x, (0, 0, 0, -length % w)) for x in (query, key, value)]  # to whole segments
+        output, lse = torch.zeros_like(padded[0]), query.new_full(padded[0].shape[:3], -torch.inf, dtype=torch.float32)
         for phase in range(min(r, heads)):
 
             def kept(x, phase=phase, w=w, r=r):  # [1, heads, N, ...] -> [segments, heads, kept rows, ...]
                 return x[:, phase::r].unflatten(2, (-1, w))[0, :, :, phase::r].transpose(0, 1)
 
-            rows = (kept(x).contiguous() for x in (query, key, value))
+            rows = (kept(x).contiguous() for x in padded)
             part, part_lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*rows, 0.0, is_causal)
             kept(output).copy_(part)
             kept(lse).copy_(part_lse)
-        outputs.append(output)
-        lses.append(lse)
+        outputs.append(output[:, :, :length])
+        lses.append(lse[:, :, :length])
     weights = torch.stack(lses).softmax(0).to(query.dtype)
     return sum(weight[..., None] * output for weight, output in zip(weights, outputs, strict=True))
 

@@ -543,11 +543,13 @@ class LongNetForSlideClassification(LongNetSlidePreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         r"""
         Args (the others are those of [`LongNetSlideModel`]):
             labels: `[B]`, classes or, with one label, numbers; `[B, num_labels]` of floats for several at a time.
+            num_items_in_batch: divide the summed loss by this instead of by the number of labels.
         """
         layers = self.config.feature_layers
         wanted = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
@@ -571,6 +573,8 @@ class LongNetForSlideClassification(LongNetSlidePreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, logits=logits, pooled_logits=logits, config=self.config)
+            if num_items_in_batch is not None:  # which Transformers' mean does not know in every case
+                loss = loss * (labels != -100).sum() / num_items_in_batch
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,

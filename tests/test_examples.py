@@ -1,12 +1,16 @@
 """The examples, and the benchmark that trains, run, resume and refuse as their users expect, in miniature."""
 
 import functools
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from processes import HANG_LIMIT
@@ -33,6 +37,38 @@ def run(script, *arguments, folder, of="examples"):
     command = [sys.executable, str(ROOT / of / script), *map(str, arguments)]
     options = dict(capture_output=True, text=True, timeout=HANG_LIMIT)
     return subprocess.run(command, cwd=folder, env=environment, **options)
+
+
+def test_a_classifier_of_slides_is_trained_and_its_heat_map_drawn(tmp_path):
+    tiny = ("--slides", 8, "--held_out", 4, "--tiles", 40, "--feature_size", 12, "--num_train_epochs", 1)
+    quiet = ("--use_cpu", "--report_to", "none", "--disable_tqdm", "true")
+    done = run("slide.py", *tiny, *quiet, "--output_dir", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results) == {"accuracy", "heat_finds_sign"} and all(0 <= x <= 1 for x in results.values())
+    assert (tmp_path / "run" / "heat_map.png").stat().st_size > 10_000
+    assert (tmp_path / "run" / "model" / "modeling_longnet_slide.py").exists()
+
+
+def test_parameters_of_a_slides_classifier_learn_slower_towards_the_embeddings(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    slide = importlib.import_module("slide")
+    slide.make_model(slide.SlideArguments()).model.save_pretrained(tmp_path)
+    model = slide.make_model(slide.SlideArguments(encoder=str(tmp_path), drop_path=0.3))
+    assert model.config.drop_path_rate == 0.3 and model.score.weight.shape == (2, 64)
+    groups = slide.layer_decay_groups(model, SimpleNamespace(learning_rate=1.0, weight_decay=0.1), 0.5)
+    group_of = {id(weight): group for group in groups for weight in group["params"]}
+    assert len(group_of) == len(list(model.parameters()))
+    for name, weight in model.named_parameters():
+        layer = re.search(r"layers\.(\d)", name)
+        depth = int(layer[1]) + 1 if layer else 0 if "embeddings" in name else 4
+        assert group_of[id(weight)]["lr"] == 0.5 ** (4 - depth), name
+        is_matrix = weight.dim() == 2
+        assert group_of[id(weight)]["weight_decay"] == (0.1 if is_matrix else 0.0), name
+    signs = [slide.make_slide(index, 12, 40, 4.0)["sign"].sum() for index in range(4)]
+    assert signs == [0, 9, 0, 9]
+    assert slide.rank_of_sign(np.array([3.0, 1, 2]), np.array([True, False, False])) == 1
+    assert slide.rank_of_sign(np.array([1.5, 1, 2]), np.array([True, False, False])) == 0.5
 
 
 def test_training_goes_on_where_it_was_stopped(tmp_path):

@@ -268,6 +268,8 @@ def test_classification(labels, changes, layers):
     else:
         loss = torch.nn.functional.binary_cross_entropy_with_logits(expected, labels)
     torch.testing.assert_close(outputs.loss, loss, rtol=0, atol=1e-12)
+    accumulated = model(**batch, labels=labels, num_items_in_batch=5 * labels.numel()).loss
+    torch.testing.assert_close(accumulated, loss / 5, rtol=0, atol=1e-12)
     assert outputs.hidden_states is None
     assert len(model(**batch, output_hidden_states=True).hidden_states) == 4
     assert isinstance(model(**batch, return_dict=False), tuple)
