@@ -1,10 +1,13 @@
 """Slides of tiles: positions, pooling, batches, attention maps, classification, errors that name tiles."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from comparisons import all_gradients, assert_same_gradients, with_eager
+from published import random_gigapath, random_longvit
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
 
 from longnet_hf import (
@@ -17,6 +20,7 @@ from longnet_hf import (
 from longnet_hf.modeling_longnet_slide import sincos_positions
 
 
+ROOT = Path(__file__).parent.parent
 SMALL = dict(
     feature_size=12,
     hidden_size=32,
@@ -323,6 +327,26 @@ def test_gradient_checkpointing_changes_nothing():
     model.gradient_checkpointing_enable()
     torch.manual_seed(3)
     assert_same_gradients(all_gradients(model, model(**slide).pooler_output.square().sum()), expected, 1e-9)
+
+
+def test_what_the_page_about_slides_says_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "slides.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 6 and all(block.count("\n") < 15 for block in blocks)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    torch.save({"model": {name: x.float() for name, x in random_gigapath(1536).items()}}, "slide_encoder.pth")
+    torch.save((torch.randn(40, 1536), torch.randint(256_000, (40, 2))), "slide.pt")
+    torch.save({name: x.float() for name, x in random_longvit(32, 32).items()}, "longvit_small_patch32_1024.pth")
+    names = {}
+    for block in blocks[:5]:
+        # The original has more layers, and runs on a GPU
+        block = block.replace("[11]", "[1]").replace(
+            "num_train_epochs", 'report_to="none", use_cpu=True, num_train_epochs'
+        )
+        exec(compile(block, "slides.md", "exec"), names)
+    assert names["slide"].shape == (1, 32) and names["tiles"].shape == (1, 40, 32) and len(names["layers"]) == 4
+    assert names["heat"].shape == (40,) and (tmp_path / "heat_map.png").stat().st_size > 1000
+    assert names["outputs"].last_hidden_state.shape == (1, 1024, 32)
 
 
 def test_compiles_and_still_looks_at_coordinates():
