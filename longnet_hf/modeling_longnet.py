@@ -358,9 +358,7 @@ class LongNetPreTrainedModel(HubMixin, ReadingMixin, PreTrainedModel):
         """
         weights = read_checkpoint(checkpoint)
         fields = config_fields(args, weights)
-        weights, fields["use_rope"] = rename_encoder(weights, fields["num_attention_heads"])
-        if fields["use_rope"]:
-            fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+        weights = rename_encoder(weights, fields["num_attention_heads"])
         if not issubclass(cls, LongNetModel):
             weights = {name if name.startswith("lm_head.") else f"model.{name}": x for name, x in weights.items()}
         elif fields["tie_word_embeddings"]:

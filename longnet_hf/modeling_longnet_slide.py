@@ -16,9 +16,9 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import initialization as init
-from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_longnet import LongNetConfig
 from .modeling_longnet import LongNetModel, LongNetPreTrainedModel, adapt_as_llama, refuse_split
@@ -502,7 +502,7 @@ class LongNetSlideModel(LongNetSlidePreTrainedModel, LongNetModel):
         """The model of a checkpoint in which `own` weights, by name, stand beside a torchscale encoder."""
         num_heads = kwargs.get("num_attention_heads", cls.config_class.num_attention_heads)
         encoder = {name.removeprefix("encoder."): x for name, x in weights.items() if name not in own}
-        encoder, _ = rename_encoder(encoder, num_heads)
+        encoder = rename_encoder(encoder, num_heads)
         _weight_of(encoder, "layers.0.mlp.up_proj.weight")
         layers = {name.split(".")[1] for name in encoder if name.startswith("layers.")}
         fields = fields | dict(

@@ -60,7 +60,7 @@ _OPTIONS_WITHOUT_EFFECT = {
     *("moe_second_expert_policy", "moe_normalize_gate_prob_before_dropping", "bert_init", "no_output_layer"),
     *("vocab_size", "max_source_positions", "max_target_positions", "img_size", "patch_size", "in_chans"),
     *("checkpoint_activations", "fsdp", "ddp_rank", "flash_attention", "seq_parallel", "block_shift"),
-    *("xpos_rel_pos", "xpos_scale_base", "share_input_output_embed", "share_all_embeddings"),
+    *("xpos_scale_base", "share_input_output_embed", "share_all_embeddings"),
 }
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "swish": "silu"}
 
@@ -99,8 +99,8 @@ def weights_under(weights: Mapping[str, torch.Tensor], *prefixes: str) -> dict[s
     return dict(weights)
 
 
-def rename_encoder(weights: Mapping[str, torch.Tensor], num_heads: int) -> tuple[dict[str, torch.Tensor], bool]:
-    """torchscale's encoder or decoder as LongNet's: the weights under its names, and whether it has rotary positions.
+def rename_encoder(weights: Mapping[str, torch.Tensor], num_heads: int) -> dict[str, torch.Tensor]:
+    """The weights of torchscale's encoder or decoder as LongNet names and orders them.
 
     Raises:
         ValueError: if a weight is none of an encoder or decoder that LongNet computes.
@@ -129,7 +129,7 @@ def rename_encoder(weights: Mapping[str, torch.Tensor], num_heads: int) -> tuple
         for projection in ("q_proj", "k_proj"):
             for kind in ("weight", "bias"):
                 renamed[f"{stem}{projection}.{kind}"] = _halves(renamed[f"{stem}{projection}.{kind}"], num_heads)
-    return renamed, bool(scales)
+    return renamed
 
 
 def _halves(x: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -175,6 +175,12 @@ def config_fields(args, weights: Mapping[str, torch.Tensor]) -> dict:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"`activation_fn` must be one of {sorted(_ACTIVATIONS)}, got {activation!r}.")
     dropout, is_causal = take("dropout", 0.0), side == "decoder"
+    has_scale = any(name.endswith(".xpos.scale") for name in weights)
+    use_rope = take("xpos_rel_pos", has_scale)
+    if use_rope != has_scale:
+        raise ValueError(
+            f"`xpos_rel_pos={use_rope!r}` does not fit the weights, which have {'' if has_scale else 'no '}`xpos.scale`."
+        )
     embeddings, projection = (weights.get(f"{name}.weight") for name in ("embed_tokens", "output_projection"))
     fields = {
         "is_causal": is_causal,
@@ -195,6 +201,8 @@ def config_fields(args, weights: Mapping[str, torch.Tensor]) -> dict:
         "embedding_dropout": dropout,
         "hidden_dropout": dropout,
         "drop_path_rate": take("drop_path_rate", 0.0),
+        "use_rope": use_rope,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "vocab_size": 0 if embeddings is None else len(embeddings),
         "tie_word_embeddings": embeddings is not None
         and projection is not None

@@ -156,6 +156,28 @@ def test_low_precision(pooling, dtype):
     assert (outputs.pooler_output - expected).abs().max() < 0.1
 
 
+@pytest.mark.gpu
+@every_pooling
+@pytest.mark.parametrize("triton", ["1", "0"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_error_on_a_gpu(dtype, triton, pooling, monkeypatch):
+    monkeypatch.setenv("LONGNET_TRITON", triton)
+    changes = dict(pooling=pooling, segment_padding="zeros", segment_lengths=[128, 360], dilation_rates=[1, 3])
+    exact, slides = build_slide(**changes), random_slides(900, 417)
+    batch = batch_of(slides)
+    expected = exact(**batch).pooler_output
+    low, low_batch = build_slide(dtype=dtype, **changes).cuda(), {name: x.cuda() for name, x in batch.items()}
+    low_batch["inputs_embeds"] = low_batch["inputs_embeds"].to(dtype)
+    output, plain = low(**low_batch).pooler_output, with_eager(low)(**low_batch).pooler_output
+    error, bound = ((x.double().cpu() - expected).abs().max() for x in (output, plain))
+    assert error < 2 * bound + 1e-5
+    output.float().square().sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in low.parameters())
+    maps = zip(low.attention_maps(**low_batch), exact.attention_maps(**batch), strict=True)
+    for ours, theirs in maps:
+        assert (ours.double().cpu() - theirs).abs().max() < 0.05 * theirs.max()
+
+
 @every_padding
 def test_attention_maps_are_rows_of_the_dense_attention(segment_padding):
     model = build_slide(segment_padding=segment_padding)

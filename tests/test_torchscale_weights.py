@@ -26,6 +26,7 @@ from published import (
 from longnet_hf import (
     DilatedPattern,
     LongNetForCausalLM,
+    LongNetForMaskedLM,
     LongNetForSequenceClassification,
     LongNetModel,
     LongNetSlideModel,
@@ -83,6 +84,18 @@ def test_decoders(rotary, head, tmp_path):
     model.save_pretrained(tmp_path / "folder")
     again = LongNetForCausalLM.from_pretrained(tmp_path / "folder")
     torch.testing.assert_close(again(ids).logits[0], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("head", ["tied", "own"])
+def test_encoders_with_a_projection_predict_masked_tokens(head):
+    weights, ids = random_model(head=head), torch.randint(19, (1, 45))
+    model = LongNetForMaskedLM.from_torchscale(weights, options("encoder")).eval()
+    states = run_layers(weights, weights["embed_tokens.weight"][ids[0]])
+    expected = F.linear(last_norm(weights, states[-1]), weights["output_projection.weight"])
+    torch.testing.assert_close(model(ids).logits[0], expected, rtol=0, atol=1e-9)
+    for model_class, side in ((LongNetForMaskedLM, "decoder"), (LongNetForCausalLM, "encoder")):
+        with pytest.raises(ValueError, match="is_causal="):
+            model_class.from_torchscale(weights, options(side))
 
 
 def test_the_callers_weights_stay_the_callers():
@@ -193,6 +206,14 @@ def test_weights_that_longnet_does_not_compute_are_named(extra, named):
         LongNetModel.from_torchscale(random_model() | {extra: torch.ones(2)}, options("encoder"))
     with pytest.raises(ValueError, match=f"does not compute.*{named}"):
         LongNetSlideModel.from_gigapath(random_gigapath() | {f"encoder.{extra}": torch.ones(2)}, pooling="cls")
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_positions_that_options_and_weights_disagree_on_are_refused(rotary):
+    with pytest.raises(ValueError, match=f"`xpos_rel_pos={not rotary}` does not fit the weights"):
+        LongNetModel.from_torchscale(random_model(rotary), options("encoder", xpos_rel_pos=not rotary))
+    model = LongNetModel.from_torchscale(random_model(rotary), options("encoder", xpos_rel_pos=rotary))
+    assert model.config.use_rope is rotary
 
 
 def test_positions_with_a_scale_are_refused_with_the_reason():
