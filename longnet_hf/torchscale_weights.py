@@ -178,9 +178,8 @@ def config_fields(args, weights: Mapping[str, torch.Tensor]) -> dict:
     has_scale = any(name.endswith(".xpos.scale") for name in weights)
     use_rope = take("xpos_rel_pos", has_scale)
     if use_rope != has_scale:
-        raise ValueError(
-            f"`xpos_rel_pos={use_rope!r}` does not fit the weights, which have {'' if has_scale else 'no '}`xpos.scale`."
-        )
+        have = "have" if has_scale else "lack"
+        raise ValueError(f"`xpos_rel_pos={use_rope!r}` does not fit the weights, which {have} `xpos.scale`.")
     embeddings, projection = (weights.get(f"{name}.weight") for name in ("embed_tokens", "output_projection"))
     fields = {
         "is_causal": is_causal,
