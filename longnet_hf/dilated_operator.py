@@ -302,7 +302,7 @@ def _attend_to_zeros(
         columns = slice(document.query_column + document.first_query, document.query_column + document.length)
         part, part_lse = output[document.row, :, columns], lse[document.row, :, columns]
         kept = torch.where(log_count == -torch.inf, 1.0, torch.sigmoid(part_lse - log_count))
-        part.copy_(part * kept[..., None])
+        part.mul_(kept[..., None])
         part_lse.copy_(torch.logaddexp(part_lse, log_count))
 
 
