@@ -87,9 +87,8 @@ def dilated_attention(
     given = dict(attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens)
     document_ids = _documents_of(key, document_ids, **given)
     if torch.onnx.is_in_onnx_export() and not return_lse:  # ONNX knows plain operations alone
-        return dilated_attention_reference(
-            query, key, value, pattern, is_causal=is_causal, scale=scale, dropout=dropout, document_ids=document_ids
-        )
+        options = dict(is_causal=is_causal, scale=scale, dropout=dropout, segment_padding=segment_padding)
+        return dilated_attention_reference(query, key, value, pattern, document_ids=document_ids, **options)
     seed = torch.randint(2**62, (1,), dtype=torch.int64) if dropout > 0 else None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     options = pattern.to_json(), is_causal, scale, float(dropout), seed

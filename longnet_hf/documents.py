@@ -118,12 +118,14 @@ def check_cu_seq_lens(cu_seq_lens: torch.Tensor, total: int, tokens: str = "toke
 
 def positions_in_documents(document_ids: torch.Tensor) -> torch.Tensor:
     """How many tokens of its own document stand before each token, `[B, N]`; padding counts as a document."""
+    if torch.onnx.is_in_onnx_export():  # which has no stable sorting
+        return (document_ids[:, :, None] == document_ids[:, None, :]).tril(-1).sum(-1)
     order = document_ids.argsort(dim=1, stable=True)
     grouped = document_ids.gather(1, order)
     column = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = grouped[:, 1:] != grouped[:, :-1]
-    first = column.masked_fill(~begins, 0).cummax(dim=1).values
+    first = running_max(column.masked_fill(~begins, 0))
     return (column - first).gather(1, order.argsort(dim=1))
 
 

@@ -299,8 +299,8 @@ def check_arguments(kwargs: dict, config: LongNetConfig, attention_rows: torch.T
     if wants_attentions and attention_rows is None and config._attn_implementation != "eager":
         raise ValueError(
             "`output_attentions=True` needs the weights of attention, which the operator never holds: load the model "
-            'with `attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`; or ask for those of '
-            "some tokens with `attention_rows`."
+            'with `attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`; or ask for those '
+            "of some tokens with `attention_rows`."
         )
     for name, value in kwargs.items():
         if value is None or value is False or name in _TAKEN:
@@ -809,8 +809,11 @@ class LongNetForMaskedLM(LongNetPreTrainedModel):
             labels: `[B, N]`, the tokens that were masked, -100 elsewhere, as `DataCollatorForLanguageModeling` gives
                 them. Nothing is shifted.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels.
-            skip_logits: leave out the logits. Default: where there are labels, and `config.skip_logits` holds.
+            skip_logits: leave out the logits. Default: where there are labels, `config.skip_logits` holds, and there
+                are more logits than 2**27. The loss itself never holds more.
         """
+        own_loss = hasattr(self, "_loss_function")  # set by the user, who expects it to be given all logits
+        of_loss = {name: kwargs.pop(name) for name in list(kwargs) if own_loss and name not in _TAKEN}
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -819,21 +822,29 @@ class LongNetForMaskedLM(LongNetPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        own_loss = hasattr(self, "_loss_function")  # set by the user, who expects it to be given all logits
         if skip_logits is None:
-            skip_logits = labels is not None and not own_loss and self.leaves_out_logits(0)
+            num_tokens = hidden_states.shape[:-1].numel()
+            skip_logits = labels is not None and not own_loss and self.leaves_out_logits(num_tokens, 0)
         logits = None if skip_logits else self.lm_head(hidden_states)
         loss = None
         if labels is not None and own_loss:
-            logits_for_loss = self.lm_head(hidden_states) if logits is None else logits
             loss = self.loss_function(
-                logits_for_loss, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                logits=self.lm_head(hidden_states) if logits is None else logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                **of_loss,
             )
         elif labels is not None:
             labels = labels.to(hidden_states.device)
-            if not torch.compiler.is_compiling():  # to a compiled graph their number would be new in every batch
-                hidden_states, labels = hidden_states[labels != -100], labels[labels != -100]
-            loss = self.chunked_loss(hidden_states, labels, num_items_in_batch)
+            divisor = loss_divisor(labels, num_items_in_batch)
+            if logits is not None and logits.numel() <= _MAX_LOGITS:  # FSDP wants the head to be called once
+                loss = logits_loss(logits, labels, divisor)
+            else:
+                is_masked = labels != -100
+                if not torch.compiler.is_compiling():  # in a compiled graph their number would be new in every batch
+                    hidden_states, labels = hidden_states[is_masked], labels[is_masked]
+                loss = self.chunked_loss(hidden_states, labels, divisor)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -21,7 +21,13 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_longnet import LongNetConfig
-from .modeling_longnet import LongNetModel, LongNetPreTrainedModel, adapt_as_llama, refuse_split
+from .modeling_longnet import (
+    LongNetForSequenceClassification,
+    LongNetModel,
+    LongNetPreTrainedModel,
+    adapt_as_llama,
+    refuse_split,
+)
 from .torchscale_weights import (
     LONGVIT_SEGMENT_LENGTHS,
     gigapath_segment_lengths,
@@ -528,8 +534,11 @@ class LongNetForSlideClassification(LongNetSlidePreTrainedModel):
     `config.num_labels` and `config.problem_type` say what `labels` are, as in [`LongNetForSequenceClassification`].
     """
 
+    sequence_loss = LongNetForSequenceClassification.sequence_loss
+
     def __init__(self, config: LongNetSlideConfig):
         super().__init__(config)
+        self.num_labels = config.num_labels
         self.model = LongNetSlideModel(config)
         self.score = nn.Linear(config.hidden_size * len(config.feature_layers or [-1]), config.num_labels)
         self.loss_type = "ForSequenceClassification"
@@ -572,9 +581,7 @@ class LongNetForSlideClassification(LongNetSlidePreTrainedModel):
         logits = self.score(pooled)
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, logits=logits, pooled_logits=logits, config=self.config)
-            if num_items_in_batch is not None:  # which Transformers' mean does not know in every case
-                loss = loss * (labels != -100).sum() / num_items_in_batch
+            loss = self.sequence_loss(logits, logits, labels, num_items_in_batch)
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,

@@ -23,6 +23,7 @@ from longnet_hf import (
     LongNetForQuestionAnswering,
     LongNetForSequenceClassification,
     LongNetForTokenClassification,
+    modeling_longnet,
 )
 
 
@@ -150,7 +151,11 @@ NOTHING = [
 
 @pytest.mark.parametrize("count", [None, 0, torch.tensor(0)])
 @pytest.mark.parametrize(
-    ("model_class", "labels"), [*NOTHING, (LongNetForCausalLM, dict(labels=torch.full((2, 12), -100)))]
+    ("model_class", "labels"),
+    [
+        *NOTHING,
+        *((model, dict(labels=torch.full((2, 12), -100))) for model in (LongNetForCausalLM, LongNetForMaskedLM)),
+    ],
 )
 def test_the_loss_of_nothing_is_zero(model_class, labels, count):
     model = build(model_class)
@@ -177,6 +182,7 @@ LOSSES = {
     "tokens": (LongNetForTokenClassification, TOKENS, dict(num_labels=5)),
     "answers": (LongNetForQuestionAnswering, SPANS, {}),
     "causal": (LongNetForCausalLM, NEXT, {}),
+    "masked": (LongNetForMaskedLM, NEXT, {}),
 }
 
 
@@ -185,7 +191,7 @@ LOSSES = {
 def test_accumulated_gradients_are_those_of_one_batch(name, smoothing, tmp_path):
     pytest.importorskip("accelerate")
     model_class, labels, changes = LOSSES[name]
-    if smoothing and name not in ("one class", "tokens", "causal"):
+    if smoothing and name not in ("one class", "tokens", "causal", "masked"):
         pytest.skip("Trainer smooths labels of classes only")
     ids = random_ids(8, 12)
     rows = [{"input_ids": ids[i]} | {key: x[i] for key, x in labels.items()} for i in range(8)]
@@ -241,12 +247,14 @@ def masked_batch(model, batch=2, length=30):
 
 
 @every_kind
-def test_masked_language_models_have_the_loss_of_all_logits(kind):
+@pytest.mark.parametrize("largest", [1 << 27, 200])
+def test_masked_language_models_have_the_loss_of_all_logits(kind, largest, monkeypatch):
+    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", largest)
     model = build(LongNetForMaskedLM, kind, torch.float64)
     ids, mask, labels = masked_batch(model)
     logits = model(ids, attention_mask=mask).logits
     outputs = model(ids, attention_mask=mask, labels=labels)
-    assert logits.shape == (2, 30, 97) and outputs.logits is None
+    assert logits.shape == (2, 30, 97) and (outputs.logits is None) == (largest == 200)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     assert_same_gradients(all_gradients(model, outputs.loss), all_gradients(model, expected), 1e-6)
     torch.testing.assert_close(outputs.loss, expected.to(outputs.loss.dtype), rtol=0, atol=1e-6)
@@ -257,6 +265,7 @@ def test_masked_language_models_have_the_loss_of_all_logits(kind):
     assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
     whole = model(ids, attention_mask=mask, labels=labels, skip_logits=False)
     torch.testing.assert_close(whole.logits, logits)
+    assert model(ids, attention_mask=mask, labels=labels, skip_logits=True).logits is None
 
 
 def test_masked_tokens_are_predicted_from_both_sides():
@@ -276,9 +285,9 @@ def test_a_masked_language_model_uses_a_loss_of_its_own_and_compiles():
     expected = model(ids, attention_mask=mask, labels=labels).loss
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(ids, attention_mask=mask, labels=labels).loss, expected)
-    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
-    outputs = model(ids, attention_mask=mask, labels=labels)
-    assert outputs.loss == outputs.logits.sum()
+    model.loss_function = lambda logits, labels, vocab_size, num_items_in_batch, weight: logits.sum() * weight
+    outputs = model(ids, attention_mask=mask, labels=labels, weight=2)
+    assert outputs.loss == outputs.logits.sum() * 2
 
 
 def test_a_masked_language_model_is_pretrained_by_trainer_with_the_collator(tmp_path):

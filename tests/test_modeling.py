@@ -203,6 +203,14 @@ def test_exports_to_onnx_go_through_plain_operations(kind, monkeypatch):
         torch.testing.assert_close(exported.module()(**inputs).logits[real], expected[real], rtol=0, atol=1e-9)
 
 
+def test_an_export_to_onnx_attends_to_padding_of_segments(monkeypatch):
+    model, ids = encoder(segment_padding="zeros"), random_ids(1, 30)
+    expected = model(ids).last_hidden_state
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    exported = torch.export.export(model, (), {"input_ids": ids}, strict=False)
+    torch.testing.assert_close(exported.module()(input_ids=ids).last_hidden_state, expected, rtol=0, atol=1e-9)
+
+
 def test_function_transforms_work_with_the_dense_formula():
     model, ids = with_eager(build(LongNetForCausalLM, dtype=torch.float64)), random_ids(1, 20)
     weights = {name: x.detach() for name, x in model.named_parameters()}
