@@ -1,4 +1,4 @@
-"""`python -m longnet_hf TOOL ...`: run the command line of another package where LongNets and exchanged models are known.
+"""`python -m longnet_hf TOOL ...`: another package's command line, where LongNets and exchanged models are known.
 
 `trl`, `lm_eval` and `transformers` have no argument by which they would import this package, without which a LongNet
 does not load, and an exchanged model may load with full attention.
@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> None:
     tools = {point.name: point for point in entry_points(group="console_scripts")}
     if not arguments or arguments[0] not in tools:
         sys.exit(
-            "usage: python -m longnet_hf TOOL [ARGUMENTS OF THE TOOL]\n\nruns a console script that is installed, such "
-            "as trl or transformers, where LongNets are known"
+            "usage: python -m longnet_hf TOOL [ARGUMENTS OF THE TOOL]\n\nruns a console script that is installed, "
+            "such as trl or transformers, where LongNets are known"
             + (f"; there is none by the name of {arguments[0]!r}" if arguments else "")
         )
     make_findable()
