@@ -3,8 +3,10 @@
     python benchmarks/attention.py                    # on the GPU if there is one, or else on the CPU
     python benchmarks/attention.py --lengths 8192 32768 --head_dim 64 --bidirectional
     python benchmarks/attention.py --only triton "full, cuDNN" --cuda_graph
+    python benchmarks/attention.py --pattern heads --width 960 --key_value_heads 5 --lengths 32768 131072
 
-Batch 1, the paper's pattern (w = 2048 ... 32768, r = 1, 2, 4, 6, 12) or w = 2048 * 4^k, r = 4^k. A row gives
+Batch 1, the paper's pattern (w = 2048 ... 32768, r = 1, 2, 4, 6, 12), w = 2048 * 4^k, r = 4^k, or "heads": full
+attention in the first fifth of the key/value heads, a window of 2209 tokens and a sink of 4 in the others. A row gives
 milliseconds forward and forward + backward, the TFLOP/s of both, which count the pairs of the pattern only, and the
 memory that the latter allocates at its peak. The attentions:
 
@@ -31,6 +33,7 @@ PATTERNS = {
     "paper": DilatedPattern([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12]),
     "powers": DilatedPattern([2048 * 4**k for k in range(5)], [4**k for k in range(5)]),
 }
+WINDOW_AND_SINK = DilatedPattern([2209, 4], [1, 1], ["window", "sink"])
 # Beyond these lengths an attention takes too long to be worth its place in the table
 LONGEST = {"cpu": {"full": 2**14}, "cuda": {"flex": 2**15, "full, flash": 2**16, "full, cuDNN": 2**17}}
 
@@ -86,12 +89,12 @@ def attentions(pattern, heads, length, is_causal, device):
 
     def sdpa(q, k, v, backend):
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
 
     if device == "cpu":
         return {
             "pytorch": (dilated, pattern),
-            "full": (functools.partial(F.scaled_dot_product_attention, is_causal=is_causal), full),
+            "full": (functools.partial(F.scaled_dot_product_attention, is_causal=is_causal, enable_gqa=True), full),
         }
     return {
         "triton": (dilated, pattern),
@@ -157,7 +160,8 @@ def main():
     parser.add_argument("--width", type=int, default=768 if on_gpu else 128, help="heads x head size")
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--pattern", choices=PATTERNS, default="paper")
+    parser.add_argument("--key_value_heads", type=int, help="default: as many as query heads")
+    parser.add_argument("--pattern", choices=[*PATTERNS, "heads"], default="paper")
     parser.add_argument("--bidirectional", action="store_true")
     parser.add_argument("--only", nargs="+", help="names of the attentions to run")
     parser.add_argument(
@@ -165,20 +169,31 @@ def main():
     )
     parser.add_argument("--seconds", type=float, default=0.2, help="to measure for")
     options = parser.parse_args()
-    heads, pattern = options.width // options.head_dim, PATTERNS[options.pattern]
+    heads = options.width // options.head_dim
+    key_heads = options.key_value_heads or heads
+    if options.pattern == "heads":
+        pattern = WINDOW_AND_SINK.with_full_heads(range(max(1, key_heads // 5)), key_heads)
+    else:
+        pattern = PATTERNS[options.pattern]
 
-    print(f"{describe(device)}; {heads} heads x {options.head_dim}, {options.dtype}, pattern {options.pattern}, ")
+    print(
+        f"{describe(device)}; {heads} heads on {key_heads} x {options.head_dim}, {options.dtype}, {options.pattern}, "
+    )
     print(f"{'bidirectional' if options.bidirectional else 'causal'}{', CUDA graphs' * options.cuda_graph}\n")
     print("| tokens | attention | forward ms | forward + backward ms | TFLOP/s | TFLOP/s | peak MiB |")
     print("|---|---|---|---|---|---|---|")
     for length in options.lengths:
         # as a model has them: [B, N, H, D], seen as [B, H, N, D]
-        shape = (1, length, heads, options.head_dim)
         *inputs, grad = (
-            torch.randn(shape, device=device, dtype=getattr(torch, options.dtype)).transpose(1, 2) for _ in range(4)
+            torch.randn(1, length, count, options.head_dim, device=device, dtype=getattr(torch, options.dtype))
+            for count in (heads, key_heads, key_heads, heads)
         )
+        *inputs, grad = (x.transpose(1, 2) for x in (*inputs, grad))
         inputs = [x.requires_grad_() for x in inputs]
-        for name, (attention, work) in attentions(pattern, heads, length, not options.bidirectional, device).items():
+        rivals = attentions(pattern, heads, length, not options.bidirectional, device)
+        if key_heads != heads or options.pattern == "heads":  # which the published way and the block mask are not for
+            rivals = {name: x for name, x in rivals.items() if name not in ("gather", "flex")}
+        for name, (attention, work) in rivals.items():
             too_long = length > LONGEST[device].get(name, length)
             if too_long or (options.only and name not in options.only):
                 continue
@@ -198,7 +213,10 @@ def main():
                 print(f"| {length} | {name} | out of memory |")
                 continue
             is_causal = not options.bidirectional
-            flops = pattern_flops(work, length, heads, options.head_dim, is_causal=is_causal) / 1e9
+            flops = pattern_flops(
+                work, length, heads, options.head_dim, num_key_value_heads=key_heads, is_causal=is_causal
+            )
+            flops /= 1e9
             rates = flops / times[0], 3.5 * flops / times[1]
             columns = (
                 length,

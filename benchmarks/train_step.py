@@ -4,9 +4,10 @@
     python benchmarks/train_step.py --size 1b --lengths 8192 131072 --models longnet+compile llama+liger+compile
     python benchmarks/train_step.py --lengths 131072 --profile        # and what the GPU does in that time
 
-One sequence per step, bfloat16 weights, AdamW, gradient checkpointing for all. Llama attends through PyTorch's
-scaled_dot_product_attention (cuDNN). A model's name says what it runs with: `+compile` compiles every layer, `+liger`
-is Liger's kernels and loss (`pip install liger-kernel`); without it, Llama has this project's loss.
+One sequence per step, bfloat16 weights, AdamW, gradient checkpointing for all. "longnet-heads" has full attention in a
+fifth of its heads, and a window and a sink in the others. Llama attends through PyTorch's scaled_dot_product_attention
+(cuDNN). A model's name says what it runs with: `+compile` compiles every layer, `+liger` is Liger's kernels and loss
+(`pip install liger-kernel`); without it, Llama has this project's loss.
 
 MFU: the operations of the matrix products and of the pairs that attend, forward and backward, recomputation not
 counted, over the 989 TFLOP/s of an H100. Needs a CUDA GPU.
@@ -31,7 +32,16 @@ SIZES = {
     "7b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32),
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000),  # for a CPU
 }
-MODELS = ["longnet", "longnet+compile", "llama", "llama+compile", "llama+liger", "llama+liger+compile"]
+MODELS = [
+    "longnet",
+    "longnet+compile",
+    "longnet-heads",
+    "longnet-heads+compile",
+    "llama",
+    "llama+compile",
+    "llama+liger",
+    "llama+liger+compile",
+]
 PEAK = 989e12  # bfloat16 operations a second, dense, of an H100
 # Kernels by name; those of the loss are known by what launches them
 ATTENTION = re.compile(r"_query_kernel|_key_kernel|_stats_kernel|flash|fmha|sdpa|attention", re.IGNORECASE)
@@ -39,8 +49,25 @@ PRODUCTS = re.compile(r"gemm|cutlass|nvjet|cublas|xmma|splitK|_mm", re.IGNORECAS
 LOSS = re.compile(r"cross_?entropy|recomputed_loss", re.IGNORECASE)
 
 
+def window_with_full_heads(num_layers: int, num_heads: int) -> dict:
+    """The fields of a LongNet with full attention in a fifth of the heads, as good as spread over the layers, and a
+    window of 2209 tokens and a sink of 4 in the others."""
+    full = [round(num_heads * (layer + 1) / 5) - round(num_heads * layer / 5) for layer in range(num_layers)]
+    return dict(
+        segment_lengths=[2209],
+        dilation_rates=[1],
+        branch_types=["window"],
+        sink_tokens=4,
+        full_attention_heads={layer: list(range(count)) for layer, count in enumerate(full)},
+    )
+
+
 def make_model(name: str, size: str, chunk_size: int, device: str = "cuda", **pattern) -> torch.nn.Module:
-    """A model with random weights in bfloat16. LongNet has the paper's pattern unless another is given."""
+    """A model with random weights in bfloat16. LongNet has the paper's pattern unless another is given, and
+    "longnet-heads" that of [`window_with_full_heads`]."""
+    if name == "longnet-heads":
+        pattern |= window_with_full_heads(SIZES[size]["num_hidden_layers"], SIZES[size]["num_attention_heads"])
+        name = "longnet"
     shape = dict(vocab_size=VOCABULARY, tie_word_embeddings=True, use_cache=False) | SIZES[size]
     width = shape["hidden_size"]
     if name == "longnet":
@@ -143,7 +170,7 @@ def main():
             if kind == "llama" and length > options.longest_llama:
                 continue
             input_ids = torch.randint(model.config.vocab_size, (1, length), device="cuda")
-            own_loss = kind == "longnet" or "liger" in added
+            own_loss = model.config.model_type == "longnet" or "liger" in added
 
             def step(model=model, optimizer=optimizer, input_ids=input_ids, own_loss=own_loss):
                 with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):

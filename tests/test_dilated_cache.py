@@ -344,8 +344,9 @@ def test_chunks_on_a_gpu(dtype):
 
 
 @pytest.mark.gpu
-def test_offloaded_and_compiled_generation_on_a_gpu():
-    model = build(LongNetForCausalLM, dtype=torch.float64).cuda()
+@pytest.mark.parametrize("kind", ["paper", "heads"])
+def test_offloaded_and_compiled_generation_on_a_gpu(kind):
+    model = build(LongNetForCausalLM, kind, dtype=torch.float64).cuda()
     ids = random_ids(2, 30).cuda()
     options = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
     expected = model.generate(ids, use_cache=False, **options)
