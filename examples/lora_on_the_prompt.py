@@ -69,7 +69,7 @@ class Arguments:
         default=None,
         metadata={
             "help": "Layers that attend to everything. Default: every fifth; better for documents longer than a "
-            "window: those that `benchmarks/lora_long_context.py --variants hybrid-measured` finds."
+            "window."
         },
     )
     lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})

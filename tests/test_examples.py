@@ -144,45 +144,56 @@ def tiny_llama(tmp_path_factory):
     return folder
 
 
-def test_patterns_are_compared_and_the_comparison_goes_on_where_it_was_stopped(tiny_llama, tmp_path):
+def test_heads_are_compared_and_the_comparison_goes_on_where_it_was_stopped(tiny_llama, tmp_path):
+    """Texts of this package, in bytes: 40 numbers take three thousand of them."""
+    data = f"code={ROOT / 'longnet_hf' / 'dilated_*.py'}", f"docs={ROOT / 'docs' / '*.md'}"
     common = (
-        *("--model", tiny_llama, "--data", ROOT / "longnet_hf" / "dilated_*.py", "--held_out", 0.3),
-        *("--context_length", 768, "--max_held_out_contexts", 2, "--needles", 1, "--lora_rank", 2),
-        *("--max_steps", 3, "--save_steps", 2, "--output_dir", "run", "--use_cpu", "--report_to", "none"),
-        *("--disable_tqdm", "true"),
+        *("--model", tiny_llama, "--data", *data, "--context_length", 4096, "--texts", 2, "--needle_texts", 1),
+        *("--lora_rank", 2, "--max_steps", 2, "--save_steps", 1, "--save_total_limit", 99, "--output_dir", "run"),
+        *("--use_cpu", "--report_to", "none", "--disable_tqdm", "true"),
     )
-    compare = functools.partial(run, "lora_long_context.py", of="benchmarks")
-    variants = ("native", "full", "sliding", "shifted", "hybrid-measured")
-    done = compare(*common, "--variants", *variants, folder=tmp_path)
+    compare = functools.partial(run, "pretrained_heads.py", of="benchmarks")
+    arms = ("--arms", "full", "heads-20", "dilated-20", "--train_arms", "full")
+    done = compare(*common, *arms, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert all(f"| {variant} |" in done.stdout for variant in variants)
+    assert "docs, before training" in done.stdout and "code, after training" in done.stdout
     results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
-    assert set(results) == set(variants) and "after" not in results["native"]
-    before, after = (results["hybrid-measured"][x] for x in ("before", "after"))
-    assert before["bits_per_byte"]["all"] > 0 and before != after
-    assert len(after["retrieval"]) == 4 * 5  # lengths and depths
+    assert set(results) == {"full", "heads-20", "dilated-20"} and "after" not in results["heads-20"]
+    measured = results["full"]["before"]["docs"]
+    assert len(measured["losses"]["all"]) == 2 and len(measured["found"]) == 1
+    assert results["full"]["pairs"] == 2048 > results["heads-20"]["pairs"] > results["heads-20"]["pairs"] // 2
     assert "commit" in results["full"]["longnet_hf"] and results["full"]["tokens_per_second"] > 0
-    assert (tmp_path / "run" / "lora_long_context.png").stat().st_size > 10_000
-    attention = results["hybrid-measured"]["attention"]
-    assert attention["dilation_rates"] == [1, 4, 16] and len(attention["full_attention_layers"]) == 1  # of five
-    # YaRN stretches positions beyond the 64 of the model, in all but the model as it was published
-    assert results["native"]["before"] != results["full"]["before"]
+    assert (tmp_path / "run" / "ranking.png").stat().st_size > 10_000
 
-    # as if it had been stopped after its second step
-    result_file = tmp_path / "run" / "hybrid-measured" / "result.json"
-    stopped = {name: x for name, x in json.loads(result_file.read_text()).items() if name in ("attention", "before")}
-    result_file.write_text(json.dumps(stopped))
-    for path in (tmp_path / "run" / "hybrid-measured" / "checkpoint-3").iterdir():
+    # as if it had been stopped in training, after its first step
+    result_file = tmp_path / "run" / "full" / "result.json"
+    after = results["full"]["after"]["code"]["losses"]["all"]
+    result_file.write_text(json.dumps({name: x for name, x in results["full"].items() if name != "after"}))
+    for path in (tmp_path / "run" / "full" / "checkpoint-2").iterdir():
         path.unlink()
-    done = compare(*common, "--variants", *variants, folder=tmp_path)
+    done = compare(*common, *arms, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("is measured already") == 4
-    again = json.loads(result_file.read_text())["after"]
-    assert again["bits_per_byte"]["all"] == pytest.approx(after["bits_per_byte"]["all"], rel=1e-6)
+    assert done.stdout.count("is measured already") == 3 and "Going on from" in done.stdout
+    again = json.loads(result_file.read_text())["after"]["code"]["losses"]["all"]
+    assert again == pytest.approx(after, rel=1e-6)
 
-    for wrong, words in ((("--variants", "full", "dense"), "got ['dense']"), (("--context_length", 256), "32 tokens")):
-        refused = compare(*common, *wrong, "--output_dir", "other", folder=tmp_path)
+    wrong = ("--arms", "full", "dense"), ("--context_length", 1024), ("--data", "code=nothing.txt")
+    for arguments, words in zip(wrong, ("'dense'", "must be longer", "names no file"), strict=True):
+        refused = compare(*common, *arguments, "--output_dir", f"other-{arguments[0]}", folder=tmp_path)
         assert refused.returncode != 0 and words in refused.stderr
+
+
+def test_a_pretrained_model_is_converted_by_its_heads(tiny_llama, tmp_path):
+    common = ("--model", tiny_llama, "--context_length", 512, "--output_dir", "run")
+    done = run("pretrained.py", *common, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "key/value heads" in done.stdout and done.stdout.count("nats per token") == 3
+    assert (tmp_path / "run" / "ranking.png").exists()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert sum(map(len, config["full_attention_heads"].values())) == 2  # of ten
+    done = run("lora.py", *common, "--max_steps", 2, "--use_cpu", "--report_to", "none", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "after 2 steps" in done.stdout and (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_a_document_is_learned_and_asked_for(tiny_llama, tmp_path):
