@@ -565,7 +565,66 @@ def check_vocabulary(config: LongNetConfig) -> None:
         raise ValueError("A language modelling head needs a vocabulary, got `vocab_size=0`.")
 
 
-class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
+class TokenLossMixin:
+    """The loss of a model that predicts tokens, without the logits of all of them. Needs `lm_head` and `config`."""
+
+    def leaves_out_logits(self, num_tokens: int, logits_to_keep: int | torch.Tensor) -> bool:
+        """Whether, where there are labels, no logits are returned. A caller who asks for some positions gets them, and
+        all are returned while they take no more than the loss may hold at a time."""
+        is_asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0
+        if is_asked or not self.config.skip_logits or num_tokens * self.config.vocab_size <= _MAX_LOGITS:
+            return False
+        if not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"The logits of {num_tokens} tokens are left out, since there are labels. If something reads them "
+                "(`compute_metrics` or `predict` of Trainer, a loss of your own), set `model.config.skip_logits = "
+                "False`."
+            )
+        return True
+
+    def chunked_loss(
+        self,
+        hidden_states: torch.Tensor,
+        shift_labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+    ) -> torch.Tensor:
+        """Cross-entropy over chunks of positions, see [`linear_cross_entropy`]."""
+        hidden_states = hidden_states.flatten(0, -2)
+        shift_labels = shift_labels.flatten().to(hidden_states.device)
+        head = getattr(self.lm_head, "_orig_mod", self.lm_head)  # of Accelerate's regional compilation
+        if is_plain_linear(head) and head.weight.device == hidden_states.device:
+            loss = linear_cross_entropy(hidden_states, head.weight, shift_labels, ignore_index)
+        else:
+            loss = self.recomputed_loss(hidden_states, shift_labels, ignore_index)
+        if num_items_in_batch is None:
+            num_items_in_batch = (shift_labels != ignore_index).sum().clamp(min=1)
+        elif torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
+
+    def recomputed_loss(
+        self, hidden_states: torch.Tensor, shift_labels: torch.Tensor, ignore_index: int
+    ) -> torch.Tensor:
+        """The same, summed, of a head that is more than its weight: each chunk goes through the module `lm_head`, so
+        that whatever wraps it (LoRA, FSDP) takes part, and its logits are recomputed in the backward pass."""
+
+        def chunk_loss(hidden_states, labels):
+            logits = self.lm_head(hidden_states)
+            logits = logits.to(accumulator(logits.dtype))
+            return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+
+        size = max(1, _MAX_LOGITS // self.config.vocab_size)
+        losses = []
+        for chunk in zip(hidden_states.split(size), shift_labels.split(size), strict=True):
+            if torch.is_grad_enabled():
+                losses.append(checkpoint(chunk_loss, *chunk, use_reentrant=False))
+            else:
+                losses.append(chunk_loss(*chunk))
+        return torch.stack(losses).sum()
+
+
+class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerationMixin):
     """LongNet with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -675,61 +734,6 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def leaves_out_logits(self, num_tokens: int, logits_to_keep: int | torch.Tensor) -> bool:
-        """Whether, where there are labels, no logits are returned. A caller who asks for some positions gets them, and
-        all are returned while they take no more than the loss may hold at a time."""
-        is_asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0
-        if is_asked or not self.config.skip_logits or num_tokens * self.config.vocab_size <= _MAX_LOGITS:
-            return False
-        if not torch.compiler.is_compiling():
-            logger.warning_once(
-                f"The logits of {num_tokens} tokens are left out, since there are labels. If something reads them "
-                "(`compute_metrics` or `predict` of Trainer, a loss of your own), set `model.config.skip_logits = "
-                "False`."
-            )
-        return True
-
-    def chunked_loss(
-        self,
-        hidden_states: torch.Tensor,
-        shift_labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        ignore_index: int = -100,
-    ) -> torch.Tensor:
-        """Cross-entropy over chunks of positions, see [`linear_cross_entropy`]."""
-        hidden_states = hidden_states.flatten(0, -2)
-        shift_labels = shift_labels.flatten().to(hidden_states.device)
-        head = getattr(self.lm_head, "_orig_mod", self.lm_head)  # of Accelerate's regional compilation
-        if is_plain_linear(head) and head.weight.device == hidden_states.device:
-            loss = linear_cross_entropy(hidden_states, head.weight, shift_labels, ignore_index)
-        else:
-            loss = self.recomputed_loss(hidden_states, shift_labels, ignore_index)
-        if num_items_in_batch is None:
-            num_items_in_batch = (shift_labels != ignore_index).sum().clamp(min=1)
-        elif torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
-
-    def recomputed_loss(
-        self, hidden_states: torch.Tensor, shift_labels: torch.Tensor, ignore_index: int
-    ) -> torch.Tensor:
-        """The same, summed, of a head that is more than its weight: each chunk goes through the module `lm_head`, so
-        that whatever wraps it (LoRA, FSDP) takes part, and its logits are recomputed in the backward pass."""
-
-        def chunk_loss(hidden_states, labels):
-            logits = self.lm_head(hidden_states)
-            logits = logits.to(accumulator(logits.dtype))
-            return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-
-        size = max(1, _MAX_LOGITS // self.config.vocab_size)
-        losses = []
-        for chunk in zip(hidden_states.split(size), shift_labels.split(size), strict=True):
-            if torch.is_grad_enabled():
-                losses.append(checkpoint(chunk_loss, *chunk, use_reentrant=False))
-            else:
-                losses.append(chunk_loss(*chunk))
-        return torch.stack(losses).sum()
-
     @classmethod
     def from_llama(cls, model_or_path, *, segment_lengths, dilation_rates, **kwargs) -> "LongNetForCausalLM":
         """A LongNet with the weights of a Llama, Mistral, SmolLM or Qwen2 model, unchanged.
@@ -776,12 +780,10 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LongNetGenerationMixin):
         return model
 
 
-class LongNetForMaskedLM(LongNetPreTrainedModel):
+class LongNetForMaskedLM(TokenLossMixin, LongNetPreTrainedModel):
     """LongNet, as an encoder, that predicts masked tokens: what encoders are pretrained as."""
 
     _tied_weights_keys = LongNetForCausalLM._tied_weights_keys
-    chunked_loss = LongNetForCausalLM.chunked_loss
-    leaves_out_logits = LongNetForCausalLM.leaves_out_logits
 
     def __init__(self, config: LongNetConfig):
         if config.is_causal:

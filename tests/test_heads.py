@@ -268,6 +268,17 @@ def test_masked_language_models_have_the_loss_of_all_logits(kind, largest, monke
     assert model(ids, attention_mask=mask, labels=labels, skip_logits=True).logits is None
 
 
+def test_a_wrapped_head_of_masked_tokens_takes_part_in_the_loss(monkeypatch):
+    model = build(LongNetForMaskedLM, dtype=torch.float64, tie_word_embeddings=False)
+    ids, mask, labels = masked_batch(model)
+    model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
+    expected = model(ids, attention_mask=mask, labels=labels).loss
+    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", 200)
+    outputs = model(ids, attention_mask=mask, labels=labels)
+    assert outputs.logits is None
+    torch.testing.assert_close(outputs.loss, expected)
+
+
 def test_masked_tokens_are_predicted_from_both_sides():
     model, ids = build(LongNetForMaskedLM, dtype=torch.float64), random_ids(1, 20)
     changed = ids.clone()
