@@ -24,6 +24,7 @@ from .dilated_operator import dilated_attention, dilated_attention_reference, di
 from .dilated_pattern import DilatedPattern
 from .dilated_tiles import accumulator
 from .documents import find_documents, is_packed
+from .input_checks import check_mask, check_tensor
 
 
 # What the installed Transformers calls a cache, renamed in 5.24. This and `one_cache` serve both names.
@@ -281,8 +282,9 @@ def lay_out_batch(inputs: BatchInputs, is_causal: bool, past_key_values: Cache |
     """Decide, for a forward pass of a model, how its batch is laid out.
 
     Raises:
-        ValueError: if shapes do not fit, or if the cache or the split cannot honour what is asked for.
+        ValueError: if shapes or types do not fit, or if the cache or the split cannot honour what is asked for.
     """
+    _check_types(inputs)
     active = active_split()
     if active is not None:
         return SplitBatch.of(inputs, active, is_causal, past_key_values)
@@ -292,6 +294,23 @@ def lay_out_batch(inputs: BatchInputs, is_causal: bool, past_key_values: Cache |
         return CachedBatch(_documents_of(inputs, past_key_values), is_causal, inputs, past_key_values)
     document_ids = _documents_of(inputs, past_key_values)
     return WholeBatch(document_ids, is_causal, inputs, _positions_of(inputs, past_key_values))
+
+
+def _check_types(inputs: BatchInputs) -> None:
+    if inputs.attention_mask is not None:
+        check_mask("attention_mask", inputs.attention_mask)
+        is_added = inputs.attention_mask.is_floating_point() and not torch.compiler.is_compiling()
+        if is_added and not bool(inputs.attention_mask.any()):  # which would hide nothing
+            raise ValueError(
+                "`attention_mask` must be 1 at real tokens and 0 at padding, got floats that are all 0. (A mask that "
+                "is added to scores says the contrary. For a batch of padding alone give integers or bool.)"
+            )
+    if inputs.position_ids is not None:
+        check_tensor("position_ids", inputs.position_ids, "integers")
+    if inputs.cu_seq_lens is not None:
+        check_tensor("cu_seq_lens", inputs.cu_seq_lens, "integers")
+    if inputs.seq_idx is not None:
+        check_tensor("seq_idx", inputs.seq_idx, "integers", inputs.batch_size, inputs.length)
 
 
 def check_cache(

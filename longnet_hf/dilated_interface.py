@@ -380,7 +380,7 @@ def dilated_attention_forward(
     for name, meaning in _NOT_COMPUTED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"Dilated attention does not compute {meaning} (`{name}`), which this call asks for.")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if not is_causal and query.shape[2] != key.shape[2]:
         raise ValueError("Dilated attention has no cross-attention, and no cache where it is not causal.")
     pattern = pattern_of(module)

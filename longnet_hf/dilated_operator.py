@@ -26,6 +26,7 @@ from .dilated_tiles import (
     tile_gradients,
 )
 from .documents import BatchDocuments, find_documents, positions_in_documents, resolve_documents
+from .input_checks import check_flag, check_number, check_tensor
 
 
 try:
@@ -80,8 +81,10 @@ def dilated_attention(
     Raises:
         ValueError: if shapes, dtypes or devices do not fit together, or if `segment_padding` has no meaning.
     """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x, "numbers")
     query, key, value = autocast_inputs(query, key, value)
-    _check_inputs(query, key, value, pattern, scale, dropout)
+    _check_inputs(query, key, value, pattern, scale, dropout, is_causal)
     refuse_forward_mode(query, key, value)
     check_segment_padding(pattern, segment_padding, is_causal)
     given = dict(attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens)
@@ -118,8 +121,10 @@ def dilated_attention_reference(
     as a whole, also where several branches join it. With `return_weights`, also returns the weights `[B, H, Nq, N]`;
     those of padding keys are left out.
     """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x, "numbers")
     query, key, value = autocast_inputs(query, key, value)
-    _check_inputs(query, key, value, pattern, scale, dropout)
+    _check_inputs(query, key, value, pattern, scale, dropout, is_causal)
     given = dict(attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens)
     document_ids = _documents_of(key, document_ids, **given)
     rows = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=key.device)
@@ -194,17 +199,19 @@ def autocast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
-def _check_inputs(query, key, value, pattern, scale, dropout) -> None:
+def _check_inputs(query, key, value, pattern, scale, dropout, is_causal) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
         raise ValueError(f"expected query [B, H, Nq, D] and key, value [B, Hkv, N, D], got {shapes}.")
+    if 0 in (query.shape[1], key.shape[1], query.shape[3]):
+        raise ValueError(f"there must be at least one head, of at least one number, got {shapes}.")
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise ValueError(f"batch and head sizes of query and key must be equal, got {shapes}.")
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"the number of query heads must be a multiple of the key/value heads, got {shapes}.")
     if query.shape[2] > key.shape[2]:
         raise ValueError(f"there must be at least as many keys as queries (the last positions), got {shapes}.")
-    if not query.dtype == key.dtype == value.dtype or not query.dtype.is_floating_point:
+    if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             f"query, key and value need one floating dtype, got {query.dtype}, {key.dtype}, {value.dtype}."
         )
@@ -214,10 +221,10 @@ def _check_inputs(query, key, value, pattern, scale, dropout) -> None:
         )
     if not hasattr(pattern, "multiplicity"):  # not isinstance: code loaded from the Hub has its own copy of the class
         raise ValueError(f"`pattern` must be a DilatedPattern, got {pattern!r}.")
-    if scale is not None and (torch.is_tensor(scale) or not scale > 0):  # flash kernels give NaN for others
-        raise ValueError(f"`scale` must be a number above 0 or None, got {scale!r}.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"`dropout` must lie in [0, 1), got {dropout}.")
+    if scale is not None:  # flash kernels give NaN for others
+        check_number("scale", scale, above=0)
+    check_number("dropout", dropout, at_least=0, below=1)
+    check_flag("is_causal", is_causal)
 
 
 def refuse_forward_mode(*tensors: torch.Tensor) -> None:

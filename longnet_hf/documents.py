@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .input_checks import check_mask, check_tensor
+
 
 class Document(NamedTuple):
     """Where one document lies, for the operator and its kernels: position p of it is column `key_column + p` of the
@@ -35,11 +37,16 @@ def find_documents(
     """
     if attention_mask is None and position_ids is None and cu_seq_lens is None:
         return None
+    if position_ids is not None:
+        check_tensor("position_ids", position_ids, "integers")
+    if attention_mask is not None:
+        check_padding_mask(attention_mask, (batch_size, length))
+    if cu_seq_lens is not None:
+        check_cu_seq_lens(cu_seq_lens, batch_size * length)
     device = next(x.device for x in (attention_mask, position_ids, cu_seq_lens) if x is not None)
     if attention_mask is None:
         real = torch.ones(batch_size, length, dtype=torch.bool, device=device)
     else:
-        check_padding_mask(attention_mask, (batch_size, length))
         real = attention_mask != 0
     # Not the running sum of a mask without starts: Inductor makes int64 of the running sum of a constant
     ids = torch.zeros_like(real, dtype=torch.int32)
@@ -56,7 +63,6 @@ def find_documents(
         starts = (position_ids[:, 1:] <= before) & (last_real >= 0) & real[:, 1:]
         ids[:, 1:] = starts.cumsum(1, dtype=torch.int32)
     if cu_seq_lens is not None:
-        check_cu_seq_lens(cu_seq_lens, batch_size * length)
         flat = torch.arange(batch_size * length, device=device)
         document = torch.searchsorted(cu_seq_lens.to(device), flat, right=True).view(batch_size, length)
         ids = ids + (document - document[:, :1]).to(torch.int32)
@@ -83,13 +89,13 @@ def resolve_documents(
         raise ValueError(
             "`document_ids` replaces `attention_mask`, `position_ids` and `cu_seq_lens`: give one or the other."
         )
-    if document_ids.shape != (batch_size, length):
-        raise ValueError(f"`document_ids` must have shape {(batch_size, length)}, got {tuple(document_ids.shape)}.")
+    check_tensor("document_ids", document_ids, "integers", batch_size, length)
     return document_ids
 
 
 def check_padding_mask(attention_mask: torch.Tensor, shape: tuple[int, int], meaning: str = "(batch, keys)") -> None:
-    """Refuse a mask of any other shape than that of a padding mask; `meaning` says what the two numbers count."""
+    """Refuse what is no padding mask of a shape; `meaning` says what the two numbers count."""
+    check_mask("attention_mask", attention_mask)
     if attention_mask.shape != shape:
         raise ValueError(
             f"`attention_mask` must be a 2-D padding mask of shape {shape} {meaning}, got "
@@ -104,6 +110,7 @@ def check_padding_mask(attention_mask: torch.Tensor, shape: tuple[int, int], mea
 
 def check_cu_seq_lens(cu_seq_lens: torch.Tensor, total: int, tokens: str = "tokens in the batch") -> None:
     """Refuse boundaries of documents that do not grow from 0 to `total`, the number of `tokens`."""
+    check_tensor("cu_seq_lens", cu_seq_lens, "integers")
     if cu_seq_lens.dim() != 1:
         raise ValueError(f"`cu_seq_lens` must have one dimension, got shape {tuple(cu_seq_lens.shape)}.")
     if torch.compiler.is_compiling():

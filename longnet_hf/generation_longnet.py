@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .batch_layout import CACHE, one_cache
 from .context_parallel import SequenceSplit, is_distributed, split_sequence
 from .dilated_cache import DilatedCache, is_dilated_cache, is_empty
+from .input_checks import check_labels, check_mask, check_not_empty, check_tensor
 
 
 # How many tokens assisted decoding can take back
@@ -77,11 +78,13 @@ class ReadingMixin:
         ...     pass
         >>> chunk.loss, chunk.past_key_values  # of the whole book
         ```"""
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"`input_ids` must be of shape [B, N] with N > 0, got {tuple(input_ids.shape)}.")
-        for name, x in (("labels", labels), ("attention_mask", attention_mask)):
-            if x is not None and x.shape != input_ids.shape:
-                raise ValueError(f"`{name}` must be of shape {tuple(input_ids.shape)}, got {tuple(x.shape)}.")
+        check_tensor("input_ids", input_ids, "integers", "B", "N")
+        check_not_empty("input_ids", input_ids)
+        if labels is not None:
+            check_tensor("labels", labels, "integers", *input_ids.shape)
+        if attention_mask is not None:
+            check_mask("attention_mask", attention_mask)
+            check_tensor("attention_mask", attention_mask, "zeros and ones", *input_ids.shape)
         if labels is not None and self.chunked_loss is None:
             raise ValueError(f"`labels` are for causal language models, and this is a {type(self).__name__}.")
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
@@ -97,12 +100,13 @@ class ReadingMixin:
                 output = LongNetChunkOutput(past_key_values=past_key_values)
                 output.last_hidden_state = self.base_model(
                     input_ids[:, start:stop].to(self.device, torch.long),
-                    attention_mask=None if mask is None else mask.to(self.device),
+                    attention_mask=None if mask is None else (mask != 0).to(self.device),
                     past_key_values=past_key_values,
                 ).last_hidden_state
                 if labels is not None:
                     shift_labels = labels[:, start + 1 : stop + 1].to(self.device, torch.long)
                     shift_labels = F.pad(shift_labels, (0, stop - start - shift_labels.shape[1]), value=-100)
+                    check_labels("labels", shift_labels, self.config.vocab_size, shift_labels.shape)
                     total += self.chunked_loss(output.last_hidden_state, shift_labels, num_items_in_batch=1).double()
                     count += (shift_labels != -100).sum()
                     output.loss = (total / count.clamp(min=1)).float()
@@ -131,7 +135,8 @@ class ReadingMixin:
         >>> cache = model.prefill_split(input_ids)
         >>> model.generate(input_ids, past_key_values=cache, max_new_tokens=100)
         ```"""
-        if input_ids.dim() != 2 or input_ids.shape[1] < 2:
+        check_tensor("input_ids", input_ids, "integers", "B", "N")
+        if input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
             raise ValueError(f"`input_ids` must be of shape [B, N] with N > 1, got {tuple(input_ids.shape)}.")
         if not is_distributed():
             raise ValueError("`prefill_split` needs a process group: call `torch.distributed.init_process_group`.")

@@ -44,6 +44,7 @@ from .dilated_tiles import accumulator
 from .documents import find_documents, is_packed
 from .generation_longnet import LongNetGenerationMixin, ReadingMixin
 from .hub_longnet import MODEL_CLASSES, HubMixin, forget_name
+from .input_checks import check_embeds, check_flag, check_ids, check_labels, check_tensor
 from .linear_cross_entropy import is_plain_linear, linear_cross_entropy
 from .pointwise import activate, is_plain, rotate
 from .recompute import in_chunks
@@ -445,10 +446,10 @@ class LongNetModel(LongNetPreTrainedModel):
         if inputs_embeds is None:
             if self.embed_tokens is None:
                 raise ValueError("This model has no vocabulary (`vocab_size=0`): give `inputs_embeds`.")
+            check_ids("input_ids", input_ids, getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size))
             inputs_embeds = self.embed_tokens(input_ids)
-        if inputs_embeds.shape[1] == 0:
-            name, given = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
-            raise ValueError(f"`{name}` must hold at least one token per row, got shape {tuple(given.shape)}.")
+        else:
+            check_embeds("inputs_embeds", inputs_embeds, self.config.hidden_size)
         if attention_rows is not None:
             attention_rows = self.check_attention_rows(attention_rows, inputs_embeds, past_key_values, kwargs)
             use_cache = False
@@ -459,6 +460,7 @@ class LongNetModel(LongNetPreTrainedModel):
             )
 
         is_causal = self.config.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
+        check_flag("is_causal", is_causal)
         if past_key_values is not None:
             is_eager = self.config._attn_implementation == "eager"
             check_cache(past_key_values, self.patterns, is_causal=is_causal, is_eager=is_eager)
@@ -525,7 +527,11 @@ class LongNetModel(LongNetPreTrainedModel):
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The positions of `[B, N, D]` that Transformers' `logits_to_keep` names: the last so many (0: all), indices `[K]`
     or `[B, K]`, or a boolean mask `[B, N]`, which gives `[kept, D]`."""
-    if isinstance(logits_to_keep, int):
+    if not torch.is_tensor(logits_to_keep):
+        if type(logits_to_keep) is not int or logits_to_keep < 0:
+            raise ValueError(
+                f"`logits_to_keep` must be an integer of at least 0 or a tensor of columns, got {logits_to_keep!r}."
+            )
         return hidden_states[:, slice(-logits_to_keep, None)]
     if logits_to_keep.dtype == torch.bool and logits_to_keep.dim() == 2:
         return hidden_states[logits_to_keep]
@@ -695,6 +701,12 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        if has_labels and not own_loss:
+            options = self.config.vocab_size, hidden_states.shape[:2], loss_kwargs.get("ignore_index", -100)
+            if shift_labels is None:
+                labels = check_labels("labels", labels, *options)
+            else:
+                shift_labels = check_labels("shift_labels", shift_labels, *options)
         if skip_logits is None:
             num_tokens = hidden_states.shape[:-1].numel()
             skip_logits = has_labels and not own_loss and self.leaves_out_logits(num_tokens, logits_to_keep)
@@ -925,7 +937,7 @@ class LongNetForSequenceClassification(LongNetPreTrainedModel):
             labels: `[B]` classes; or `[B]` or `[B, num_labels]` numbers, for regression or for several labels per row.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels.
         """
-        if attention_mask is None and input_ids is not None:
+        if attention_mask is None and torch.is_tensor(input_ids) and input_ids.dim() == 2 and input_ids.numel() > 0:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -955,18 +967,30 @@ class LongNetForSequenceClassification(LongNetPreTrainedModel):
 
     def sequence_loss(self, logits, pooled_logits, labels, num_items_in_batch=None) -> torch.Tensor:
         arguments = dict(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
-        problem, is_integer = self.config.problem_type, labels.dtype in (torch.long, torch.int)
+        problem = self.config.problem_type
+        is_integer = torch.is_tensor(labels) and labels.dtype in (torch.long, torch.int)
         if problem is None and self.num_labels > 1 and is_integer:
             problem = "single_label_classification"
         if hasattr(self, "_loss_function"):  # the user's own
             given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             return self.loss_function(**arguments, **given)
+        labels = arguments["labels"] = self._check_labels(labels, pooled_logits, problem)
         if problem == "single_label_classification":
             return self.loss_function(**arguments, num_items_in_batch=loss_divisor(labels, num_items_in_batch))
         loss = self.loss_function(**arguments)  # of Transformers, a mean whatever is given
         if num_items_in_batch is None:
             return loss
         return loss * (labels.numel() / loss_divisor(labels, num_items_in_batch))
+
+    def _check_labels(self, labels, pooled_logits: torch.Tensor, problem: str | None) -> torch.Tensor:
+        """Labels of another shape would be stretched to that of the logits."""
+        num_rows, num_labels = pooled_logits.shape
+        is_column = torch.is_tensor(labels) and labels.shape == (num_rows, 1)
+        if problem == "single_label_classification":
+            return check_labels("labels", labels[:, 0] if is_column else labels, num_labels, (num_rows,))
+        sizes = (num_rows,) if num_labels == 1 and not is_column else (num_rows, num_labels)
+        check_tensor("labels", labels, "numbers or integers", *sizes)
+        return labels.to(pooled_logits.dtype)
 
 
 class LongNetForTokenClassification(LongNetPreTrainedModel):
@@ -1012,6 +1036,8 @@ class LongNetForTokenClassification(LongNetPreTrainedModel):
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
+            if not hasattr(self, "_loss_function"):
+                labels = check_labels("labels", labels, self.num_labels, logits.shape[:2])
             divisor = loss_divisor(labels, num_items_in_batch)
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=divisor)
         return TokenClassifierOutput(
@@ -1059,7 +1085,9 @@ class LongNetForQuestionAnswering(LongNetPreTrainedModel):
         )
         start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
         loss = None
-        if start_positions is not None and end_positions is not None:
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("`start_positions` and `end_positions` must be given together.")
+        if start_positions is not None:
             own_loss = hasattr(self, "_loss_function")  # set by the user
             loss_function = self.loss_function if own_loss else span_loss
             options = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
@@ -1075,9 +1103,12 @@ class LongNetForQuestionAnswering(LongNetPreTrainedModel):
 
 def span_loss(start_logits, end_logits, start_positions, end_positions, num_items_in_batch=None) -> torch.Tensor:
     """Transformers' loss of answers, but for batches in which no answer lies inside its row: theirs is 0 / 0."""
-    losses, length = [], start_logits.shape[1]
-    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
-        positions = positions.to(logits.device).flatten().clamp(0, length)
+    losses, (num_rows, length) = [], start_logits.shape
+    given = ("start_positions", start_logits, start_positions), ("end_positions", end_logits, end_positions)
+    for name, logits, positions in given:
+        is_column = torch.is_tensor(positions) and positions.shape == (num_rows, 1)
+        check_tensor(name, positions, "integers", num_rows, *[1] * is_column)
+        positions = positions.to(logits.device).flatten().long().clamp(0, length)
         total = F.cross_entropy(logits.float(), positions, ignore_index=length, reduction="sum")
         losses.append(total / loss_divisor(positions, num_items_in_batch, length))
     return (losses[0] + losses[1]) / 2

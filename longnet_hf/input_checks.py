@@ -1,0 +1,120 @@
+"""What a caller may give for a tensor or a number, and what it is told otherwise: the argument, what it gave, and what
+is accepted. What is wrong here would be mixed up, truncated or inverted without a word, or end deep inside.
+
+Shapes are looked at always. Numbers in a tensor only where that does not wait for a GPU, or where the dtype is a rare
+one, and not under `torch.compile`.
+"""
+
+import math
+import numbers
+
+import torch
+
+
+_KINDS = {
+    "numbers": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    "integers": (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    "token ids": (torch.int64, torch.int32),
+}
+_KINDS["numbers or integers"] = (*_KINDS["numbers"], *_KINDS["integers"])
+_KINDS["zeros and ones"] = (torch.bool, *_KINDS["numbers or integers"])
+
+
+def describe(x) -> str:
+    """What a caller gave, in a few words."""
+    if torch.is_tensor(x):
+        return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+    text = repr(x)
+    return f"{text if len(text) < 40 else '...'} ({type(x).__name__})"
+
+
+def check_tensor(name: str, x, kind: str, *sizes: int | str) -> None:
+    """Refuse what is no dense tensor of a `kind` and shape; of a size that is a letter, any will do."""
+    is_kind = torch.is_tensor(x) and x.dtype in _KINDS[kind] and x.layout == torch.strided
+    fits = is_kind and (
+        not sizes
+        or x.dim() == len(sizes)
+        and all(isinstance(size, str) or size == actual for size, actual in zip(sizes, x.shape, strict=True))
+    )
+    if not fits:
+        shape = f"of shape [{', '.join(map(str, sizes))}], " if sizes else ""
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _KINDS[kind])
+        raise ValueError(f"`{name}` must be {shape}a tensor of {kind} ({dtypes}), got {describe(x)}.")
+
+
+def check_number(
+    name: str, x, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf
+) -> None:
+    """Refuse what is no finite number within bounds, bool and tensors among it."""
+    is_number = isinstance(x, numbers.Real) and not isinstance(x, bool)
+    if not is_number or not (math.isfinite(x) and above < x < below and at_least <= x):
+        bounds = [f"above {above}"] * (above > -math.inf) + [f"of at least {at_least}"] * (at_least > -math.inf)
+        bounds += [f"below {below}"] * (below < math.inf)
+        raise ValueError(f"`{name}` must be a number {' and '.join([*bounds, 'finite'])}, got {x!r}.")
+
+
+def check_flag(name: str, x) -> None:
+    if not isinstance(x, bool):
+        raise ValueError(f"`{name}` must be True or False, got {describe(x)}.")
+
+
+def check_mask(name: str, mask) -> None:
+    """Refuse what is no padding mask. Floats may be one, but are looked at: added to scores, as other models have
+    them, a mask would mean the contrary."""
+    check_tensor(name, mask, "zeros and ones")
+    if not mask.is_floating_point() or torch.compiler.is_compiling():
+        return
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"`{name}` must be 1 at real tokens and 0 at padding, got {describe(mask)} with numbers from "
+            f"{float(mask.min())} to {float(mask.max())}. A mask that is added to scores (0 and -inf) says the "
+            "contrary."
+        )
+
+
+def check_ids(name: str, ids, vocab_size: int) -> None:
+    """Refuse what are no token ids `[B, N]` of at least one row and token."""
+    check_tensor(name, ids, "token ids", "B", "N")
+    check_not_empty(name, ids)
+    _check_range(name, ids, vocab_size, "`vocab_size`")
+
+
+def check_embeds(name: str, embeds, hidden_size: int) -> None:
+    """Refuse what are no embeddings `[B, N, hidden_size]` of at least one row and token."""
+    check_tensor(name, embeds, "numbers", "B", "N", hidden_size)
+    check_not_empty(name, embeds)
+
+
+def check_labels(
+    name: str, labels, num_classes: int, sizes: tuple[int, ...], ignore_index: int = -100
+) -> torch.Tensor:
+    """Refuse what are no labels of a shape, each a class or `ignore_index`; returns them in int64."""
+    check_tensor(name, labels, "integers", *sizes)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range(name, labels[labels != ignore_index], num_classes, "the number of classes", ignore_index)
+    return labels.long()
+
+
+def check_not_empty(name: str, x: torch.Tensor) -> None:
+    """Refuse a tensor `[B, N, ...]` without rows or tokens."""
+    for size, what in zip(x.shape[:2], ("row", "token per row"), strict=True):
+        if size == 0:
+            raise ValueError(f"`{name}` must hold at least one {what}, got shape {tuple(x.shape)}.")
+
+
+def _check_range(name: str, x: torch.Tensor, stop: int, meaning: str, other: int | None = None) -> None:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
+        return
+    smallest, largest = x.aminmax()
+    if smallest < 0 or largest >= stop:
+        others = "" if other is None else f", or be {other}"
+        raise ValueError(
+            f"`{name}` must lie from 0 to below {meaning} ({stop}){others}, got numbers from {int(smallest)} to "
+            f"{int(largest)}."
+        )
+
+
+__all__ = [
+    "check_embeds", "check_flag", "check_ids", "check_labels", "check_mask", "check_not_empty", "check_number",
+    "check_tensor", "describe",
+]  # fmt: skip
