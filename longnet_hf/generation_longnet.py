@@ -161,6 +161,27 @@ def soft_prompt_of(model: GenerationMixin) -> str | None:
     return adapter.peft_type if getattr(adapter, "is_prompt_learning", False) else None
 
 
+def _check_given_cache(model_kwargs: dict, generation_config, generation_mode: GenerationMode) -> None:
+    """Refuse, for `generate`, a cache with which Transformers would read the prompt a second time."""
+    held, mask = model_kwargs[CACHE].get_seq_length(), model_kwargs.get("attention_mask")
+    # As long as the prompt, or as all tokens if the user gave the new ones alone. Transformers drops one of only ones.
+    length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", None)
+    if held == 0 or length is None:
+        return
+    if length <= held:
+        raise ValueError(
+            f"The prompt of `generate` has {length} tokens, and the cache holds {held} already. Give the whole text, "
+            "what the cache holds and at least one token more: `torch.cat((read_ids, question_ids), dim=1)`; or the "
+            "question alone with an `attention_mask` for all of it. If nothing is to be added, take the last token "
+            "back: `cache.crop(-1)`."
+        )
+    if generation_mode == GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            f"The cache holds {held} tokens, and assisted decoding reads the whole prompt itself: give it no cache, "
+            "or an empty one."
+        )
+
+
 class LongNetGenerationMixin(GenerationMixin):
     """What `generate` has to know of LongNet: its cache, its masks, and what it does not support."""
 
@@ -170,6 +191,8 @@ class LongNetGenerationMixin(GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full", "offloaded"):
             raise ValueError(f'`cache_implementation` of LongNet must be "dynamic" or "offloaded", got {kind!r}.')
+        if model_kwargs.get(CACHE) is not None:
+            _check_given_cache(model_kwargs, generation_config, generation_mode)
         is_given = model_kwargs.get(CACHE) is not None or generation_config.use_cache is False
         is_eager = self.config._attn_implementation == "eager"
         is_ordinary = is_eager or soft_prompt_of(self) in ("PREFIX_TUNING", "CARTRIDGE")  # which are caches themselves

@@ -386,6 +386,40 @@ def test_padding_of_earlier_calls_is_remembered(model):
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("make_cache", [DilatedCache, lambda config: DynamicCache(config=config)])
+def test_a_cache_that_holds_the_prompt_already_is_refused(paper, make_cache):
+    """Where a user gives the question alone, or nothing new: it would be read twice."""
+    book, question = random_ids(1, 20), random_ids(1, 5)
+    text = torch.cat((book, question), dim=1)
+    options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None)
+    expected = paper.generate(text, **options)[:, -4:]
+
+    def read():
+        cache = make_cache(paper.config)
+        paper(book, past_key_values=cache)
+        return cache
+
+    embeds = paper.model.embed_tokens(text)
+    for prompt in (question, book, book[:, :19]):
+        for more in ({}, {"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}):
+            with pytest.raises(ValueError, match=f"has {prompt.shape[1]} tokens, and the cache holds 20.*torch.cat"):
+                paper.generate(prompt, past_key_values=read(), **more, **options)
+        with pytest.raises(ValueError, match=f"has {prompt.shape[1]} tokens, and the cache holds 20"):
+            paper.generate(inputs_embeds=embeds[:, : prompt.shape[1]], past_key_values=read(), **options)
+    with pytest.raises(ValueError, match="holds 20 tokens, and assisted decoding"):
+        paper.generate(text, past_key_values=read(), prompt_lookup_num_tokens=3, **options)
+    # What the message says to do
+    for more in ({}, {"prefill_chunk_size": 3}):
+        assert torch.equal(paper.generate(text, past_key_values=read(), **more, **options)[:, -4:], expected)
+    mask = torch.ones_like(text)
+    assert torch.equal(
+        paper.generate(question, attention_mask=mask, past_key_values=read(), **options)[:, -4:], expected
+    )
+    cache = read()
+    cache.crop(-1)
+    assert torch.equal(paper.generate(book, past_key_values=cache, **options), paper.generate(book, **options))
+
+
 def test_nan_goes_into_a_cache_and_comes_out(paper):
     embeds = paper.model.embed_tokens(random_ids(1, 30)).detach()
     embeds[0, 11] = torch.nan
