@@ -850,6 +850,7 @@ class LongNetForMaskedLM(TokenLossMixin, LongNetPreTrainedModel):
                 **of_loss,
             )
         elif labels is not None:
+            labels = check_labels("labels", labels, self.config.vocab_size, hidden_states.shape[:2])
             labels = labels.to(hidden_states.device)
             divisor = loss_divisor(labels, num_items_in_batch)
             if logits is not None and logits.numel() <= _MAX_LOGITS:  # FSDP wants the head to be called once

@@ -9,6 +9,7 @@ from longnet_hf import (
     DilatedCache,
     DilatedPattern,
     LongNetForCausalLM,
+    LongNetForMaskedLM,
     LongNetForQuestionAnswering,
     LongNetForSequenceClassification,
     LongNetForTokenClassification,
@@ -139,13 +140,14 @@ def test_tensors_and_numbers_of_the_operator(operator):
 def test_labels_of_tokens(model, ids):
     values = [ids[:, :-1], ids.T, ids[:, :1], ids[..., None], ids.float(), ids > 5, ids + 1000, ids * 0 - 5]
     values += wrong_types(ids)
-    tokens = build(LongNetForTokenClassification, num_labels=3)
+    tokens, masked = build(LongNetForTokenClassification, num_labels=3), build(LongNetForMaskedLM, is_causal=False)
     refused(
         "labels",
         values,
         lambda x: model(ids, labels=x),
         lambda x: model.forward_chunks(ids, labels=x, progress=False),
         lambda x: tokens(ids, labels=x),
+        lambda x: masked(ids, labels=x),
     )
     refused("shift_labels", values, lambda x: model(ids, shift_labels=x))
     refused("logits_to_keep", [-1, True, 1.5, "all", None, [1, 2]], lambda x: model(ids, logits_to_keep=x))
