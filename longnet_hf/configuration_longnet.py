@@ -7,9 +7,14 @@ import warnings
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .dilated_pattern import DilatedPattern, check_segment_padding, heads_of_layers, layer_patterns
+from .input_checks import check_number
 from .pattern_report import pattern_warnings
+
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @strict
@@ -202,11 +207,7 @@ class LongNetConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: checks what concerns several fields."""
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.vocab_size < 0:
-            raise ValueError(f"`vocab_size` must be at least 0, got {self.vocab_size}.")
+        self._validate_numbers()
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"`pad_token_id` must lie below `vocab_size` ({self.vocab_size}), got {self.pad_token_id}."
@@ -227,8 +228,6 @@ class LongNetConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
         for pattern in self.layer_patterns:
             check_segment_padding(pattern, self.segment_padding, self.is_causal)
-        if self.chunk_size_feed_forward < 0:
-            raise ValueError(f"`chunk_size_feed_forward` must be at least 0, got {self.chunk_size_feed_forward}.")
         for name in ("sliding_window", "use_sliding_window", "layer_types"):
             if getattr(self, name, None):
                 raise ValueError(
@@ -238,6 +237,48 @@ class LongNetConfig(PreTrainedConfig):
                 )
         for text in pattern_warnings(self.layer_patterns, self.num_key_value_heads):
             warnings.warn(text, stacklevel=2)
+
+    def _validate_numbers(self) -> None:
+        """What concerns one field, and its type does not say."""
+        sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+        for name in (*sizes.split(), "max_position_embeddings", "num_labels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("vocab_size", "chunk_size_feed_forward"):
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+            if value < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {value}.")
+        check_number("norm_eps", self.norm_eps, above=0)
+        check_number("initializer_range", self.initializer_range, at_least=0)
+        if getattr(self, "classifier_dropout", None) is not None:
+            check_number("classifier_dropout", self.classifier_dropout, at_least=0, below=1)
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"`problem_type` must be one of {PROBLEM_TYPES} or None, got {self.problem_type!r}.")
+        for name in ("bos_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            for token_id in ids if isinstance(ids, (list, tuple)) else [ids]:
+                if token_id is not None and not 0 <= token_id < max(1, self.vocab_size):
+                    raise ValueError(f"`{name}` must lie from 0 to below `vocab_size` ({self.vocab_size}), got {ids}.")
+
+    def validate_rope(self):
+        """Part of `@strict`-powered validation: Transformers only logs most of this."""
+        parameters = self.rope_parameters or {}
+        rope_types = ["default", *ROPE_INIT_FUNCTIONS]
+        if parameters.get("rope_type", "default") not in rope_types:
+            raise ValueError(f"`rope_type` must be one of {rope_types}, got {parameters['rope_type']!r}.")
+        if parameters.get("rope_theta") is not None:
+            check_number("rope_theta", parameters["rope_theta"], above=0)
+        if parameters.get("factor") is not None:
+            check_number("factor", parameters["factor"], at_least=1)
+        share = parameters.get("partial_rotary_factor")
+        if share not in (None, 1) and parameters.get("rope_type") != "proportional":
+            raise ValueError(f"`partial_rotary_factor` must be 1: LongNet turns all of a head, got {share!r}.")
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(f"`rope_parameters` lacks something: {error.args[0]}") from error
 
 
 __all__ = ["LongNetConfig"]

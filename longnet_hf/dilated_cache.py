@@ -40,6 +40,8 @@ _UNBOUNDED = 1 << 60
 _BLOCK_ON_CPU = 1
 # Most entries of a mask, of new tokens and slots
 _MAX_MASK = 1 << 25
+# Most slots of a branch and head: no memory has more, and an allocator would not say which branch asks for them
+_MAX_SLOTS = 1 << 27
 # Slots for all keys of a head are made in multiples of this
 _ROOM = 256
 
@@ -166,10 +168,18 @@ class DilatedCache(Cache):
     ):
         if not hasattr(config, "layer_patterns"):
             raise ValueError(f"`config` must be that of a LongNet, got {type(config).__name__}.")
-        if isinstance(reserve, bool) or not isinstance(reserve, int) or reserve < 0:
-            raise ValueError(f"`reserve` must be an integer of at least 0, got {reserve!r}.")
-        if max_length is not None and (type(max_length) is not int or max_length < 1):
-            raise ValueError(f"`max_length` must be an integer of at least 1 or None, got {max_length!r}.")
+        if type(reserve) is not int or not 0 <= reserve <= _MAX_SLOTS:
+            raise ValueError(f"`reserve` must be an integer of at least 0 and at most {_MAX_SLOTS}, got {reserve!r}.")
+        if max_length is not None and (type(max_length) is not int or not 1 <= max_length <= 8 * _MAX_SLOTS):
+            raise ValueError(
+                f"`max_length` must be an integer of at least 1 and at most {8 * _MAX_SLOTS}, or None, got "
+                f"{max_length!r}."
+            )
+        if offloading and not torch.cuda.is_available():
+            raise ValueError(
+                '`offloading` (`cache_implementation="offloaded"`) keeps on the CPU what a GPU does not need at once, '
+                "and there is no GPU."
+            )
         self.reserve, self.max_length = reserve, max_length
         self.patterns = [pattern.canonical() for pattern in config.layer_patterns]
         options = {"offload_only_non_sliding": False} if offloading else {}
@@ -796,6 +806,13 @@ def _ring_records(
         w, r, is_segment = branch.length, branch.rate, branch.type == "segment"
         is_bounded = branch.type == "window" and w is not None
         capacity = _capacity(branch, reserve, room)
+        if w is not None and capacity > _MAX_SLOTS:
+            raise ValueError(
+                f"A DilatedCache needs {capacity} slots per head for the branch with segment length {w} and dilation "
+                f"rate {r} (`reserve` is {reserve}), whatever the length of the text. Give that branch full attention "
+                "(segment length None, branch type 'window', rate 1), whose storage grows, or use the ordinary cache "
+                '(a DynamicCache, `cache_implementation="dynamic"`).'
+            )
         for head in heads:
             phase = pattern.phase(branch, head, num_heads)
             keys_per_segment = {"segment": max(0, -(-((w or 0) - phase) // r)), "sink": w}.get(branch.type, _UNBOUNDED)

@@ -21,6 +21,8 @@ import numpy as np
 BRANCH_TYPES = ("segment", "window", "sink")
 HEAD_OFFSETS = ("paper", "grouped", "rotating")
 SEGMENT_PADDINGS = ("none", "zeros")
+# Of a segment length or a dilation rate: products with them stay below 2**63
+_LARGEST = 1 << 40
 
 
 class Branch(NamedTuple):
@@ -137,6 +139,11 @@ class DilatedPattern:
                 )
             if branch.type == "sink" and branch.rate != 1:
                 raise ValueError(f"`dilation_rates` must be 1 for a branch of type 'sink', got {branch.rate}.")
+            if max(branch.rate, branch.length or 0) > _LARGEST:
+                raise ValueError(
+                    f"`segment_lengths` and `dilation_rates` must be at most {_LARGEST}, got {branch.length} and "
+                    f"{branch.rate}. Full attention is segment length None, with branch type 'window' and rate 1."
+                )
         if self.branch_types.count("sink") > 1:
             raise ValueError(f"`branch_types` may have one 'sink', got {self.branch_types}.")
         if self.head_offset not in HEAD_OFFSETS:

@@ -1,9 +1,11 @@
 """A configuration is saved and loaded, and a wrong one is named."""
 
 import json
+import math
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from models import SMALL, build, every_kind, small_config
 from torch import nn
 from transformers import AutoConfig
@@ -65,12 +67,40 @@ def test_config_round_trip(kind, tmp_path):
         (dict(segment_padding="zeros", is_causal=False, full_attention_layers=[1]), "`segment_padding=.*window"),
         (dict(sliding_window=128), "`sliding_window`.*128"),
         (dict(layer_types=["full_attention"] * 3), "`layer_types`"),
+        (dict(num_hidden_layers=0), "`num_hidden_layers` must be at least 1, got 0"),
+        (dict(num_hidden_layers=-1), "`num_hidden_layers` must be at least 1, got -1"),
+        (dict(head_dim=0), "`head_dim` must be at least 1, got 0"),
+        (dict(max_position_embeddings=0), "`max_position_embeddings` must be at least 1, got 0"),
+        (dict(num_labels=0), "`num_labels` must be at least 1, got 0"),
+        (dict(norm_eps=-1.0), "`norm_eps` must be a number above 0.*got -1.0"),
+        (dict(norm_eps=math.nan), "`norm_eps` must be a number above 0.*got nan"),
+        (dict(norm_eps=math.inf), "`norm_eps` must be .*finite, got inf"),
+        (dict(initializer_range=math.nan), "`initializer_range` must be .*got nan"),
+        (dict(initializer_range=-0.1), "`initializer_range` must be .*at least 0.*got -0.1"),
+        (dict(classifier_dropout=2.0), "`classifier_dropout` must be .*below 1.*got 2.0"),
+        (dict(chunk_size_feed_forward="3"), "`chunk_size_feed_forward` must be an integer, got '3'"),
+        (dict(chunk_size_feed_forward=1.5), "`chunk_size_feed_forward` must be an integer, got 1.5"),
+        (dict(bos_token_id=97), "`bos_token_id` must lie from 0 to below `vocab_size` .97., got 97"),
+        (dict(eos_token_id=[2, 97]), r"`eos_token_id` must lie .*got \[2, 97\]"),
+        (dict(eos_token_id=-1), "`eos_token_id` must lie .*got -1"),
+        (dict(problem_type="clustering"), "`problem_type` must be one of .*'clustering'"),
+        (dict(segment_lengths=[8, 16, 10**30]), "`segment_lengths` and .*at most.*got 10{30} and 3.*'window'"),
+        (dict(dilation_rates=[1, 2, 10**30]), "`dilation_rates` must be at most.*10{30}"),
+        (dict(sink_tokens=10**30), "at most.*10{30}"),
+        (dict(rope_theta=0), "`rope_theta` must be a number above 0.*got 0"),
+        (dict(rope_parameters={"rope_theta": "x"}), "`rope_theta` must be a number above 0.*'x'"),
+        (dict(rope_parameters={"rope_theta": math.nan}), "`rope_theta` must be .*nan"),
+        (dict(rope_parameters={"rope_type": "nope"}), "`rope_type` must be one of .*'default', .*'nope'"),
+        (dict(rope_scaling={"type": "nope", "factor": 2.0}), "`rope_type` must be one of .*'nope'"),
+        (dict(rope_parameters={"rope_type": "linear"}), "`rope_parameters` lacks something: .*factor"),
+        (dict(rope_parameters={"rope_type": "linear", "factor": 0}), "`factor` must be .*at least 1.*got 0"),
+        (dict(rope_parameters={"partial_rotary_factor": 0.5}), "`partial_rotary_factor` must be 1.*0.5"),
         (dict(segment_lengths="8"), "segment_lengths"),
         (dict(hidden_size="32"), "hidden_size"),
     ],
 )
 def test_wrong_configurations_are_named(change, named):
-    with pytest.raises(Exception, match=named):
+    with pytest.raises((ValueError, StrictDataclassError), match=named):
         LongNetConfig(**(SMALL | change))
 
 

@@ -318,6 +318,29 @@ def test_a_changed_file_of_a_cache_is_refused(tmp_path):
         DilatedCache.load(tmp_path / "nowhere", model)
 
 
+@pytest.mark.parametrize("kind", ["window", "segment"])
+def test_a_branch_that_no_memory_holds_is_named(kind):
+    """As long as the model needs no cache it runs; so it does with the ordinary one."""
+    pattern = dict(segment_lengths=[8, 10**10], dilation_rates=[1, 1], branch_types=["window", kind])
+    model, ids = build(LongNetForCausalLM, **pattern), random_ids(1, 9)
+    expected = model.generate(ids, max_new_tokens=3, use_cache=False)
+    with pytest.raises(
+        ValueError, match="needs 1[0-9]* slots per head for the branch with segment length 10000000000"
+    ):
+        model.generate(ids, max_new_tokens=3)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, cache_implementation="dynamic"), expected)
+    for change in (dict(reserve=10**12), dict(max_length=10**12)):
+        with pytest.raises(ValueError, match=f"`{next(iter(change))}` must be .*at most.*got 1000000000000"):
+            DilatedCache(model.config, **change)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_offloading_without_a_gpu_is_refused():
+    model = build(LongNetForCausalLM)
+    with pytest.raises(ValueError, match='`cache_implementation="offloaded"`.*no GPU'):
+        model.generate(random_ids(1, 5), cache_implementation="offloaded", max_new_tokens=2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_on_a_gpu(dtype):
