@@ -8,7 +8,6 @@ the dense tiles of dilated_tiles.py, which are merged by their log-sum-exp.
 """
 
 import os
-import re
 from collections.abc import Iterator
 
 import torch
@@ -27,6 +26,7 @@ from .dilated_tiles import (
 )
 from .documents import BatchDocuments, find_documents, positions_in_documents, resolve_documents
 from .input_checks import check_flag, check_number, check_tensor
+from .operators import Operator
 
 
 try:
@@ -254,13 +254,7 @@ def uses_triton(query: torch.Tensor, dropout: float) -> bool:
     )
 
 
-# The fast path is a custom operator: torch.compile, checkpointing and FSDP see one opaque node. The namespace is the
-# module's name, so that a second copy of this file (code that came with a model from the Hub) registers its own.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
-def _forward_op(
+def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -312,8 +306,7 @@ def _attend_to_zeros(
         part_lse.copy_(torch.logaddexp(part_lse, log_count))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
-def backward_op(
+def _gradients(
     grad_output: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -360,13 +353,13 @@ def _tiles(documents: BatchDocuments, pattern: str, is_causal: bool) -> Iterator
             yield DocumentTile(tile, document.query_column, document.key_column)
 
 
-@_forward_op.register_fake
-def _(query, key, value, document_ids, pattern, is_causal, scale, dropout, seed, pads_segments):
+def _fake_forward(query, key, value, document_ids, pattern, is_causal, scale, dropout, seed, pads_segments):
     return _like(query), query.new_empty(query.shape[:3], dtype=accumulator(query.dtype))
 
 
-@backward_op.register_fake
-def _(grad_output, query, key, value, output, lse, document_ids, pattern, is_causal, scale, dropout, seed):
+def _fake_gradients(
+    grad_output, query, key, value, output, lse, document_ids, pattern, is_causal, scale, dropout, seed
+):
     return tuple(map(_like, (query, key, value)))
 
 
@@ -381,12 +374,8 @@ def _backward(ctx, grad_output, _):
     return *grads, None, None, None, None, None, None, None
 
 
-def _no_second_derivatives(ctx, *grads):
-    raise NotImplementedError("Dilated attention has no second derivatives (`create_graph=True`).")
-
-
-_forward_op.register_autograd(_backward, setup_context=_save_for_backward)
-backward_op.register_autograd(_no_second_derivatives)
+_forward_op = Operator("forward", __name__, _forward, _fake_forward, _save_for_backward, _backward)
+backward_op = Operator("backward", __name__, _gradients, _fake_gradients)
 
 
 __all__ = ["dilated_attention", "dilated_attention_reference", "find_documents"]

@@ -8,12 +8,11 @@ PyTorch has the same since 2.13 (`linear_cross_entropy` with options), in severa
 Liger, in chunks too short for a wide vocabulary. Shapes: N positions, D hidden size, V vocabulary.
 """
 
-import re
-
 import torch
 from torch import nn
 
 from .dilated_tiles import accumulator
+from .operators import Operator
 from .pointwise import is_plain, uses_triton
 
 
@@ -69,10 +68,7 @@ def _chunk_length(rows: int, weight: torch.Tensor) -> int:
     return length if most < block else min(-(-length // block), most // block) * block
 
 
-# The namespace is the module's name, so that a second copy of this file (code that came with a model from the Hub)
-# registers its own operator.
-@torch.library.custom_op(f"{re.sub(r'[^0-9a-zA-Z_]', '_', __name__)}::forward", mutates_args=())
-def _forward_op(
+def _forward(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
@@ -149,8 +145,7 @@ def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_firs
         total += a @ b
 
 
-@_forward_op.register_fake
-def _(hidden_states, weight, labels, ignore_index, dtype, needs_hidden, needs_weight):
+def _fake_forward(hidden_states, weight, labels, ignore_index, dtype, needs_hidden, needs_weight):
     return _empty_results(hidden_states, weight, needs_hidden, needs_weight)
 
 
@@ -165,9 +160,9 @@ def _backward(ctx, grad_loss, *grads_of_gradients):
     if any(grad is not None for grad in grads_of_gradients):
         raise NotImplementedError("The loss has no second derivatives (`create_graph=True`).")
     grad_hidden, grad_weight = ctx.saved_tensors
-    grad_hidden = (grad_hidden * grad_loss).to(grad_hidden.dtype) if ctx.needs_hidden else None
+    grad_hidden = grad_hidden * grad_loss if ctx.needs_hidden else None
     grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype) if ctx.needs_weight else None
     return grad_hidden, grad_weight, None, None, None, None, None
 
 
-_forward_op.register_autograd(_backward, setup_context=_save_for_backward)
+_forward_op = Operator("forward", __name__, _forward, _fake_forward, _save_for_backward, _backward)

@@ -7,9 +7,11 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from .operators import Operator
+
 
 try:
-    from .pointwise_kernels import MAX_WIDTH, ActivationNorm, Rotary
+    from .pointwise_kernels import MAX_WIDTH, activate_rows, activation_gradients, rotate_rows
 except ImportError:  # PyTorch without Triton: there are no GPUs to run it on
     MAX_WIDTH = 0
 
@@ -51,7 +53,7 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary positions: query `[B, H, N, D]` and key `[B, Hkv, N, D]` turned by `cos` and `sin` `[B or 1, N, D]`."""
     if uses_triton(query) and query.dtype == key.dtype == cos.dtype and not cos.requires_grad:
-        return Rotary.apply(query, key, cos, sin)
+        return _rotate_op(query, key, cos, sin, False)
     return apply_rotary_pos_emb(query, key, cos, sin)
 
 
@@ -70,5 +72,52 @@ def activate(
         weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
         name, kind = _ACTIVATIONS[type(activation)], _NORMS[type(norm)]
         eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0))
-        return ActivationNorm.apply(up, gate, weight, bias, name, kind, eps)
+        rows = (None if x is None else x.reshape(-1, x.shape[-1]) for x in (up, gate))
+        return _activate_op(*rows, weight, bias, name, kind, eps)[0].view(up.shape)
     return norm(activation(up) if gate is None else activation(gate) * up)
+
+
+def _fake_rotate(query, key, cos, sin, inverse):
+    return torch.empty_like(query), torch.empty_like(key)
+
+
+def _save_for_rotating_back(ctx, inputs, output):
+    _, _, *cos_and_sin, ctx.inverse = inputs
+    ctx.save_for_backward(*cos_and_sin)
+
+
+def _rotate_back(ctx, grad_query, grad_key):
+    return *_rotate_op(grad_query, grad_key, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+def _fake_activate(up, gate, weight, bias, activation, norm, eps):
+    stats = up.new_empty(len(up) if norm != "none" else 0, 2, dtype=torch.float32)
+    return torch.empty_like(up, memory_format=torch.contiguous_format), stats
+
+
+def _save_for_activation_gradients(ctx, inputs, output):
+    *tensors, ctx.activation, ctx.norm, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _activation_backward(ctx, grad, _):
+    tensors = ctx.saved_tensors
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grads = _activation_gradients_op(grad, *tensors, ctx.activation, ctx.norm)
+    there = (None if x is None else x_grad for x, x_grad in zip(tensors, grads, strict=False))
+    return *there, None, None, None
+
+
+def _fake_activation_gradients(grad, up, gate, weight, bias, stats, activation, norm):
+    grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
+    return grad_up, *(up.new_empty(0) if x is None else torch.empty_like(x) for x in (gate, weight, bias))
+
+
+if MAX_WIDTH > 0:
+    _rotate_op = Operator("rotate", __name__, rotate_rows, _fake_rotate, _save_for_rotating_back, _rotate_back)
+    _activation_gradients_op = Operator(
+        "activation_gradients", __name__, activation_gradients, _fake_activation_gradients
+    )
+    _activate_op = Operator(
+        "activate", __name__, activate_rows, _fake_activate, _save_for_activation_gradients, _activation_backward
+    )

@@ -1,22 +1,20 @@
 """Triton kernels for what is done to numbers one by one or row by row, each in one pass over memory: rotary positions,
 activation with norm, and from logits to their gradients."""
 
-from contextlib import nullcontext
-
 import torch
-import triton
-import triton.language as tl
+
+
+try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("The kernels need the package triton, which comes with PyTorch for GPUs.") from error
 
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_WIDTH = 16384  # of a row that is held in registers
 # That share the rows of a backward pass, since they add up gradients of the norm's weights: 4 a core of an H100
 _PROGRAMS = 528
-
-
-def _on_device_of(x: torch.Tensor):
-    """Triton launches on the current device. A compiled graph knows its own."""
-    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
 
 
 # Rotary positions
@@ -37,7 +35,7 @@ def _rotate(
     left, right = tl.load(X, mask=inside).to(tl.float32), tl.load(X + HALF, mask=inside).to(tl.float32)
     cos_left, cos_right = tl.load(COS, mask=inside).to(tl.float32), tl.load(COS + HALF, mask=inside).to(tl.float32)
     sin_left, sin_right = tl.load(SIN, mask=inside).to(tl.float32), tl.load(SIN + HALF, mask=inside).to(tl.float32)
-    if INVERSE:  # transposed, which is what a gradient goes through
+    if INVERSE:
         new_left, new_right = left * cos_left + right * sin_right, right * cos_right - left * sin_left
     else:
         new_left, new_right = left * cos_left - right * sin_left, right * cos_right + left * sin_right
@@ -68,7 +66,11 @@ def _rotary_kernel(
         )  # fmt: skip
 
 
-def _launch_rotary(query, key, cos, sin, inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate_rows(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys `[B, H, N, D]`, turned by `cos` and `sin` `[B or 1, N, D]`, or with `inverse` turned back (or,
+    of any cosines and sines, multiplied by the transposed matrix)."""
     query, key, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, cos, sin))
     outputs = torch.empty_like(query), torch.empty_like(key)
     batch, heads, length, head_dim = query.shape
@@ -79,25 +81,12 @@ def _launch_rotary(query, key, cos, sin, inverse: bool) -> tuple[torch.Tensor, t
     for x in (cos, sin):
         strides += [0 if x.shape[0] == 1 else x.stride(0), x.stride(1)]
     grid = (triton.cdiv(length * max(heads, key.shape[1]), block_rows), batch, 2)
-    with _on_device_of(query):
+    with torch.cuda.device_of(query):
         _rotary_kernel[grid](
             query, key, *outputs, cos, sin, heads, key.shape[1], length, *strides,
             INVERSE=inverse, HALF=half, BLOCK_ROWS=block_rows, BLOCK_D=block_d,
         )  # fmt: skip
     return outputs
-
-
-class Rotary(torch.autograd.Function):
-    """Queries and keys `[B, H, N, D]`, turned by `cos` and `sin` `[B or 1, N, D]`, which get no gradient."""
-
-    @staticmethod
-    def forward(ctx, query, key, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return _launch_rotary(query, key, cos, sin, inverse=False)
-
-    @staticmethod
-    def backward(ctx, grad_query, grad_key):
-        return *_launch_rotary(grad_query, grad_key, *ctx.saved_tensors, inverse=True), None, None
 
 
 # Activation with norm
@@ -202,58 +191,73 @@ def _warps(block: int) -> int:
     return min(32, max(4, block // 512))
 
 
-class ActivationNorm(torch.autograd.Function):
-    """`norm(act(up))` or `norm(act(gate) * up)` of `[..., W]`, in the dtype of `up`, computed in float32.
+def _options(up, gate, weight, bias, activation: str, norm: str) -> dict:
+    block = triton.next_power_of_2(up.shape[-1])
+    return dict(
+        ACTIVATION=activation, NORM=norm, GATED=gate is not None, BIASED=bias is not None,
+        WIDTH=up.shape[-1], BLOCK=block, num_warps=min(32, max(4, block // 512)),
+    )  # fmt: skip
+
+
+def activate_rows(
+    up: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str,
+    norm: str,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`norm(act(up))` or `norm(act(gate) * up)` of rows `[N, W]`, in their dtype, computed in float32; and mean and
+    inverse deviation `[N, 2]` of the rows.
 
     `norm` is "layer" or "rms", with a weight `[W]`, or "none"; `bias` `[W]` may be None.
     """
+    output = torch.empty_like(up, memory_format=torch.contiguous_format)
+    stats = torch.empty(len(up) if norm != "none" else 0, 2, dtype=torch.float32, device=up.device)
+    gate_row = 0 if gate is None else gate.stride(0)
+    # A kernel does not look at what stands for a tensor that is not there
+    tensors = (up if x is None else x for x in (up, gate, weight, bias))
+    if len(up) > 0:
+        with torch.cuda.device_of(up):
+            _activation_kernel[(len(up),)](
+                *tensors, output, stats, up.stride(0), gate_row,
+                EPS=eps, **_options(up, gate, weight, bias, activation, norm),
+            )  # fmt: skip
+    return output, stats
 
-    @staticmethod
-    def forward(ctx, up, gate, weight, bias, activation: str, norm: str, eps: float):
-        shape, width = up.shape, up.shape[-1]
-        up = up.reshape(-1, width)
-        gate = None if gate is None else gate.reshape(-1, width)
-        output = torch.empty_like(up, memory_format=torch.contiguous_format)
-        stats = torch.empty(len(up) if norm != "none" else 0, 2, dtype=torch.float32, device=up.device)
-        block = triton.next_power_of_2(width)
-        ctx.options = dict(
-            ACTIVATION=activation, NORM=norm, GATED=gate is not None, BIASED=bias is not None, WIDTH=width, BLOCK=block
-        )
-        tensors = up, up if gate is None else gate, up if weight is None else weight, up if bias is None else bias
-        if len(up) > 0:
-            with _on_device_of(up):
-                _activation_kernel[(len(up),)](
-                    *tensors, output, stats, up.stride(0), tensors[1].stride(0),
-                    EPS=eps, **ctx.options, num_warps=_warps(block),
-                )  # fmt: skip
-        ctx.save_for_backward(up, gate, weight, bias, stats)
-        return output.view(shape)
 
-    @staticmethod
-    def backward(ctx, grad):
-        up, gate, weight, bias, stats = ctx.saved_tensors
-        options, width = ctx.options, up.shape[-1]
-        shape, grad = grad.shape, grad.reshape(-1, width)
-        grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
-        grad_gate = torch.empty_like(grad_up) if gate is not None else None
-        programs = min(_PROGRAMS, len(up))
-        sums = [
-            torch.empty(programs, width, dtype=torch.float32, device=up.device) if x is not None else None
-            for x in (weight, bias)
-        ]
-        tensors = up, up if gate is None else gate, up if weight is None else weight, stats, grad, grad_up
-        results = (up if x is None else x for x in (grad_gate, *sums))
-        if programs > 0:
-            with _on_device_of(up):
-                _activation_gradient_kernel[(programs,)](
-                    *tensors, *results, len(up), up.stride(0), tensors[1].stride(0), grad.stride(0),
-                    **options, num_warps=_warps(options["BLOCK"]),
-                )  # fmt: skip
-        grad_weight, grad_bias = (
-            None if x is None else x.sum(0).to(of.dtype) for x, of in zip(sums, (weight, bias), strict=True)
-        )
-        grad_gate = None if grad_gate is None else grad_gate.view(shape)
-        return grad_up.view(shape), grad_gate, grad_weight, grad_bias, None, None, None
+def activation_gradients(
+    grad: torch.Tensor,
+    up: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    stats: torch.Tensor,
+    activation: str,
+    norm: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `up`, `gate`, `weight` and `bias`, given that of the output; empty for what is not there."""
+    width, programs = up.shape[-1], min(_PROGRAMS, len(up))
+    grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
+    grad_gate = up.new_empty(up.shape if gate is not None else 0)
+    sums = [
+        torch.empty(programs if x is not None else 0, width, dtype=torch.float32, device=up.device)
+        for x in (weight, bias)
+    ]
+    gate_row = 0 if gate is None else gate.stride(0)
+    if programs > 0:
+        with torch.cuda.device_of(up):
+            _activation_gradient_kernel[(programs,)](
+                up, up if gate is None else gate, up if weight is None else weight, stats, grad, grad_up, grad_gate,
+                *sums, len(up), up.stride(0), gate_row, grad.stride(0),
+                **_options(up, gate, weight, bias, activation, norm),
+            )  # fmt: skip
+    grad_weight, grad_bias = (
+        up.new_empty(0) if x is None else total.sum(0).to(x.dtype)
+        for x, total in zip((weight, bias), sums, strict=True)
+    )
+    return grad_up, grad_gate, grad_weight, grad_bias
 
 
 # From logits to their gradients
@@ -295,7 +299,7 @@ def cross_entropy_gradient_(
     rows, vocabulary = logits.shape
     lse = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(_LOGITS_BLOCK, triton.next_power_of_2(vocabulary))
-    with _on_device_of(logits):
+    with torch.cuda.device_of(logits):
         _cross_entropy_kernel[(rows,)](
             logits, labels, lse, logits.stride(0), vocabulary, ignore_index, with_gradient, block,
             num_warps=max(4, block // 1024),

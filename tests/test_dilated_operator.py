@@ -373,7 +373,7 @@ def test_compiles_into_one_graph_and_passes_pytorchs_checks_of_custom_operators(
     documents = find_documents(2, 21, attention_mask=mask)
     for pattern, is_causal, pads_segments in ((PATTERN, True, False), (DilatedPattern([8], [1]), False, True)):
         arguments = (*inputs, documents, pattern.to_json(), is_causal, 0.5, 0.0, None, pads_segments)
-        torch.library.opcheck(operator_module._forward_op, arguments)
+        torch.library.opcheck(operator_module._forward_op.custom_op, arguments)
 
 
 def test_autocast_brings_mixed_inputs_to_its_dtype():

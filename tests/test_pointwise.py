@@ -104,6 +104,29 @@ def test_loss(dtype, monkeypatch):
     assert_as_exact(ours, plain, [torch.randn(31, 16), torch.randn(97, 16)], dtype)
 
 
+def test_operators_pass_pytorchs_checks_and_compile_into_one_graph():
+    torch.manual_seed(0)
+    query, key = (torch.randn(2, 7, h, 6, device=DEVICE).transpose(1, 2).requires_grad_() for h in (4, 2))
+    cos, sin = torch.randn(2, 1, 7, 6, device=DEVICE)
+    rows, gate = torch.randn(2, 5, 8, device=DEVICE, requires_grad=True)
+    norm = nn.LayerNorm(8, device=DEVICE)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(pointwise._rotate_op.custom_op, (query, key, cos, sin, False), test_utils=checks)
+    options = (rows, gate, norm.weight, norm.bias, "gelu", "layer", 1e-5)
+    torch.library.opcheck(pointwise._activate_op.custom_op, options, test_utils=checks)
+
+    def function(query, key, rows, gate):
+        return *rotate(query, key, cos, sin), activate(act_fn, norm, rows, gate)
+
+    act_fn, inputs = ACT2FN["gelu"], (query, key, rows, gate)
+    ours = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
+    expected = function(*inputs)
+    grads = [torch.randn_like(x) for x in expected]
+    torch.testing.assert_close(ours, expected)
+    gradients = (torch.autograd.grad(outputs, inputs, grads) for outputs in (ours, expected))
+    torch.testing.assert_close(*gradients)
+
+
 @every_kind
 def test_models_that_use_the_kernels(kind, monkeypatch):
     if DEVICE == "cuda":
