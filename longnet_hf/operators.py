@@ -1,5 +1,5 @@
-"""Operators that are one node to whatever looks at operators (compilers, policies of checkpoints, tracers), and cost little
-where nothing looks: PyTorch's dispatch of a custom operator takes the CPU longer than several launches."""
+"""Operators that are one node to whatever looks at operators (compilers, policies of checkpoints, tracers), and cost
+little where nothing looks: PyTorch's dispatch of a custom operator takes the CPU longer than several launches."""
 
 from collections.abc import Callable
 

@@ -109,8 +109,10 @@ def _activation_backward(ctx, grad, _):
 
 
 def _fake_activation_gradients(grad, up, gate, weight, bias, stats, activation, norm):
-    grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
-    return grad_up, *(up.new_empty(0) if x is None else torch.empty_like(x) for x in (gate, weight, bias))
+    return tuple(
+        up.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (up, gate, weight, bias)
+    )
 
 
 if MAX_WIDTH > 0:
