@@ -919,6 +919,8 @@ def _run_sink(
     blocks, head_dim = blocks_of(query, "keys"), query.shape[3]
     parts, heads = len(plan.sinks) // PROGRAM_SIZE.value, len(head_table)
     sink_grads = stats.new_empty((parts, heads, plan.sink_rows, 2 * head_dim))
+    if parts == 0:
+        return sink_grads
     own = min(blocks.own, max(16, triton.next_power_of_2(max(1, plan.sink_rows))))
     arguments = Arguments(
         (query, key, value, grad_output, stats, sink_grads, plan.sinks, plan.entries, head_table),

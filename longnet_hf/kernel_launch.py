@@ -6,12 +6,6 @@ from typing import NamedTuple
 import torch
 
 
-try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
-    import triton
-except ImportError as error:
-    raise ImportError("The kernels need the package triton, which comes with PyTorch for GPUs.") from error
-
-
 class Blocks(NamedTuple):
     """Shape of a program: rows of its own block, rows of the blocks that it meets, and what the compiler is told."""
 
@@ -50,8 +44,13 @@ def blocks_of(x: torch.Tensor, kernel: str) -> Blocks:
     return table[max(64, padded(x.shape[-1]))][kernel]
 
 
+def power_of_2(number: int) -> int:
+    """The next power of 2. Triton's own takes as long as a launch."""
+    return 1 << (number - 1).bit_length()
+
+
 def padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, power_of_2(head_dim))
 
 
 class Arguments(NamedTuple):
@@ -93,7 +92,7 @@ def launch(kernel, grid: tuple[int, int, int], arguments: Arguments, blocks: Blo
         with torch.cuda.device(device):
             return launch(kernel, grid, arguments, blocks)
     kind = tuple(stride if stride <= 1 else (stride % 16 == 0, stride >= 2**31) for stride in strides)
-    kind = (kernel, device, tensors[0].dtype, kind, blocks, *constants.values())
+    kind = (kernel, device, *(x.dtype for x in tensors), kind, blocks, *constants.values())
     is_aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
     compiled = _compiled.get(kind) if is_aligned else None
     if compiled is not None:

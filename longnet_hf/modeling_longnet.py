@@ -29,7 +29,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -46,7 +46,7 @@ from .generation_longnet import LongNetGenerationMixin, ReadingMixin
 from .hub_longnet import MODEL_CLASSES, HubMixin, forget_name
 from .input_checks import check_embeds, check_flag, check_ids, check_labels, check_tensor
 from .linear_cross_entropy import is_plain_linear, linear_cross_entropy
-from .pointwise import activate, is_plain, rotate
+from .pointwise import RMSNorm, activate, is_plain, rotate
 from .recompute import in_chunks
 from .torchscale_weights import config_fields, read_checkpoint, rename_encoder
 
@@ -55,6 +55,10 @@ try:
     from peft.utils import constants as peft_constants
 except ImportError:
     peft_constants = None
+try:
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as LIGER
+except ImportError:
+    LIGER = None
 
 
 logger = logging.get_logger(__name__)
@@ -110,7 +114,7 @@ ALL_ATTENTION_FUNCTIONS["dilated"] = ALL_ATTENTION_FUNCTIONS["sdpa"] = dilated_a
 
 
 def make_norm(config: LongNetConfig, size: int) -> nn.Module:
-    norm = LlamaRMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    norm = RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
     return norm(size, eps=config.norm_eps)
 
 
@@ -1115,6 +1119,14 @@ def span_loss(start_logits, end_logits, start_positions, end_positions, num_item
     return (losses[0] + losses[1]) / 2
 
 
+def keep_own_kernels(model: PreTrainedModel | None = None) -> None:
+    """What Liger is to do with a LongNet: nothing."""
+    logger.warning(
+        "Liger's kernels are not used: LongNet has its own for what they do (loss, rotary positions, norms and "
+        "activations), which are in use without being asked for."
+    )
+
+
 # By the Auto classes that load them
 AUTO_CLASSES = {auto_class: globals()[name] for auto_class, name in MODEL_CLASSES.items()}
 LongNetConfig.register_for_auto_class()
@@ -1124,15 +1136,17 @@ for _auto_class, _model_class in AUTO_CLASSES.items():
     _model_class.register_for_auto_class(_auto_class)
 
 
-def adapt_as_llama(model_type: str) -> None:
+def tell_other_packages(model_type: str) -> None:
     """Tell PEFT what adapters adapt where they name no `target_modules`: as of Llama, whose layers have the same
-    names. There is a table for each kind of adapter."""
+    names. There is a table for each kind of adapter. And Liger what `use_liger_kernel=True` of Trainer is to do."""
     for name, table in vars(peft_constants).items() if peft_constants is not None else ():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:
             table[model_type] = copy.copy(table["llama"])
+    if LIGER is not None:
+        LIGER[model_type] = keep_own_kernels
 
 
-adapt_as_llama(LongNetConfig.model_type)
+tell_other_packages(LongNetConfig.model_type)
 
 
 __all__ = [

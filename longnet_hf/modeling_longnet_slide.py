@@ -25,7 +25,7 @@ from .modeling_longnet import (
     LongNetForSequenceClassification,
     LongNetModel,
     LongNetPreTrainedModel,
-    adapt_as_llama,
+    tell_other_packages,
     refuse_split,
 )
 from .torchscale_weights import (
@@ -604,7 +604,7 @@ LongNetSlidePreTrainedModel.code_of_auto_classes = {
 LongNetSlideConfig.register_for_auto_class()
 for _auto_class, _model_class in SLIDE_AUTO_CLASSES.items():
     _model_class.register_for_auto_class(_auto_class)
-adapt_as_llama(LongNetSlideConfig.model_type)
+tell_other_packages(LongNetSlideConfig.model_type)
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -26,8 +27,17 @@ def uses_triton(x: torch.Tensor) -> bool:
     )
 
 
+class RMSNorm(LlamaRMSNorm):
+    """Llama's, in one kernel each way. In float64 it is Llama's itself, which goes through float32."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype == torch.float64:
+            return super().forward(hidden_states)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
 _ACTIVATIONS = {type(ACT2FN[name]): name for name in ("gelu", "silu", "relu")} | {nn.SiLU: "silu"}
-_NORMS = {nn.Identity: "none", nn.LayerNorm: "layer", LlamaRMSNorm: "rms"}
+_NORMS = {nn.Identity: "none", nn.LayerNorm: "layer", RMSNorm: "rms"}
 _PLAIN = {nn.Linear, *_ACTIVATIONS, *_NORMS}
 
 

@@ -10,6 +10,8 @@ try:  # optional: of code from the Hub, Transformers requires whatever is import
 except ImportError as error:
     raise ImportError("The kernels need the package triton, which comes with PyTorch for GPUs.") from error
 
+from .kernel_launch import Arguments, Blocks, launch, power_of_2, strides_of
+
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_WIDTH = 16384  # of a row that is held in registers
@@ -43,7 +45,7 @@ def _rotate(
     tl.store(OUT + HALF, new_right, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_heads", "k_heads", "length"])
 def _rotary_kernel(
     Q, K, Q_OUT, K_OUT, COS, SIN, q_heads, k_heads, length,
     q_batch, q_head, q_row, k_batch, k_head, k_row, qo_batch, qo_head, qo_row, ko_batch, ko_head, ko_row,
@@ -75,17 +77,15 @@ def rotate_rows(
     outputs = torch.empty_like(query), torch.empty_like(key)
     batch, heads, length, head_dim = query.shape
     half = head_dim // 2
-    block_d = triton.next_power_of_2(half)
+    block_d = power_of_2(half)
     block_rows = max(1, 2048 // block_d)
-    strides = [stride for x in (query, key, *outputs) for stride in x.stride()[:3]]
+    strides = strides_of(query, key, *outputs)
     for x in (cos, sin):
         strides += [0 if x.shape[0] == 1 else x.stride(0), x.stride(1)]
     grid = (triton.cdiv(length * max(heads, key.shape[1]), block_rows), batch, 2)
-    with torch.cuda.device_of(query):
-        _rotary_kernel[grid](
-            query, key, *outputs, cos, sin, heads, key.shape[1], length, *strides,
-            INVERSE=inverse, HALF=half, BLOCK_ROWS=block_rows, BLOCK_D=block_d,
-        )  # fmt: skip
+    constants = dict(INVERSE=inverse, HALF=half, BLOCK_ROWS=block_rows, BLOCK_D=block_d)
+    numbers = (heads, key.shape[1], length)
+    launch(_rotary_kernel, grid, Arguments((query, key, *outputs, cos, sin), numbers, strides, constants))
     return outputs
 
 
@@ -94,7 +94,7 @@ def rotate_rows(
 
 @triton.jit
 def _normal(x, EXACT: tl.constexpr):
-    """The normal distribution at x, and exp(-x²/2). If not EXACT, to 1e-7, by which a number of 16 bits is not changed:
+    """The normal distribution at x, and exp(-x² / 2). If not EXACT, to 1e-7, which no number of 16 bits shows:
     Abramowitz and Stegun 7.1.26, in a third of the instructions."""
     density = tl.exp2(x * x * -0.7213475204444817)
     if EXACT:
@@ -150,7 +150,7 @@ def _activation_kernel(
     tl.store(OUT + row * WIDTH + d, x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _activation_gradient_kernel(
     UP, GATE, WEIGHT, STATS, GRAD, GRAD_UP, GRAD_GATE, GRAD_WEIGHT, GRAD_BIAS, rows, up_row, gate_row, grad_row,
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr,
@@ -201,14 +201,17 @@ def _warps(block: int) -> int:
     return min(32, max(4, block // 512))
 
 
-def _options(up, gate, weight, bias, activation: str, norm: str, numbers: int) -> dict:
-    """With so many numbers for a thread: fewer in the backward pass, which keeps more of each in registers."""
-    block = triton.next_power_of_2(up.shape[-1])
+def _constants(up, gate, bias, activation: str, norm: str) -> dict:
+    width = up.shape[-1]
     return dict(
         ACTIVATION=activation, NORM=norm, GATED=gate is not None, BIASED=bias is not None,
-        WIDTH=up.shape[-1], BLOCK=block, EXACT=up.dtype == torch.float32,
-        num_warps=min(32, max(4, block // (32 * numbers))),
+        WIDTH=width, BLOCK=power_of_2(width), EXACT=up.dtype == torch.float32,
     )  # fmt: skip
+
+
+def _of_threads(width: int, numbers: int) -> Blocks:
+    """Programs of one row, with so many of its numbers for a thread."""
+    return Blocks(1, 0, min(32, max(4, power_of_2(width) // (32 * numbers))), 0)
 
 
 def activate_rows(
@@ -227,15 +230,12 @@ def activate_rows(
     """
     output = torch.empty_like(up, memory_format=torch.contiguous_format)
     stats = torch.empty(len(up) if norm != "none" else 0, 2, dtype=torch.float32, device=up.device)
-    gate_row = 0 if gate is None else gate.stride(0)
     # A kernel does not look at what stands for a tensor that is not there
-    tensors = (up if x is None else x for x in (up, gate, weight, bias))
-    if len(up) > 0:
-        with torch.cuda.device_of(up):
-            _activation_kernel[(len(up),)](
-                *tensors, output, stats, up.stride(0), gate_row,
-                EPS=eps, **_options(up, gate, weight, bias, activation, norm, 16),
-            )  # fmt: skip
+    tensors = *(up if x is None else x for x in (up, gate, weight, bias)), output, stats
+    constants = _constants(up, gate, bias, activation, norm) | dict(EPS=eps)
+    strides = [up.stride(0), 0 if gate is None else gate.stride(0)]
+    arguments = Arguments(tensors, (), strides, constants)
+    launch(_activation_kernel, (len(up), 1, 1), arguments, _of_threads(up.shape[-1], 16))
     return output, stats
 
 
@@ -257,14 +257,12 @@ def activation_gradients(
         torch.empty(programs if x is not None else 0, width, dtype=torch.float32, device=up.device)
         for x in (weight, bias)
     ]
-    gate_row = 0 if gate is None else gate.stride(0)
-    if programs > 0:
-        with torch.cuda.device_of(up):
-            _activation_gradient_kernel[(programs,)](
-                up, up if gate is None else gate, up if weight is None else weight, stats, grad, grad_up, grad_gate,
-                *sums, len(up), up.stride(0), gate_row, grad.stride(0),
-                **_options(up, gate, weight, bias, activation, norm, 8),
-            )  # fmt: skip
+    there = (up if x is None else x for x in (up, gate, weight))
+    strides = [up.stride(0), 0 if gate is None else gate.stride(0), grad.stride(0)]
+    constants = _constants(up, gate, bias, activation, norm)
+    arguments = Arguments((*there, stats, grad, grad_up, grad_gate, *sums), (len(up),), strides, constants)
+    # Fewer numbers for a thread, which has more of each to keep
+    launch(_activation_gradient_kernel, (programs, 1, 1), arguments, _of_threads(width, 8))
     grad_weight, grad_bias = (
         up.new_empty(0) if x is None else total.sum(0).to(x.dtype)
         for x, total in zip((weight, bias), sums, strict=True)
@@ -310,7 +308,7 @@ def cross_entropy_gradient_(
     """Log-sum-exp `[N]` in float32 of logits `[N, V]`, which become their gradients if asked for."""
     rows, vocabulary = logits.shape
     lse = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    block = min(_LOGITS_BLOCK, triton.next_power_of_2(vocabulary))
+    block = min(_LOGITS_BLOCK, power_of_2(vocabulary))
     with torch.cuda.device_of(logits):
         _cross_entropy_kernel[(rows,)](
             logits, labels, lse, logits.stride(0), vocabulary, ignore_index, with_gradient, block,

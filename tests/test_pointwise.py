@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from longnet_hf import LongNetForCausalLM, pointwise
 from longnet_hf import linear_cross_entropy as loss_module
 from longnet_hf.linear_cross_entropy import linear_cross_entropy
-from longnet_hf.pointwise import activate, rotate
+from longnet_hf.pointwise import RMSNorm, activate, rotate
 
 
 kernels = pytest.importorskip("longnet_hf.pointwise_kernels", reason="needs Triton", exc_type=ImportError)
@@ -64,7 +64,7 @@ def test_rotary_positions(heads, batch, rows, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
-@pytest.mark.parametrize("norm", [nn.LayerNorm, LlamaRMSNorm, nn.Identity])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, RMSNorm, nn.Identity])
 def test_activation_with_norm(norm, activation, gated, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_PROGRAMS", 4)
     width, act_fn = 20, ACT2FN[activation]
@@ -83,6 +83,18 @@ def test_activation_with_norm(norm, activation, gated, dtype, monkeypatch):
         return module(act_fn(up) if gate is None else act_fn(gate) * up)
 
     assert_as_exact(lambda *x: apply(activate, x), lambda *x: apply(plain_activate, x), inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm(dtype):
+    def apply(norm, x, weight):
+        module = norm(20, eps=1e-5)
+        module._parameters.pop("weight")
+        module.weight = weight
+        return module(x)
+
+    inputs = [torch.randn(2, 7, 20) * 3, 1 + torch.randn(20)]
+    assert_as_exact(lambda *x: apply(RMSNorm, *x), lambda *x: apply(LlamaRMSNorm, *x), inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,5 +1,7 @@
 """What saves memory or time in training changes no gradient: checkpointing, chunks, compilation, offloading."""
 
+import logging
+
 import pytest
 import torch
 from comparisons import all_gradients, assert_same_gradients, main_output
@@ -113,6 +115,17 @@ class OwnLossTrainer(Trainer):
             outputs.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
         )
         return (loss, outputs) if return_outputs else loss
+
+
+def test_liger_is_told_that_its_kernels_are_not_needed(tmp_path, caplog, monkeypatch):
+    pytest.importorskip("liger_kernel")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model, ids = build(LongNetForCausalLM, "llama"), random_ids(1, 20)
+    expected = all_gradients(model, model(ids, labels=ids).loss)
+    arguments = TrainingArguments(tmp_path, use_liger_kernel=True, use_cpu=True, report_to="none")
+    Trainer(model, arguments)
+    assert "Liger's kernels are not used" in caplog.text
+    assert_same_gradients(all_gradients(model, model(ids, labels=ids).loss), expected, atol=0)
 
 
 @pytest.mark.parametrize("with_metrics", [False, True])
