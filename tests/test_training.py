@@ -120,12 +120,10 @@ class OwnLossTrainer(Trainer):
 def test_liger_is_told_that_its_kernels_are_not_needed(tmp_path, caplog, monkeypatch):
     pytest.importorskip("liger_kernel")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    model, ids = build(LongNetForCausalLM, "llama"), random_ids(1, 20)
-    expected = all_gradients(model, model(ids, labels=ids).loss)
-    arguments = TrainingArguments(tmp_path, use_liger_kernel=True, use_cpu=True, report_to="none")
-    Trainer(model, arguments)
+    rows = [{"input_ids": row, "labels": row} for row in random_ids(2, 20).tolist()]
+    arguments = TrainingArguments(tmp_path, max_steps=1, use_liger_kernel=True, use_cpu=True, report_to="none")
+    Trainer(build(LongNetForCausalLM, "llama"), arguments, train_dataset=rows).train()
     assert "Liger's kernels are not used" in caplog.text
-    assert_same_gradients(all_gradients(model, model(ids, labels=ids).loss), expected, atol=0)
 
 
 @pytest.mark.parametrize("with_metrics", [False, True])
