@@ -1,13 +1,14 @@
 """Tokens per second and memory of a training step, as the sequence grows: LongNet beside a Llama of equal size.
 
     python benchmarks/train_step.py                                   # the paper's base model, 8 K to 1 M tokens
-    python benchmarks/train_step.py --size 1b --lengths 8192 131072 --models longnet+compile llama+liger+compile
+    python benchmarks/train_step.py --size 1b --lengths 8192 131072 --models longnet llama+liger+layers
     python benchmarks/train_step.py --lengths 131072 --profile        # and what the GPU does in that time
 
 One sequence per step, bfloat16 weights, AdamW, gradient checkpointing for all. "longnet-heads" has full attention in a
-fifth of its heads, and a window and a sink in the others. Llama attends through PyTorch's scaled_dot_product_attention
-(cuDNN). A model's name says what it runs with: `+compile` compiles every layer, `+liger` is Liger's kernels and loss
-(`pip install liger-kernel`); without it, Llama has this project's loss.
+fifth of the heads, and windows. Llama attends through PyTorch's scaled_dot_product_attention (cuDNN). A model's name
+says what it runs with: `+layers` compiles every layer, `+whole` all layers as one graph, as
+`TrainingArguments(torch_compile=True)` does; `+liger` is Liger's kernels and loss (`pip install liger-kernel`). Without
+it, Llama has this project's loss.
 
 MFU: the operations of the matrix products and of the pairs that attend, forward and backward, recomputation not
 counted, over the 989 TFLOP/s of an H100. Needs a CUDA GPU.
@@ -33,20 +34,14 @@ SIZES = {
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000),  # for a CPU
 }
 MODELS = [
-    "longnet",
-    "longnet+compile",
-    "longnet-heads",
-    "longnet-heads+compile",
-    "llama",
-    "llama+compile",
-    "llama+liger",
-    "llama+liger+compile",
+    *("longnet", "longnet+layers", "longnet+whole", "longnet-heads", "longnet-heads+layers"),
+    *("llama", "llama+layers", "llama+whole", "llama+liger", "llama+liger+layers"),
 ]
 PEAK = 989e12  # bfloat16 operations a second, dense, of an H100
-# Kernels by name; those of the loss are known by what launches them
+# Kernels by name
 ATTENTION = re.compile(r"_query_kernel|_key_kernel|_stats_kernel|flash|fmha|sdpa|attention", re.IGNORECASE)
 PRODUCTS = re.compile(r"gemm|cutlass|nvjet|cublas|xmma|splitK|_mm", re.IGNORECASE)
-LOSS = re.compile(r"cross_?entropy|recomputed_loss", re.IGNORECASE)
+LOSS = re.compile(r"cross_entropy", re.IGNORECASE)
 
 
 def window_with_full_heads(num_layers: int, num_heads: int) -> dict:
@@ -106,33 +101,24 @@ def operations(model: torch.nn.Module, length: int) -> float:
 def profile(step) -> dict[str, float]:
     """How a step's time on the GPU is spent, in shares; the kernels it launches; and the share of the step in which
     the GPU works."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    events = profiler.events()
-    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    begin, end = min(x.time_range.start for x in kernels), max(x.time_range.end for x in kernels)
-    kernels = [(kernel.name, kernel.time_range.elapsed_us()) for kernel in kernels if not kernel.is_user_annotation]
-    total = sum(time for _, time in kernels)
-
-    def is_of_the_loss(event) -> bool:
-        while event is not None:
-            if LOSS.search(event.name):
-                return True
-            event = event.cpu_parent
-        return False
-
-    of_loss = [
-        (x.name, x.duration) for event in events if event.kernels and is_of_the_loss(event) for x in event.kernels
-    ]
-    times = dict(attention=sum(time for name, time in kernels if ATTENTION.search(name)))
-    times["loss"] = sum(time for _, time in of_loss)
-    times["products"] = sum(time for name, time in kernels if PRODUCTS.search(name) and not ATTENTION.search(name))
-    times["products"] -= sum(time for name, time in of_loss if PRODUCTS.search(name))
-    times["elementwise"] = total - sum(times.values())
-    shares = {name: time / total for name, time in times.items()}
-    return shares | {"kernels": len(kernels), "GPU works": total / (end - begin)}
+    kernels = [x for x in profiler.events() if x.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = sorted((x for x in kernels if not x.is_user_annotation), key=lambda x: x.time_range.start)
+    is_product = [bool(PRODUCTS.search(x.name) and not ATTENTION.search(x.name)) for x in kernels]
+    # The loss goes from the product before the first of its own kernels to the second product after the last
+    own = [i for i, x in enumerate(kernels) if LOSS.search(x.name)]
+    products = [i for i, product in enumerate(is_product) if product]
+    begin = max(i for i in products if i < own[0])
+    end = [i for i in products if i > own[-1]][1]
+    times = dict.fromkeys(("attention", "loss", "products", "elementwise"), 0.0)
+    for i, kernel in enumerate(kernels):
+        kind = "attention" if ATTENTION.search(kernel.name) else "products" if is_product[i] else "elementwise"
+        times["loss" if begin <= i <= end else kind] += kernel.time_range.elapsed_us()
+    total = sum(times.values())
+    wall = max(x.time_range.end for x in kernels) - kernels[0].time_range.start
+    return {name: time / total for name, time in times.items()} | {"kernels": len(kernels), "GPU works": total / wall}
 
 
 def main():
@@ -161,9 +147,8 @@ def main():
             from liger_kernel.transformers import apply_liger_kernel_to_llama
 
             apply_liger_kernel_to_llama(model=model)
-        if "compile" in added:
-            for layer in model.model.layers:
-                layer.compile(dynamic=False)
+        for part in model.model.layers if "layers" in added else [model.model] if "whole" in added else []:
+            part.compile(dynamic=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         for length in options.lengths:

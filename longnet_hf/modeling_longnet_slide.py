@@ -25,8 +25,8 @@ from .modeling_longnet import (
     LongNetForSequenceClassification,
     LongNetModel,
     LongNetPreTrainedModel,
-    tell_other_packages,
     refuse_split,
+    tell_other_packages,
 )
 from .torchscale_weights import (
     LONGVIT_SEGMENT_LENGTHS,

@@ -117,6 +117,24 @@ class OwnLossTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+@pytest.mark.parametrize("by_region", [False, True])
+def test_trainer_compiles(by_region, tmp_path, monkeypatch):
+    """`TrainingArguments(torch_compile=True)`: the model as one graph, or layer by layer."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(by_region))
+    rows = [{"input_ids": row, "labels": row} for row in random_ids(4, 20).tolist()]
+    losses = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        arguments = dict(max_steps=2, per_device_train_batch_size=2, logging_steps=1, gradient_checkpointing=True)
+        arguments = TrainingArguments(tmp_path, **arguments, **compiled, use_cpu=True, report_to="none")
+        trainer = Trainer(build(LongNetForCausalLM), arguments, train_dataset=rows)
+        torch._dynamo.utils.counters.clear()
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert losses[0] == pytest.approx(losses[1])
+
+
 def test_liger_is_told_that_its_kernels_are_not_needed(tmp_path, caplog, monkeypatch):
     pytest.importorskip("liger_kernel")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
