@@ -34,7 +34,6 @@ from .dilated_plan import (  # isort: skip
 )
 # fmt: on
 from .documents import Document
-from .full_heads import find_full_heads, full_backward, full_forward
 from .kernel_launch import Arguments, Blocks, blocks_of, launch, padded, row_constants, strides_of
 
 
@@ -817,9 +816,7 @@ def triton_forward(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
     if _has_padding(attention):
         output.zero_()
         lse.fill_(-float("inf"))
-    full = find_full_heads(*attention[:2], *attention[3:6])
-    _run_queries(attention, full, output, lse)
-    full_forward(*attention[:3], full, attention.is_causal, attention.scale, output, lse)
+    _run_queries(attention, output, lse)
     return output, lse
 
 
@@ -832,10 +829,6 @@ def triton_backward(
         for grad in grads:
             grad.zero_()
     batch, heads, queries, head_dim = attention.query.shape
-    full = find_full_heads(*attention[:2], *attention[3:6])
-    full_backward(grad_output, *attention[:3], output, lse, full, attention.is_causal, attention.scale, grads)
-    if len(full) == attention.key.shape[1]:
-        return tuple(grads)
     lse, stats = lse.contiguous(), lse.new_empty((batch, heads, queries, 2))
     arguments = Arguments(
         (output, lse, grad_output, stats),
@@ -844,8 +837,8 @@ def triton_backward(
         dict(HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK=64),
     )
     launch(_stats_kernel, (-(-queries // 64), heads, batch), arguments)
-    _run_queries(attention, full, grads[0], stats, grad_output)
-    _run_keys(attention, full, *grads[1:], stats, grad_output)
+    _run_queries(attention, grads[0], stats, grad_output)
+    _run_keys(attention, *grads[1:], stats, grad_output)
     return tuple(grads)
 
 
@@ -855,21 +848,16 @@ def _has_padding(attention: Attention) -> bool:
 
 
 def _run_queries(
-    attention: Attention,
-    without: tuple[int, ...],
-    result: torch.Tensor,
-    lse_or_stats: torch.Tensor,
-    grad_output: torch.Tensor | None = None,
+    attention: Attention, result: torch.Tensor, lse_or_stats: torch.Tensor, grad_output: torch.Tensor | None = None
 ) -> None:
-    """Write the output and log-sum-exp of all queries; or their gradient, given `grad_output` and the statistics. Some
-    key/value heads are left out."""
+    """Write the output and log-sum-exp of all queries; or their gradient, given `grad_output` and the statistics."""
     query, key, value, pattern, documents, is_causal, scale = attention
     is_gradient = grad_output is not None
     if not is_gradient:
         grad_output = query  # not looked at
     blocks = blocks_of(query, "queries" if is_gradient else "forward")
     plan = make_plan(without_heads(pattern), documents, blocks.own, True, is_causal, query.device)
-    head_table = make_head_table(pattern, key.shape[1], without, True, query.device)
+    head_table = make_head_table(pattern, key.shape[1], True, query.device)
     heads = query.shape[1]
     partial = query.new_empty((heads, plan.partial_rows, query.shape[3]))
     partial_lse = lse_or_stats if is_gradient else lse_or_stats.new_empty((heads, plan.partial_rows))
@@ -885,18 +873,13 @@ def _run_queries(
 
 
 def _run_keys(
-    attention: Attention,
-    without: tuple[int, ...],
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    stats: torch.Tensor,
-    grad_output: torch.Tensor,
+    attention: Attention, dk: torch.Tensor, dv: torch.Tensor, stats: torch.Tensor, grad_output: torch.Tensor
 ) -> None:
-    """Write the gradients of all keys and values, but those of some heads."""
+    """Write the gradients of all keys and values."""
     query, key, value, pattern, documents, is_causal, scale = attention
     blocks = blocks_of(query, "keys")
     plan = make_plan(without_heads(pattern), documents, blocks.own, False, is_causal, query.device)
-    head_table = make_head_table(pattern, key.shape[1], without, False, query.device)
+    head_table = make_head_table(pattern, key.shape[1], False, query.device)
     heads = key.shape[1]
     partial_dk, partial_dv = (key.new_empty((heads, plan.partial_rows, key.shape[3])) for _ in range(2))
     strides = strides_of(query, key, value, grad_output, dk, dv)

@@ -25,6 +25,7 @@ from .dilated_tiles import (
     tile_gradients,
 )
 from .documents import BatchDocuments, find_documents, positions_in_documents, resolve_documents
+from .full_heads import attend_with_full_heads, find_full_heads
 from .input_checks import check_flag, check_number, check_tensor
 from .operators import Operator
 
@@ -94,8 +95,18 @@ def dilated_attention(
         return dilated_attention_reference(query, key, value, pattern, document_ids=document_ids, **options)
     seed = torch.randint(2**62, (1,), dtype=torch.int64) if dropout > 0 else None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    options = pattern.to_json(), is_causal, scale, float(dropout), seed
-    output, lse = _forward_op(query, key, value, document_ids, *options, segment_padding == "zeros")
+
+    def attend(pattern: DilatedPattern) -> tuple[torch.Tensor, torch.Tensor]:
+        options = pattern.to_json(), is_causal, scale, float(dropout), seed
+        return _forward_op(query, key, value, document_ids, *options, segment_padding == "zeros")
+
+    if document_ids is None and dropout == 0 and not return_lse:
+        heads = find_full_heads(query, key, pattern)
+        if heads:
+            return attend_with_full_heads(
+                query, key, value, pattern, heads, is_causal, scale, lambda others: attend(others)[0]
+            )
+    output, lse = attend(pattern)
     return (output, lse.detach()) if return_lse else output
 
 

@@ -195,6 +195,11 @@ class DilatedPattern:
             self, segment_lengths=lengths, dilation_rates=rates, branch_types=types, branch_heads=of_branches
         )
 
+    def without_heads(self, heads: Sequence[int], num_heads: int) -> "DilatedPattern | None":
+        """The pattern where some of `num_heads` key/value heads have no branch at all; `None` if all have none."""
+        others = [head for head in range(num_heads) if head not in heads]
+        return self.of_heads(others, num_heads) if others else None
+
     def with_full_heads(self, heads: Sequence[int], num_heads: int) -> "DilatedPattern":
         """A pattern whose branches all heads have, where some of `num_heads` have full attention in place of them."""
         if not heads:

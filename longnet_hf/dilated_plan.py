@@ -91,10 +91,10 @@ def _ordered_branches(pattern: DilatedPattern, of_queries: bool) -> tuple[list[B
 
 @functools.lru_cache(maxsize=1024)
 def make_head_table(
-    pattern: DilatedPattern, num_kv_heads: int, without: tuple[int, ...], of_queries: bool, device: torch.device
+    pattern: DilatedPattern, num_kv_heads: int, of_queries: bool, device: torch.device
 ) -> torch.Tensor:
-    """A record for every key/value head but those left out, the ones with most to do first, with their phases in the
-    order of the plan: `[heads, fields]`. A window's grid is moved by its phase alone."""
+    """A record for every key/value head, those with most to do first, with the phases in the order of the plan:
+    `[heads, fields]`. A window's grid is moved by its phase alone."""
     branches, _ = _ordered_branches(pattern, of_queries)
     sink = next((branch for branch in pattern.branches if branch.type == "sink"), None)
 
@@ -113,7 +113,7 @@ def make_head_table(
     def work(head: int) -> tuple[bool, float]:
         return pattern.is_unbounded(head), pattern.max_live_keys(head) or 0
 
-    heads = sorted((head for head in range(num_kv_heads) if head not in without), key=work, reverse=True)
+    heads = sorted(range(num_kv_heads), key=work, reverse=True)
     return torch.tensor([record(head) for head in heads], dtype=torch.int32, device=device)
 
 

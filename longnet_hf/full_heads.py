@@ -1,92 +1,77 @@
-"""Heads with full attention and nothing else, on whole rows: cuDNN's kernels, where they are faster than those of
-dilated_kernels.py. The other heads of a layer are computed by these.
+"""Heads with full attention and nothing else, on whole rows: PyTorch's own attention, where cuDNN's kernels are faster
+than those of dilated_kernels.py. The other heads of a layer are computed by these.
 
 Shapes as in dilated_operator.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dilated_pattern import DilatedPattern
-from .documents import Document
 
 
-# cuDNN makes a plan for every new length, and takes a call per run of heads. It is faster from so many numbers in the
-# keys of a head on; measured on an H200, with one head in five.
+# cuDNN makes a plan for every new length, and is called once per run of heads. It is faster from so many numbers in
+# the keys of a head on; measured on an H200, with one head in five.
 _SMALLEST = 1 << 22
+_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def find_full_heads(
-    query: torch.Tensor, key: torch.Tensor, pattern: DilatedPattern, documents: tuple[Document, ...], is_causal: bool
-) -> tuple[int, ...]:
-    """The key/value heads that cuDNN is to compute."""
-    batch, heads, length, head_dim = key.shape
-    is_suited = (
-        query.dtype in (torch.bfloat16, torch.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 128
-        and query.shape[2] == length
-        and length * head_dim >= _SMALLEST
-        and [document[:4] for document in documents] == [(row, 0, 0, length) for row in range(batch)]
-        and torch.cuda.get_device_capability(query.device)[0] >= 9
-        and torch.backends.cuda.cudnn_sdp_enabled()
-        and not torch.are_deterministic_algorithms_enabled()
-    )
-    if not is_suited:
+def find_full_heads(query: torch.Tensor, key: torch.Tensor, pattern: DilatedPattern) -> tuple[int, ...]:
+    """The key/value heads of whole rows that PyTorch's attention is to compute."""
+    if not _is_suited(query, key):
         return ()
     return tuple(
         head
-        for head in range(heads)
+        for head in range(key.shape[1])
         if [x.length for x in pattern.branches if x.type != "sink" and x.belongs_to(head)] == [None]
     )
 
 
-def full_forward(query, key, value, heads: tuple[int, ...], is_causal: bool, scale: float, output, lse) -> None:
-    """Write output `[B, H, N, D]` and log-sum-exp `[B, H, N]` of some key/value heads."""
-    for of_query, of_key in _runs(heads, query, key):
-        new_output, new_lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query[:, of_query], key[:, of_key], value[:, of_key], None, True, 0.0, is_causal, False, scale=scale
-        )
-        output[:, of_query], lse[:, of_query] = new_output, new_lse.flatten(2)
+def _is_suited(query: torch.Tensor, key: torch.Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()  # which takes no choice of kernels
+        and query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[2] == key.shape[2]
+        and query.shape[2] * query.shape[3] >= _SMALLEST
+        and torch.cuda.get_device_capability(query.device)[0] >= 9
+        and torch.get_deterministic_debug_mode() < 2  # 2: `use_deterministic_algorithms`, not to warn only
+    )
 
 
-def full_backward(
-    grad_output, query, key, value, output, lse, heads: tuple[int, ...], is_causal: bool, scale: float, grads
-) -> None:
-    """Write the gradients of query, key and value of some key/value heads."""
-    no_random_state = torch.zeros((), dtype=torch.int64, device=query.device)
-    length = query.shape[2]
-    for of_query, of_key in _runs(heads, query, key):
-        parts = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            grad_output[:, of_query],
-            query[:, of_query],
-            key[:, of_key],
-            value[:, of_key],
-            output[:, of_query],
-            lse[:, of_query, :, None].contiguous(),
-            no_random_state,
-            no_random_state,
-            None,
-            None,
-            None,
-            length,
-            length,
-            0.0,
-            is_causal,
-            scale=scale,
-        )
-        for grad, part, of_heads in zip(grads, parts, (of_query, of_key, of_key), strict=True):
-            grad[:, of_heads] = part
-
-
-def _runs(heads: tuple[int, ...], query: torch.Tensor, key: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-    """Runs of neighbours, which are views of the tensors: their query heads, and their key/value heads."""
-    group = query.shape[1] // key.shape[1]
+def attend_with_full_heads(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: DilatedPattern,
+    heads: tuple[int, ...],
+    is_causal: bool,
+    scale: float,
+    attend: Callable[[DilatedPattern], torch.Tensor],
+) -> torch.Tensor:
+    """Attention `[B, H, N, D]` of which `heads` are computed here, and the others by `attend`, which is given the
+    pattern without these."""
+    group, count = query.shape[1] // key.shape[1], key.shape[1]
+    others = pattern.without_heads(heads, count)
+    # A copy: the output that the operator keeps for its backward pass has zeros in these heads
+    output = torch.zeros_like(query) if others is None else attend(others).clone()
     for head in heads:
         if head - 1 in heads:
             continue
-        stop = head + 1
+        stop = head + 1  # of a run of neighbours, which are views of the tensors
         while stop in heads:
             stop += 1
-        yield slice(head * group, stop * group), slice(head, stop)
+        of_query = slice(head * group, stop * group)
+        with sdpa_kernel(_BACKENDS, set_priority=True):
+            output[:, of_query] = F.scaled_dot_product_attention(
+                query[:, of_query],
+                key[:, head:stop],
+                value[:, head:stop],
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=group > 1,
+            )
+    return output

@@ -6,7 +6,7 @@ import pytest
 import torch
 from patterns import joined, random_pattern
 
-from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference, find_documents
+from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference, find_documents, full_heads
 from longnet_hf import dilated_operator as operator_module
 from longnet_hf import dilated_tiles as tiles_module
 from longnet_hf.dilated_operator import dilated_attention_weights
@@ -183,6 +183,22 @@ def without_flash(method):
         return method(kernel, *arguments)
 
     return wrapped
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [[1], [0, 2, 3], [0, 1, 2, 3, 4]])
+def test_heads_may_be_computed_by_pytorchs_own_attention(heads, causal, monkeypatch):
+    """As on a GPU for which that is faster."""
+    monkeypatch.setattr(full_heads, "_is_suited", lambda query, key: True)
+    pattern = DilatedPattern([7, 2], [1, 1], ["window", "sink"]).with_full_heads(heads, 5)
+    inputs, grad = random_tensors(2, 5, 2, 31, 31, 4)
+    for layout in ({}, {"attention_mask": torch.arange(31).expand(2, 31) > 3}):
+        output = dilated_attention(*inputs, pattern, is_causal=causal, scale=0.3, **layout)
+        expected = dilated_attention_reference(*inputs, pattern, is_causal=causal, scale=0.3, **layout)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+        for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    assert full_heads.find_full_heads(*inputs[:2], pattern) == tuple(heads)
 
 
 @pytest.mark.parametrize("layout", ["b n (d h) -> b h n d", "every second", "d before n", "expanded"])
