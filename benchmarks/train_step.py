@@ -7,8 +7,8 @@
 One sequence per step, bfloat16 weights, AdamW, gradient checkpointing for all. "longnet-heads" has full attention in a
 fifth of its heads, and a window and a sink in the others. Llama attends through PyTorch's scaled_dot_product_attention
 (cuDNN). A model's name says what it runs with: `+layers` compiles every layer, `+whole` all layers as one graph, as
-`TrainingArguments(torch_compile=True)` does; `+liger` is Liger's kernels and loss (`pip install liger-kernel`), without
-which Llama has this project's loss.
+`TrainingArguments(torch_compile=True)` does; `+liger` is Liger's kernels and loss (`pip install liger-kernel`),
+without which Llama has this project's loss.
 
 MFU: the operations of the matrix products and of the pairs that attend, forward and backward, recomputation not
 counted, over the 989 TFLOP/s of an H100. Needs a CUDA GPU.

@@ -488,7 +488,7 @@ class DilatedLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:
-        return bool(self.parts)
+        return len(self.parts) > 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.num_heads = key_states.shape[1]
