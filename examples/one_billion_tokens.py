@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from record import environment, peak_gibibytes, write
+from record import environment, peak_gibibytes, read, write
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
 
@@ -62,6 +62,13 @@ def make_config(args: Arguments, tokens: int) -> LongNetConfig:
     )
 
 
+def remove_other_caches(folder: Path, name: str) -> None:
+    """Older ones, and those that an interruption left behind."""
+    for file in folder.glob("cache_*"):
+        if file.name != name:
+            file.unlink()
+
+
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     tokens, device = int(args.tokens), "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,22 +87,22 @@ def main():
     state_file, cache = folder / "state.json", DilatedCache(model.config, reserve=0)
     state = {"tokens": 0, "seconds": 0.0, "peak_gibibytes": 0.0, "cache": ""}
     if state_file.exists():
-        state = json.loads(state_file.read_text())
+        state = read(state_file)
         cache = DilatedCache.load(folder / state["cache"], model)
         print(f"Going on at token {state['tokens']:,}")
+    remove_other_caches(folder, state["cache"])
 
     began, earlier = time.perf_counter(), state["seconds"]
 
     def save(done: int) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
-        file, before = folder / f"cache_{done}.safetensors", state["cache"]
+        file = folder / f"cache_{done}.safetensors"
         state.update(tokens=done, seconds=earlier + time.perf_counter() - began, cache=file.name)
         state["peak_gibibytes"] = max(state["peak_gibibytes"], peak_gibibytes(device))
         cache.save(file, model)
         write(state_file, state)
-        if before:
-            (folder / before).unlink()
+        remove_other_caches(folder, state["cache"])
 
     generator = torch.Generator(device)
     with torch.no_grad(), tqdm(total=tokens, initial=state["tokens"], unit=" tokens", unit_scale=True) as bar:

@@ -22,16 +22,25 @@ COMMIT = os.environ.get("COMMIT") or _described.stdout.strip() or "unknown"
 
 def write(file: Path, content: dict) -> None:
     """As JSON, and whole: an interruption leaves what was there before."""
-    unfinished = file.with_suffix(".unfinished")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.unfinished")  # processes may write the same at a time
     unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(file)
+
+
+def read(file: Path) -> dict:
+    """What [`write`] wrote."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, delete it to start what it records anew: {error}") from error
 
 
 class Results(dict):
     """What was found so far, in a JSON file with which an interrupted run goes on."""
 
     def __init__(self, file: Path):
-        super().__init__(json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
+        super().__init__(read(file) if file.exists() else {})
         self.file = file
 
     def save(self, **new) -> None:

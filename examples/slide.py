@@ -9,7 +9,6 @@ rate falls from layer to layer towards the embeddings, dropout and drop path, an
 a folder with the weights to begin with (see docs/slides.md); by default they are random.
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from record import write
 from training import RESUME_WITH_SAME, check_settings, train_on
 from transformers import AutoModelForImageClassification, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
@@ -182,7 +182,7 @@ def main():
         "accuracy": float((predictions.predictions.argmax(-1) == predictions.label_ids).mean()),
         "heat_finds_sign": float(np.mean(ranks)),
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    write(folder / "results.json", results)
     draw(signed[:3], heats[:3], folder / "heat_map.png")
     print(f"\n{len(held_out)} held-out slides: {results['accuracy']:.0%} are classified rightly.")
     print(f"A tile of the sign is hotter than another tile in {results['heat_finds_sign']:.0%} of all pairs.")

@@ -21,7 +21,6 @@ The paper's base model (arXiv 2307.02486, section 4: half a million tokens a ste
 """
 
 import copy
-import json
 import math
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from corpus import (
     train_tokenizer,
 )
 from matplotlib.figure import Figure
+from record import read, write
 from training import RESUME_WITH_SAME, ModelArguments, check_settings, train_on
 from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 
@@ -98,7 +98,8 @@ def train(config: LongNetConfig, args: TrainingArguments, folder: Path, tokenize
     # The time of all steps, those before an interruption included
     steps = trainer.state.global_step
     seconds = metrics["train_runtime"] * steps / max(1, steps_now)
-    trainer.save_metrics("train", metrics | {"steps": steps, "seconds": seconds})
+    if trainer.is_world_process_zero():  # last, and whole: with it the model counts as trained
+        write(folder / "train_results.json", metrics | {"steps": steps, "seconds": seconds})
 
 
 # Table and plot
@@ -188,9 +189,9 @@ def main():
     for name in configs:
         model = LongNetForCausalLM.from_pretrained(output_dir / name).to(training_args.device)
         losses = token_losses(model, held_out, training_args, name)
-        training = json.loads((output_dir / name / "train_results.json").read_text(encoding="utf-8"))
+        training = read(output_dir / name / "train_results.json")
         results[name] = {"bits_per_byte": bits_per_byte(losses, num_bytes), "training": training}
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    write(output_dir / "results.json", results)
     print_table(results)
     source = " ".join(data_args.data or ["Python's standard library"])
     title = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {training['steps']} steps on {source}"

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from record import read, write
 from transformers import PreTrainedConfig, Trainer
 
 
@@ -74,21 +75,28 @@ def stretched_positions(config: PreTrainedConfig, length: int) -> dict:
 def check_settings(path: Path, settings: dict) -> None:
     """Refuse to go on with a run that was started with other settings."""
     settings = json.loads(json.dumps(settings))
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    old = read(path) if path.exists() else settings
     changed = [f"{name} was {old.get(name)}, is {new}" for name, new in settings.items() if old.get(name) != new]
     if changed:
         raise ValueError(
             f"{path.parent} holds a run with other settings: {'; '.join(changed)}. Repeat its settings to go on with "
             "it, choose another `--output_dir`, or delete it."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    write(path, settings)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint: Trainer writes trainer_state.json last."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=checkpoint_step, default=None)
+    """The newest complete checkpoint: Trainer writes trainer_state.json last, and perhaps not to its end."""
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    return max((path.parent for path in states if _is_whole(path)), key=checkpoint_step, default=None)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def checkpoint_step(checkpoint: Path | None) -> int:

@@ -979,7 +979,7 @@ class LongNetForSequenceClassification(LongNetPreTrainedModel):
         if hasattr(self, "_loss_function"):  # the user's own
             given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             return self.loss_function(**arguments, **given)
-        labels = arguments["labels"] = self._check_labels(labels, pooled_logits, problem)
+        labels = arguments["labels"] = check_labels_of_rows(labels, pooled_logits, problem)
         if problem == "single_label_classification":
             return self.loss_function(**arguments, num_items_in_batch=loss_divisor(labels, num_items_in_batch))
         loss = self.loss_function(**arguments)  # of Transformers, a mean whatever is given
@@ -987,15 +987,16 @@ class LongNetForSequenceClassification(LongNetPreTrainedModel):
             return loss
         return loss * (labels.numel() / loss_divisor(labels, num_items_in_batch))
 
-    def _check_labels(self, labels, pooled_logits: torch.Tensor, problem: str | None) -> torch.Tensor:
-        """Labels of another shape would be stretched to that of the logits."""
-        num_rows, num_labels = pooled_logits.shape
-        is_column = torch.is_tensor(labels) and labels.shape == (num_rows, 1)
-        if problem == "single_label_classification":
-            return check_labels("labels", labels[:, 0] if is_column else labels, num_labels, (num_rows,))
-        sizes = (num_rows,) if num_labels == 1 and not is_column else (num_rows, num_labels)
-        check_tensor("labels", labels, "numbers or integers", *sizes)
-        return labels.to(pooled_logits.dtype)
+
+def check_labels_of_rows(labels, pooled_logits: torch.Tensor, problem: str | None) -> torch.Tensor:
+    """Labels of another shape would be stretched to that of the logits `[B, num_labels]`."""
+    num_rows, num_labels = pooled_logits.shape
+    is_column = torch.is_tensor(labels) and labels.shape == (num_rows, 1)
+    if problem == "single_label_classification":
+        return check_labels("labels", labels[:, 0] if is_column else labels, num_labels, (num_rows,))
+    sizes = (num_rows,) if num_labels == 1 and not is_column else (num_rows, num_labels)
+    check_tensor("labels", labels, "numbers or integers", *sizes)
+    return labels.to(pooled_logits.dtype)
 
 
 class LongNetForTokenClassification(LongNetPreTrainedModel):

@@ -88,8 +88,8 @@ def test_training_goes_on_where_it_was_stopped(tmp_path):
     # as if the first model had been stopped after its second step
     trained = tmp_path / "run" / "longnet"
     (trained / "train_results.json").unlink()
-    for path in (trained / "checkpoint-4").iterdir():
-        path.unlink()
+    state = trained / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])  # stopped while it was written
     done = run("train.py", *common, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "checkpoint-2" in done.stdout
@@ -99,6 +99,33 @@ def test_training_goes_on_where_it_was_stopped(tmp_path):
 
     refused = run("train.py", *common, "--learning_rate", 0.5, folder=tmp_path)
     assert refused.returncode != 0 and "learning_rate was 0.01, is 0.5" in refused.stderr
+
+
+def test_files_are_whole_or_named(monkeypatch, tmp_path):
+    """An interruption leaves what was there before; what another program left half-written is named."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    record, training = importlib.import_module("record"), importlib.import_module("training")
+    file, settings = tmp_path / "run" / "settings.json", {"seed": 1, "lengths": [1, 2]}
+    training.check_settings(file, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda path, *args, **kwargs: path.write_bytes(b'{"se') and 1 / 0)
+        for write in (lambda: training.check_settings(file, settings), lambda: record.write(file, {"seed": 2})):
+            with pytest.raises(ZeroDivisionError):
+                write()
+    assert record.read(file) == settings
+    training.check_settings(file, settings)
+    with pytest.raises(ValueError, match="seed was 1, is 2"):
+        training.check_settings(file, settings | {"seed": 2})
+    file.write_text(file.read_text()[:-5])
+    for read in (lambda: training.check_settings(file, settings), lambda: record.Results(file)):
+        with pytest.raises(ValueError, match="settings.json is damaged, delete it"):
+            read()
+
+    for step, state in ((2, "{}"), (10, '{"global_step": 1'), (30, ""), (4, '{"x": 1}')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-50").mkdir()
+    assert training.last_checkpoint(tmp_path).name == "checkpoint-4"
 
 
 def test_data_that_is_not_there_is_named(tmp_path):
@@ -120,11 +147,13 @@ def test_a_stream_goes_on_where_it_was_stopped(tmp_path):
             done = run("one_billion_tokens.py", *common, "--output_dir", folder, *stop, folder=tmp_path)
             assert done.returncode == 0, done.stderr[-2000:]
         (tmp_path / folder / "record.json").unlink()  # and once more when there is nothing left to read
+        for left in ("cache_4096.safetensors", "cache_8192.safetensors.unfinished"):  # by an interruption
+            (tmp_path / folder / left).write_bytes(b"")
         again = run("one_billion_tokens.py", *common, "--output_dir", folder, folder=tmp_path)
         assert again.returncode == 0, again.stderr[-2000:]
         record = json.loads((tmp_path / folder / "record.json").read_text())
         assert record["tokens"] == 40_000 and record["branches"][-1][0] == 40_960
-        (file,) = (tmp_path / folder).glob("cache_*.safetensors")
+        (file,) = (tmp_path / folder).glob("cache_*")
         caches.append(load_file(file))
     assert "Going on at token 4,096" in done.stdout
     assert all(torch.equal(x, caches[1][name]) for name, x in caches[0].items())
