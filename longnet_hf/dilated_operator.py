@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from .dilated_pattern import DilatedPattern, check_segment_padding
@@ -385,8 +386,26 @@ def _backward(ctx, grad_output, _):
     return *grads, None, None, None, None, None, None, None
 
 
-_forward_op = Operator("forward", __name__, _forward, _fake_forward, _save_for_backward, _backward)
-backward_op = Operator("backward", __name__, _gradients, _fake_gradients)
+def _forward_flops(query, key, value, document_ids, pattern, is_causal, *options) -> int:
+    """4 per joined pair and channel: two products."""
+    if isinstance(document_ids, FakeTensor):  # whose numbers are not known: as if each row were one document
+        document_ids = None
+    pattern, pairs = DilatedPattern.from_json(pattern), 0
+    for document in BatchDocuments.find(query, key, document_ids).documents:
+        queries = document.length - document.first_query
+        pairs += pattern.pairs(document.length, key.shape[1], num_queries=queries, is_causal=is_causal)
+    return 4 * query.shape[-1] * (query.shape[1] // key.shape[1]) * pairs
+
+
+def _gradient_flops(grad_output, query, key, value, output, lse, document_ids, pattern, is_causal, *options) -> int:
+    """Five products."""
+    return _forward_flops(query, key, value, document_ids, pattern, is_causal) * 5 // 2
+
+
+_forward_op = Operator(
+    "forward", __name__, _forward, _fake_forward, _save_for_backward, _backward, flops=_forward_flops
+)
+backward_op = Operator("backward", __name__, _gradients, _fake_gradients, flops=_gradient_flops)
 
 
 __all__ = ["dilated_attention", "dilated_attention_reference", "find_documents"]

@@ -165,4 +165,9 @@ def _backward(ctx, grad_loss, *grads_of_gradients):
     return grad_hidden, grad_weight, None, None, None, None, None
 
 
-_forward_op = Operator("forward", __name__, _forward, _fake_forward, _save_for_backward, _backward)
+def _flops(hidden_states, weight, labels, ignore_index, dtype, needs_hidden, needs_weight) -> int:
+    """One product for the logits, and one for each gradient."""
+    return 2 * len(hidden_states) * weight.numel() * (1 + needs_hidden + needs_weight)
+
+
+_forward_op = Operator("forward", __name__, _forward, _fake_forward, _save_for_backward, _backward, flops=_flops)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
@@ -22,6 +23,7 @@ class Operator:
         save: `save(ctx, inputs, output)` keeps what the backward pass needs.
         backward: `backward(ctx, *grads)` gives the gradients of the inputs. Without it the operator is itself a
             gradient: to take another is refused.
+        flops: `flops(*inputs)` counts floating-point operations, for `torch.utils.flop_counter`.
     """
 
     def __init__(
@@ -32,10 +34,15 @@ class Operator:
         fake: Callable,
         save: Callable | None = None,
         backward: Callable | None = None,
+        flops: Callable[..., int] | None = None,
     ):
         namespace = "".join(letter if letter.isalnum() else "_" for letter in module_name)
         self.custom_op = torch.library.custom_op(f"{namespace}::{name}", function, mutates_args=())
         self.custom_op.register_fake(fake)
+        if flops is not None:
+            packet = getattr(getattr(torch.ops, namespace), name)
+            flop_registry.pop(packet, None)  # of the module before it was loaded again
+            register_flop_formula(packet, get_raw=True)(lambda *inputs, out_val=None: flops(*inputs))
         self.is_gradient = backward is None
         if self.is_gradient:
             self.custom_op.register_autograd(_refuse_second_derivatives)

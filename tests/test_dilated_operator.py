@@ -1,10 +1,13 @@
 """The fast operator against the dense oracle, and the oracle against the definition."""
 
+import contextlib
 import random
 
 import pytest
 import torch
 from patterns import joined, random_pattern
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference, find_documents, full_heads
 from longnet_hf import dilated_operator as operator_module
@@ -288,6 +291,26 @@ def test_nan_goes_in_and_comes_out(length, dtype):
             assert torch.equal(output.isnan(), expected.isnan()) and output.isnan().any()
             for grad in gradients(output, inputs, torch.ones_like(output))[:2]:
                 assert grad[0, 0, length // 2].isnan().all() and not grad[0, 1].isnan().any()
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_pytorchs_counter_of_operations_knows_the_operator(fake):
+    """The pairs that are joined, document by document, and not those of full attention."""
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        (query, key, value), grad = random_tensors(2, 2, 3, 20, 50, 8, dtype=torch.float32)
+        mask = torch.ones(2, 50, dtype=torch.int64)
+    rows = [(50, 20), (50, 20)]
+    if not fake:
+        mask[0, :10] = mask[1, :35] = 0
+        rows = [(40, 20), (15, 15)]
+    pairs = sum(PATTERN.pairs(length, 2, num_queries=queries) for length, queries in rows)
+    layout = {} if fake else {"attention_mask": mask}
+    with FlopCounterMode(display=False) as counter:
+        output = dilated_attention(query, key, value, PATTERN, **layout)
+    assert counter.get_total_flops() == 4 * 8 * 3 * pairs
+    with counter:
+        output.backward(grad)
+    assert counter.get_total_flops() == 10 * 8 * 3 * pairs
 
 
 def test_forward_mode_derivatives_are_refused_in_words():
