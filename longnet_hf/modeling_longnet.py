@@ -46,6 +46,7 @@ from .generation_longnet import LongNetGenerationMixin, ReadingMixin
 from .hub_longnet import MODEL_CLASSES, HubMixin, forget_name
 from .input_checks import check_embeds, check_flag, check_ids, check_labels, check_tensor
 from .linear_cross_entropy import is_plain_linear, linear_cross_entropy
+from .operators import is_watched
 from .pointwise import RMSNorm, activate, is_plain, rotate
 from .recompute import in_chunks
 from .torchscale_weights import config_fields, read_checkpoint, rename_encoder
@@ -234,7 +235,7 @@ class LongNetMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not 0 < self.chunk_size < x.shape[-2]:
             return self.forward_chunk(x)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and all(map(is_plain, self.children())):
+        if torch.is_grad_enabled() and not is_watched(x) and all(map(is_plain, self.children())):
             weights = [weight for weight in self.parameters() if weight.requires_grad]
             return in_chunks(self.forward_chunk, x, self.chunk_size, weights)
         chunks = x.split(self.chunk_size, dim=-2)

@@ -121,6 +121,7 @@ class OwnLossTrainer(Trainer):
 def test_trainer_compiles(by_region, tmp_path, monkeypatch):
     """`TrainingArguments(torch_compile=True)`: the model as one graph, or layer by layer."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(by_region))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which the arguments overwrite, for all that comes after
     rows = [{"input_ids": row, "labels": row} for row in random_ids(4, 20).tolist()]
     losses = []
     for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
