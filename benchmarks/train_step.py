@@ -39,7 +39,7 @@ MODELS = [
 ]
 PEAK = 989e12  # bfloat16 operations a second, dense, of an H100
 # Kernels by name
-ATTENTION = re.compile(r"_query_kernel|_key_kernel|_stats_kernel|flash|fmha|sdpa|attention", re.IGNORECASE)
+ATTENTION = re.compile(r"_(query|key|sink|stats)_kernel|flash|fmha|sdpa|attention", re.IGNORECASE)
 PRODUCTS = re.compile(r"gemm|cutlass|nvjet|cublas|xmma|splitK|_mm", re.IGNORECASE)
 LOSS = re.compile(r"cross_entropy", re.IGNORECASE)
 
