@@ -256,10 +256,10 @@ class LongNetConfig(PreTrainedConfig):
             check_number("classifier_dropout", self.classifier_dropout, at_least=0, below=1)
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"`problem_type` must be one of {PROBLEM_TYPES} or None, got {self.problem_type!r}.")
-        for name in ("bos_token_id", "eos_token_id"):
+        for name in ("bos_token_id", "eos_token_id") if self.vocab_size else ():
             ids = getattr(self, name)
             for token_id in ids if isinstance(ids, (list, tuple)) else [ids]:
-                if token_id is not None and not 0 <= token_id < max(1, self.vocab_size):
+                if token_id is not None and not 0 <= token_id < self.vocab_size:
                     raise ValueError(f"`{name}` must lie from 0 to below `vocab_size` ({self.vocab_size}), got {ids}.")
 
     def validate_rope(self):

@@ -40,15 +40,14 @@ from .configuration_longnet import LongNetConfig
 from .context_parallel import active_split
 from .dilated_cache import DilatedCache
 from .dilated_pattern import DilatedPattern
-from .dilated_tiles import accumulator
 from .documents import find_documents, is_packed
 from .generation_longnet import LongNetGenerationMixin, ReadingMixin
 from .hub_longnet import MODEL_CLASSES, HubMixin, forget_name
 from .input_checks import check_embeds, check_flag, check_ids, check_labels, check_tensor
-from .linear_cross_entropy import is_plain_linear, linear_cross_entropy
 from .operators import is_watched
 from .pointwise import RMSNorm, activate, is_plain, rotate
 from .recompute import in_chunks
+from .token_loss import TokenLossMixin, keep_positions, loss_divisor
 from .torchscale_weights import config_fields, read_checkpoint, rename_encoder
 
 
@@ -63,9 +62,6 @@ except ImportError:
 
 
 logger = logging.get_logger(__name__)
-
-# Most logits that the loss of a wrapped head holds at a time (512 MiB in float32).
-_MAX_LOGITS = 1 << 27
 
 
 class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
@@ -529,110 +525,9 @@ class LongNetModel(LongNetPreTrainedModel):
         return DilatedCache.for_patterns(self.patterns)
 
 
-def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions of `[B, N, D]` that Transformers' `logits_to_keep` names: the last so many (0: all), indices `[K]`
-    or `[B, K]`, or a boolean mask `[B, N]`, which gives `[kept, D]`."""
-    if not torch.is_tensor(logits_to_keep):
-        if type(logits_to_keep) is not int or logits_to_keep < 0:
-            raise ValueError(
-                f"`logits_to_keep` must be an integer of at least 0 or a tensor of columns, got {logits_to_keep!r}."
-            )
-        return hidden_states[:, slice(-logits_to_keep, None)]
-    if logits_to_keep.dtype == torch.bool and logits_to_keep.dim() == 2:
-        return hidden_states[logits_to_keep]
-    if logits_to_keep.dim() == 2:
-        return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
-    return hidden_states[:, logits_to_keep]
-
-
-def loss_divisor(
-    labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None, ignore_index: int = -100
-) -> torch.Tensor | int:
-    """What a summed loss is divided by: the number given, which may count labels of other batches and processes, or
-    that of the labels. Not 0, be it given: the loss of no labels is 0, not 0 / 0."""
-    if num_items_in_batch is None:
-        return (labels != ignore_index).sum().clamp(min=1)
-    if torch.is_tensor(num_items_in_batch):
-        return num_items_in_batch.masked_fill(num_items_in_batch == 0, 1)
-    return num_items_in_batch or 1
-
-
-def logits_loss(
-    logits: torch.Tensor,
-    shift_labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-) -> torch.Tensor:
-    """Cross-entropy of few logits `[B, N, vocabulary]` that are there anyway."""
-    logits, labels = logits.flatten(0, -2), shift_labels.flatten().to(logits.device)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    divisor = loss_divisor(labels, num_items_in_batch, ignore_index)
-    return total / (divisor.to(total.device) if torch.is_tensor(divisor) else divisor)
-
-
 def check_vocabulary(config: LongNetConfig) -> None:
     if config.vocab_size == 0:
         raise ValueError("A language modelling head needs a vocabulary, got `vocab_size=0`.")
-
-
-class TokenLossMixin:
-    """The loss of a model that predicts tokens, without the logits of all of them. Needs `lm_head` and `config`."""
-
-    def leaves_out_logits(self, num_tokens: int, logits_to_keep: int | torch.Tensor) -> bool:
-        """Whether, where there are labels, no logits are returned. A caller who asks for some positions gets them, and
-        all are returned while they take no more than the loss may hold at a time."""
-        is_asked = not isinstance(logits_to_keep, int) or logits_to_keep != 0
-        if is_asked or not self.config.skip_logits or num_tokens * self.config.vocab_size <= _MAX_LOGITS:
-            return False
-        if not torch.compiler.is_compiling():
-            logger.warning_once(
-                f"The logits of {num_tokens} tokens are left out, since there are labels. If something reads them "
-                "(`compute_metrics` or `predict` of Trainer, a loss of your own), set `model.config.skip_logits = "
-                "False`."
-            )
-        return True
-
-    def chunked_loss(
-        self,
-        hidden_states: torch.Tensor,
-        shift_labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        ignore_index: int = -100,
-    ) -> torch.Tensor:
-        """Cross-entropy over chunks of positions, see [`linear_cross_entropy`]."""
-        hidden_states = hidden_states.flatten(0, -2)
-        shift_labels = shift_labels.flatten().to(hidden_states.device)
-        head = getattr(self.lm_head, "_orig_mod", self.lm_head)  # of Accelerate's regional compilation
-        if is_plain_linear(head) and head.weight.device == hidden_states.device:
-            loss = linear_cross_entropy(hidden_states, head.weight, shift_labels, ignore_index)
-        else:
-            loss = self.recomputed_loss(hidden_states, shift_labels, ignore_index)
-        if num_items_in_batch is None:
-            num_items_in_batch = (shift_labels != ignore_index).sum().clamp(min=1)
-        elif torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
-
-    def recomputed_loss(
-        self, hidden_states: torch.Tensor, shift_labels: torch.Tensor, ignore_index: int
-    ) -> torch.Tensor:
-        """The same, summed, of a head that is more than its weight: each chunk goes through the module `lm_head`, so
-        that whatever wraps it (LoRA, FSDP) takes part, and its logits are recomputed in the backward pass."""
-
-        def chunk_loss(hidden_states, labels):
-            logits = self.lm_head(hidden_states)
-            logits = logits.to(accumulator(logits.dtype))
-            return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-
-        size = max(1, _MAX_LOGITS // self.config.vocab_size)
-        losses = []
-        for chunk in zip(hidden_states.split(size), shift_labels.split(size), strict=True):
-            if torch.is_grad_enabled():
-                losses.append(checkpoint(chunk_loss, *chunk, use_reentrant=False))
-            else:
-                losses.append(chunk_loss(*chunk))
-        return torch.stack(losses).sum()
 
 
 class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerationMixin):
@@ -735,11 +630,8 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
         elif has_labels:
             if shift_labels is None:
                 shift_labels = F.pad(labels, (0, 1), value=loss_kwargs.get("ignore_index", -100))[..., 1:]
-            is_all = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
-            if is_all and logits.numel() <= _MAX_LOGITS:  # FSDP wants the head to be called once
-                loss = logits_loss(logits, shift_labels, **loss_kwargs)
-            else:
-                loss = self.chunked_loss(hidden_states, shift_labels, **loss_kwargs)
+            keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            loss = self.token_loss(hidden_states, logits if keeps_all else None, shift_labels, **loss_kwargs)
         if loss is not None and split is not None:
             loss = split.average(loss)
 
@@ -858,13 +750,10 @@ class LongNetForMaskedLM(TokenLossMixin, LongNetPreTrainedModel):
             labels = check_labels("labels", labels, self.config.vocab_size, hidden_states.shape[:2])
             labels = labels.to(hidden_states.device)
             divisor = loss_divisor(labels, num_items_in_batch)
-            if logits is not None and logits.numel() <= _MAX_LOGITS:  # FSDP wants the head to be called once
-                loss = logits_loss(logits, labels, divisor)
-            else:
+            if logits is None and not torch.compiler.is_compiling():  # where their number would be new in every batch
                 is_masked = labels != -100
-                if not torch.compiler.is_compiling():  # in a compiled graph their number would be new in every batch
-                    hidden_states, labels = hidden_states[is_masked], labels[is_masked]
-                loss = self.chunked_loss(hidden_states, labels, divisor)
+                hidden_states, labels = hidden_states[is_masked], labels[is_masked]
+            loss = self.token_loss(hidden_states, logits, labels, divisor)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

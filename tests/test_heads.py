@@ -23,7 +23,7 @@ from longnet_hf import (
     LongNetForQuestionAnswering,
     LongNetForSequenceClassification,
     LongNetForTokenClassification,
-    modeling_longnet,
+    token_loss,
 )
 
 
@@ -249,7 +249,7 @@ def masked_batch(model, batch=2, length=30):
 @every_kind
 @pytest.mark.parametrize("largest", [1 << 27, 200])
 def test_masked_language_models_have_the_loss_of_all_logits(kind, largest, monkeypatch):
-    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", largest)
+    monkeypatch.setattr(token_loss, "_MAX_LOGITS", largest)
     model = build(LongNetForMaskedLM, kind, torch.float64)
     ids, mask, labels = masked_batch(model)
     logits = model(ids, attention_mask=mask).logits
@@ -273,7 +273,7 @@ def test_a_wrapped_head_of_masked_tokens_takes_part_in_the_loss(monkeypatch):
     ids, mask, labels = masked_batch(model)
     model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
     expected = model(ids, attention_mask=mask, labels=labels).loss
-    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", 200)
+    monkeypatch.setattr(token_loss, "_MAX_LOGITS", 200)
     outputs = model(ids, attention_mask=mask, labels=labels)
     assert outputs.logits is None
     torch.testing.assert_close(outputs.loss, expected)

@@ -11,12 +11,12 @@ from models import build, random_ids
 from processes import spawn
 from transformers import Trainer, TrainingArguments
 
-from longnet_hf import LongNetForCausalLM, linear_cross_entropy, modeling_longnet
+from longnet_hf import LongNetForCausalLM, linear_cross_entropy, token_loss
 
 
 def as_much_as(monkeypatch, logits: int, itemsize: int = 8) -> None:
     """No chunk holds more logits."""
-    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", logits)
+    monkeypatch.setattr(token_loss, "_MAX_LOGITS", logits)
     monkeypatch.setattr(linear_cross_entropy, "_MAX_BYTES", {})
     monkeypatch.setattr(linear_cross_entropy, "_MAX_BYTES_ELSEWHERE", logits * itemsize)
 
@@ -113,14 +113,14 @@ def test_the_loss_takes_what_trainer_gives():
 @pytest.mark.parametrize("training", [True, False])
 def test_logits_beside_labels_are_few_or_asked_for(training, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    modeling_longnet.logger.warning_once.cache_clear()
+    token_loss.logger.warning_once.cache_clear()
     model, ids = build(LongNetForCausalLM).train(training), random_ids(2, 23)
     logits = model(ids).logits
     assert torch.equal(model(ids, labels=ids).logits, logits)
     assert model(ids, labels=ids, skip_logits=True).logits is None
-    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", 2 * 23 * 97)
+    monkeypatch.setattr(token_loss, "_MAX_LOGITS", 2 * 23 * 97)
     assert torch.equal(model(ids, labels=ids).logits, logits) and not caplog.text
-    monkeypatch.setattr(modeling_longnet, "_MAX_LOGITS", 2 * 23 * 97 - 1)
+    monkeypatch.setattr(token_loss, "_MAX_LOGITS", 2 * 23 * 97 - 1)
     assert model(ids, labels=ids).logits is None
     assert "logits of 46 tokens are left out" in caplog.text and "skip_logits = False" in caplog.text
     assert torch.equal(model(ids, labels=ids, skip_logits=False).logits, logits)
