@@ -284,8 +284,8 @@ def lay_out_batch(inputs: BatchInputs, is_causal: bool, past_key_values: Cache |
     Raises:
         ValueError: if shapes or types do not fit, or if the cache or the split cannot honour what is asked for.
     """
-    _check_types(inputs)
     active = active_split()
+    _check_types(inputs, is_split=active is not None)
     if active is not None:
         return SplitBatch.of(inputs, active, is_causal, past_key_values)
     if is_dilated_cache(past_key_values):
@@ -296,7 +296,7 @@ def lay_out_batch(inputs: BatchInputs, is_causal: bool, past_key_values: Cache |
     return WholeBatch(document_ids, is_causal, inputs, _positions_of(inputs, past_key_values))
 
 
-def _check_types(inputs: BatchInputs) -> None:
+def _check_types(inputs: BatchInputs, is_split: bool) -> None:
     if inputs.attention_mask is not None:
         check_mask("attention_mask", inputs.attention_mask)
         is_added = inputs.attention_mask.is_floating_point() and not torch.compiler.is_compiling()
@@ -310,7 +310,8 @@ def _check_types(inputs: BatchInputs) -> None:
     if inputs.cu_seq_lens is not None:
         check_tensor("cu_seq_lens", inputs.cu_seq_lens, "integers")
     if inputs.seq_idx is not None:
-        check_tensor("seq_idx", inputs.seq_idx, "integers", inputs.batch_size, inputs.length)
+        shape = () if is_split else (inputs.batch_size, inputs.length)  # of a split sequence all may be given
+        check_tensor("seq_idx", inputs.seq_idx, "integers", *shape)
 
 
 def check_cache(

@@ -429,7 +429,8 @@ def _lay_out(
     elif position_ids is not None and position_ids.dim() == 2:
         # Transformers looks for packed documents only where there is neither a mask nor a cache, be it empty
         of_batch = position_ids if attention_mask is None else attention_mask
-        which = id(position_ids), batch_size, keys
+        # torch.compile, under which nothing is kept, takes no `id` before PyTorch 2.12
+        which = None if torch.compiler.is_compiling() else id(position_ids), batch_size, keys
         if queries == keys > 1:
             documents = _once_per_batch(of_batch, which, _find_documents, position_ids, documents, batch_size)
         elif queries < keys and not torch.compiler.is_compiling():
