@@ -347,7 +347,7 @@ class LongNetSlideModel(LongNetSlidePreTrainedModel, LongNetModel):
             attention_mask: `[B, N]`, nonzero at real tiles, where slides are of unequal size. A batch gives what its
                 slides give alone.
             pixel_values: `[B, num_channels, height, width]` in place of the others, where `config.patch_size` is set.
-            output_hidden_states: `True` or indices, for `pooled_states` and `hidden_states`.
+            output_hidden_states: `True`, or indices with Transformers 5.24, for `pooled_states` and `hidden_states`.
             output_attentions, attention_rows: see [`LongNetModel`]; easier, [`~LongNetSlideModel.attention_maps`].
 
         ```python
@@ -562,16 +562,14 @@ class LongNetForSlideClassification(LongNetSlidePreTrainedModel):
         """
         layers = self.config.feature_layers
         wanted = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
-        asked = wanted
         if layers is not None:
             layers = [layer % (self.config.num_hidden_layers + 1) for layer in layers]
-            asked = True if wanted else layers
         outputs = self.model(
             inputs_embeds=inputs_embeds,
             coords=coords,
             attention_mask=attention_mask,
             pixel_values=pixel_values,
-            output_hidden_states=asked,
+            output_hidden_states=True if layers is not None else wanted,
             return_dict=True,
             **kwargs,
         )
