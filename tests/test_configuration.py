@@ -38,6 +38,20 @@ def test_config_round_trip(kind, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "longnet"
 
 
+def test_heads_survive_json():
+    """Whose keys are text; in any order, without layers that have none."""
+    config = small_config("llama", full_attention_heads={"2": [1, 0], 0: [1], 1: []}, sink_tokens=3)
+    assert config.full_attention_heads == {0: [1], 2: [0, 1]}
+    again = LongNetConfig(**json.loads(config.to_json_string(use_diff=False)))
+    assert again.full_attention_heads == config.full_attention_heads
+    assert again.layer_patterns == config.layer_patterns
+    full, windows, all_full = config.layer_patterns
+    assert full.branch_types == ("segment", "segment", "segment", "sink", "window")
+    assert full.branch_heads == ((0,), (0,), (0,), (0,), (1,))
+    assert windows.branch_heads is None and windows.segment_lengths[-1] == 3
+    assert all_full.segment_lengths == (None,)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -46,6 +60,17 @@ def test_config_round_trip(kind, tmp_path):
         (dict(branch_types=["segment", "segment", "banded"]), "`branch_types`.*'banded'"),
         (dict(head_offset="torchscale"), "`head_offset`.*'torchscale'"),
         (dict(full_attention_layers=[3]), r"`full_attention_layers`.*\[3\]"),
+        (dict(full_attention_heads={3: [0]}), "`full_attention_heads` must name layers from 0 to 2, got 3"),
+        (dict(full_attention_heads={"a": [0]}), "`full_attention_heads` must name layers from 0 to 2, got 'a'"),
+        (
+            dict(full_attention_heads={1: [0, 4]}),
+            r"`full_attention_heads` must list .* 0 to 3, got \[0, 4\] for layer 1",
+        ),
+        (dict(full_attention_heads={1: 2}), "`full_attention_heads` must list .*got 2 for layer 1"),
+        (dict(full_attention_heads={1: [True]}), r"`full_attention_heads` must list .*got \[True\]"),
+        (dict(full_attention_heads={1: [0]}, full_attention_layers=[1]), r"both have the layers \[1\]"),
+        (dict(sink_tokens=-1), "`sink_tokens` must be an integer of at least 0, got -1"),
+        (dict(sink_tokens=2, branch_types=["segment", "sink", "segment"], dilation_rates=[1, 1, 1]), "one 'sink'"),
         (dict(num_key_value_heads=3), "`num_key_value_heads`"),
         (dict(hidden_size=30), "`hidden_size` .30."),
         (dict(head_dim=7), "`head_dim`.*7"),

@@ -29,6 +29,13 @@ PATTERN = dict(segment_lengths=[8, 16, 40], dilation_rates=[1, 2, 3], head_offse
 WINDOWS = dict(
     segment_lengths=[5, 24], dilation_rates=[1, 3], branch_types=["window", "window"], full_attention_layers=[1]
 )
+HEADS = dict(
+    segment_lengths=[7],
+    dilation_rates=[1],
+    branch_types=["window"],
+    sink_tokens=2,
+    full_attention_heads={0: [1], 1: [0, 1]},
+)
 SHAPE = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, pad_token_id=0,
     bos_token_id=1, eos_token_id=2, initializer_range=0.2, max_position_embeddings=128,
@@ -185,7 +192,7 @@ def test_positions_that_serve_several_batches_are_looked_at_beside_each_mask():
     close(model(ids, position_ids=positions).logits, expected)
 
 
-@pytest.mark.parametrize("pattern", [PATTERN, WINDOWS])
+@pytest.mark.parametrize("pattern", [PATTERN, WINDOWS, HEADS])
 def test_gradients_equal_those_of_the_oracle(pattern, with_oracle):
     model, ids = set_dilated_attention(build("qwen3"), **pattern), ids_of(1, 45)
 
@@ -209,7 +216,7 @@ def test_an_encoder_attends_both_ways(with_oracle):
 
 
 def test_a_saved_model_comes_back_with_its_pattern(tmp_path):
-    model, ids = set_dilated_attention(build("qwen3"), **PATTERN), ids_of(1, 61)
+    model, ids = set_dilated_attention(build("qwen3"), **HEADS), ids_of(1, 61)
     expected = model(ids).logits
     for folder in (tmp_path / "once", tmp_path / "twice", tmp_path / "three times"):
         model.save_pretrained(folder)  # also if nothing was computed since it was loaded

@@ -65,7 +65,7 @@ def run(code, hub, cache, package=False):
 
 @pytest.mark.parametrize("model_class", [LongNetForCausalLM, LongNetModel, LongNetForSequenceClassification])
 def test_a_saved_folder_serves_every_auto_class_without_the_package(model_class, tmp_path, hub):
-    model, ids = build(model_class, "llama"), random_ids(1, 40)
+    model, ids = build(model_class, "heads"), random_ids(1, 40)
     model.save_pretrained(tmp_path / "my model-1.5")
     names = {path.name for path in (tmp_path / "my model-1.5").iterdir()}
     assert names >= CODE | {"config.json", "model.safetensors", "README.md"}
