@@ -613,28 +613,9 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
         logits = None if skip_logits else self.lm_head(keep_positions(hidden_states, logits_to_keep))
 
         loss = None
-        if split is not None and num_items_in_batch is None:
-            count = split.sum((shift_labels != loss_kwargs.get("ignore_index", -100)).sum())
-            loss_kwargs["num_items_in_batch"] = count.clamp(min=1) / split.world_size
-        if has_labels and own_loss:
-            if shift_labels is not None:
-                loss_kwargs["shift_labels"] = shift_labels
-            loss = self.loss_function(
-                logits=self.lm_head(hidden_states) if logits is None else logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                **loss_kwargs,
-                **of_loss,
-                **kwargs,
-            )
-        elif has_labels:
-            if shift_labels is None:
-                shift_labels = F.pad(labels, (0, 1), value=loss_kwargs.get("ignore_index", -100))[..., 1:]
-            keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-            loss = self.token_loss(hidden_states, logits if keeps_all else None, shift_labels, **loss_kwargs)
-        if loss is not None and split is not None:
-            loss = split.average(loss)
-
+        if has_labels:
+            of_all = logits if own_loss or (isinstance(logits_to_keep, int) and logits_to_keep == 0) else None
+            loss = self._loss(hidden_states, of_all, labels, shift_labels, split, loss_kwargs, of_loss | kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -642,6 +623,28 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss(self, hidden_states, logits, labels, shift_labels, split, loss_kwargs: dict, of_own_loss: dict):
+        """Of this process's tokens, or of all if the sequence is split. A user's own loss is given all logits."""
+        ignore_index = loss_kwargs.get("ignore_index", -100)
+        if split is not None and "num_items_in_batch" not in loss_kwargs:
+            count = split.sum((shift_labels != ignore_index).sum())
+            loss_kwargs["num_items_in_batch"] = count.clamp(min=1) / split.world_size
+        if hasattr(self, "_loss_function"):
+            if shift_labels is not None:
+                loss_kwargs["shift_labels"] = shift_labels
+            loss = self.loss_function(
+                logits=self.lm_head(hidden_states) if logits is None else logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                **loss_kwargs,
+                **of_own_loss,
+            )
+        else:
+            if shift_labels is None:
+                shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+            loss = self.token_loss(hidden_states, logits, shift_labels, **loss_kwargs)
+        return loss if split is None else split.average(loss)
 
     @classmethod
     def from_llama(cls, model_or_path, *, segment_lengths, dilation_rates, **kwargs) -> "LongNetForCausalLM":
