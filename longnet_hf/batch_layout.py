@@ -337,6 +337,11 @@ def check_cache(
         )
     if is_dynamic:
         return
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "`torch.export` cannot follow a DilatedCache, whose counts decide what is computed: export with a "
+            'DynamicCache (`cache_implementation="dynamic"` in `generate`), or without a cache (`use_cache=False`).'
+        )
     if not past_key_values.fits(patterns):
         raise ValueError("`past_key_values` is a DilatedCache for other patterns or another number of layers.")
     if is_eager:

@@ -8,8 +8,10 @@ import transformers
 from comparisons import all_gradients, assert_same_gradients, main_output, with_eager
 from models import build, every_head, every_kind, random_ids, small_config
 from transformers import DataCollatorWithFlattening, DynamicCache
+from transformers.integrations.executorch import register_dynamic_cache_export_support
 
 from longnet_hf import (
+    DilatedCache,
     LongNetAttention,
     LongNetForCausalLM,
     LongNetModel,
@@ -430,3 +432,21 @@ def test_attention_of_rows_that_cannot_be_had_is_refused():
         model(ids, attention_rows=[1])
     with pytest.raises(ValueError, match="`past_key_values`"):
         model(ids, attention_rows=[1], output_attentions=True, past_key_values=model.make_cache())
+
+
+def test_generation_is_exported_with_the_ordinary_cache(monkeypatch):
+    model, ids = build(LongNetForCausalLM), random_ids(2, 13)
+    expected = model(ids).logits[:, 12:]
+    caches = DynamicCache(config=model.config), DilatedCache(model.config)
+    dynamic, dilated = (
+        dict(input_ids=ids[:, 12:], past_key_values=cache, attention_mask=torch.ones_like(ids)) for cache in caches
+    )
+    for cache in caches:
+        model(ids[:, :12], past_key_values=cache)
+    register_dynamic_cache_export_support()
+    exported = torch.export.export(model, (), dynamic, strict=False)
+    torch.testing.assert_close(exported.module()(**dynamic).logits, expected, rtol=0, atol=1e-4)
+    # As an exporter that takes any cache apart would call it
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    with pytest.raises(ValueError, match='DilatedCache.*`cache_implementation="dynamic"`'):
+        model(**dilated)

@@ -70,6 +70,19 @@ def test_mlps_in_chunks_under_autocast():
     assert_same_gradients(gradients, others, atol=0.02)
 
 
+@pytest.mark.parametrize("kind", ["paper", "llama"])
+def test_chunks_of_any_length_compile_once(kind):
+    """With `dynamic=True` the epsilons of norms are inputs of the graph, too."""
+    changes = dict(num_hidden_layers=1, use_sub_norm=True, chunk_size_feed_forward=7)
+    model = build(LongNetForCausalLM, kind, **changes).train()
+    layer, norm = model.model.layers[0].mlp, model.model.layers[0].post_attention_layernorm
+    compiled = torch.compile(layer, dynamic=True, backend="aot_eager")
+    for length in (17, 23):
+        x = norm(torch.randn(2, length, 32)).detach()
+        ours, expected = (all_gradients(layer, f(x).square().sum()) for f in (compiled, layer))
+        assert_same_gradients(ours, expected, atol=1e-3)
+
+
 def test_checkpointed_activations_can_be_offloaded():
     """With the hook that `activation_checkpointing_enable(offload=True)` uses, whose pinned memory wants a GPU."""
     model, ids = build(LongNetForCausalLM).train(), random_ids(2, 30)
