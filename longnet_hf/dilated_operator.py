@@ -281,7 +281,7 @@ def _forward(
     """Merged output `[B, H, Nq, D]` and log-sum-exp `[B, H, Nq]` of all branches."""
     query, key, value = map(adjacent_rows, (query, key, value))
     in_triton = uses_triton(query, dropout)
-    documents = BatchDocuments.find(query, key, document_ids, in_place=in_triton)
+    documents = BatchDocuments.find(query, key, document_ids, in_place=in_triton, is_causal=is_causal)
     q, k, v = documents.pack_queries(query), documents.pack_keys(key), documents.pack_keys(value)
     if in_triton:
         attention = Attention(q, k, v, DilatedPattern.from_json(pattern), documents.documents, is_causal, scale)
@@ -336,7 +336,7 @@ def _gradients(
     tensors = map(adjacent_rows, (grad_output, query, key, value, output))
     grad_output, query, key, value, output = tensors
     in_triton = uses_triton(query, dropout)
-    documents = BatchDocuments.find(query, key, document_ids, in_place=in_triton)
+    documents = BatchDocuments.find(query, key, document_ids, in_place=in_triton, is_causal=is_causal)
     q, o, do, l = (documents.pack_queries(x) for x in (query, output, grad_output, lse[..., None]))
     k, v = documents.pack_keys(key), documents.pack_keys(value)
     if in_triton:
@@ -358,8 +358,7 @@ def _tiles(documents: BatchDocuments, pattern: str, is_causal: bool) -> Iterator
     """All tiles of a batch, document by document."""
     pattern, num_heads = DilatedPattern.from_json(pattern), documents.key_shape[1]
     # Rows that are one document each have the same tiles, which are then done for all rows at a time
-    is_packed = documents.query_rows is not None
-    for document in documents.documents if is_packed else documents.documents[:1]:
+    for document in documents.documents if documents.is_end_to_end else documents.documents[:1]:
         num_queries = document.length - document.first_query
         for tile in pattern.tiles(document.length, num_heads, num_queries=num_queries, is_causal=is_causal):
             yield DocumentTile(tile, document.query_column, document.key_column)

@@ -146,18 +146,27 @@ def is_packed(document_ids: torch.Tensor | None) -> bool:
 
 class BatchDocuments:
     """The documents of a batch for the operator, which computes where they lie or, if they are in several pieces, on a
-    copy without padding in which they lie end to end: one row, to and from which tensors are packed and unpacked."""
+    copy, to and from which tensors are packed and unpacked. In it they lie end to end in one row, without padding, or
+    each begins a row of its own."""
 
     def __init__(self, query, key, documents, query_rows=None, key_rows=None):
         self.query_shape, self.key_shape = query.shape, key.shape
         self.documents: tuple[Document, ...] = tuple(documents)
-        self.query_rows, self.key_rows = query_rows, key_rows  # of the copy, in the flattened batch; None: no copy
+        # Where the copy's tokens are in the flattened batch, `[tokens]` or, of rows, `[documents, tokens]` with -1
+        # behind the end of a document; `None`: no copy
+        self.query_rows, self.key_rows = query_rows, key_rows
 
     @classmethod
     def find(
-        cls, query: torch.Tensor, key: torch.Tensor, document_ids: torch.Tensor | None, in_place: bool = False
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        document_ids: torch.Tensor | None,
+        in_place: bool = False,
+        is_causal: bool = False,
     ) -> "BatchDocuments":
-        """With `in_place`, documents without padding inside are left where they are."""
+        """With `in_place`, documents without padding inside are left where they are. Otherwise, if `is_causal`, those
+        of about the same length are rows of one length: what lies behind the end of one is not seen."""
         batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
         first_column = keys - queries  # of the queries among the keys
         pieces = [(row, 0, keys) for row in range(batch)] if document_ids is None else None
@@ -178,6 +187,12 @@ class BatchDocuments:
         is_query = column >= first_column
         query_rows = (key_rows // keys * queries + column - first_column)[is_query]
         _, document, key_counts = ids[key_rows].unique_consecutive(return_inverse=True, return_counts=True)
+        longest = int(key_counts.max()) if len(key_counts) > 1 else 0
+        if is_causal and not in_place and queries == keys and 0 < len(key_counts) * longest <= 2 * len(key_rows):
+            rows = key_rows.new_full((len(key_counts), longest), -1)
+            position = torch.arange(len(key_rows), device=rows.device) - (key_counts.cumsum(0) - key_counts)[document]
+            rows[document, position] = key_rows
+            return cls(query, key, [Document(row, 0, 0, longest, 0) for row in range(len(rows))], rows, rows)
         query_counts = torch.zeros_like(key_counts).index_add_(0, document, is_query.to(key_counts.dtype))
         first_query = key_counts - query_counts
         key_column = key_counts.cumsum(0) - key_counts
@@ -185,6 +200,11 @@ class BatchDocuments:
         fields = (torch.zeros_like(key_counts), key_column, query_column, key_counts, first_query)
         documents = [Document(*numbers) for numbers in torch.stack(fields, dim=1).tolist()]
         return cls(query, key, documents, query_rows, key_rows)
+
+    @property
+    def is_end_to_end(self) -> bool:
+        """Whether documents lie in one row of the copy. Otherwise all rows are alike."""
+        return self.query_rows is not None and self.query_rows.dim() == 1
 
     def pack_queries(self, x: torch.Tensor) -> torch.Tensor:
         return self._pack(x, self.query_rows)
@@ -206,17 +226,25 @@ class BatchDocuments:
 
     @staticmethod
     def _pack(x, rows):
-        """`[B, H, N, D]` -> `[1, H, real tokens, D]`"""
-        return x if rows is None else x.transpose(1, 2).flatten(0, 1)[rows].transpose(0, 1)[None]
+        """`[B, H, N, D]` -> `[1, H, real tokens, D]`, or `[documents, H, longest, D]` with zeros behind the ends"""
+        if rows is None:
+            return x
+        x = x.transpose(1, 2).flatten(0, 1)[rows.clamp(min=0)]
+        if rows.dim() == 1:
+            return x.transpose(0, 1)[None]
+        return x.masked_fill_((rows < 0)[..., None, None], 0.0).transpose(1, 2)
 
     @staticmethod
     def _unpack(x, rows, like, padding=0.0):
-        """`[1, H, real tokens, D]` -> `[B, H, N, D]` in the layout and dtype of `like`"""
+        """Back to `[B, H, N, D]`, in the layout and dtype of `like`."""
         if rows is None:
             return x if x.stride() == like.stride() and x.dtype == like.dtype else torch.empty_like(like).copy_(x)
         batch, heads, length, size = like.shape
         flat = x.new_full((batch * length, heads, size), padding)
-        flat[rows] = x[0].transpose(0, 1)
+        if rows.dim() == 1:
+            flat[rows] = x[0].transpose(0, 1)
+        else:
+            flat[rows[rows >= 0]] = x.transpose(1, 2)[rows >= 0]
         return torch.empty_like(like).copy_(flat.unflatten(0, (batch, length)).transpose(1, 2))
 
 

@@ -189,6 +189,28 @@ def without_flash(method):
 
 
 @pytest.mark.parametrize("causal", [True, False])
+def test_causal_rows_of_unequal_padding_are_computed_together(causal, monkeypatch):
+    """Not one after the other, which takes as many calls of kernels as there are rows."""
+    calls, forward = [], tiles_module.TileKernel.forward
+    monkeypatch.setattr(
+        tiles_module.TileKernel, "forward", lambda self, *args: calls.append(1) or forward(self, *args)
+    )
+    inputs, grad = random_tensors(6, 2, 2, 31, 31, 4)
+    mask = torch.arange(31) < torch.tensor([31, 20, 17, 25, 30, 22])[:, None]
+    for layout in ({"attention_mask": mask}, {"attention_mask": mask.flip(1)}):
+        calls.clear()
+        output = dilated_attention(*inputs, PATTERN, is_causal=causal, **layout)
+        together = len(calls)
+        expected = dilated_attention_reference(*inputs, PATTERN, is_causal=causal, **layout)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+        for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+        calls.clear()
+        dilated_attention(*inputs, PATTERN, is_causal=causal)
+        assert (together == len(calls)) == causal
+
+
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [[1], [0, 2, 3], [0, 1, 2, 3, 4]])
 def test_heads_may_be_computed_by_pytorchs_own_attention(heads, causal, monkeypatch):
     """As on a GPU for which that is faster."""
