@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 .PHONY: test demo lint clean
 
 test: .venv/ready lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses 2 --dist worksteal
 
 demo: .venv/ready
 	.venv/bin/python examples/train.py
