@@ -495,6 +495,8 @@ class DilatedLayer(CacheLayerMixin):
         heads = [[], []]
         for head in range(self.num_heads):
             heads[self.pattern.is_unbounded(head)].append(head)
+        if self.pattern.without_heads(heads[1], self.num_heads) is None:  # no part is without any branch
+            heads = [[], list(range(self.num_heads))]
         for of_part in filter(None, heads):
             part = LayerPart(self.pattern.of_heads(of_part, self.num_heads), of_part, self)
             part.allocate(key_states[:, of_part], self.max_length and -(-self.max_length // _ROOM) * _ROOM)
@@ -592,7 +594,7 @@ class LayerPart:
         self.reserve, self.max_length = layer.reserve, layer.max_length
         self.is_growing = pattern.max_live_keys() is None
         # Full attention alone, whatever the head: its slots are the positions
-        self.is_plain = pattern.segment_lengths == (None,)
+        self.is_plain = pattern.segment_lengths == (None,) and all(map(pattern.is_unbounded, heads))
         self.has_key_at_hand = all(
             any(branch.rate == 1 and branch.belongs_to(head) for branch in pattern.branches) for head in heads
         )

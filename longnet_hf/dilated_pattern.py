@@ -181,15 +181,18 @@ class DilatedPattern:
             branch_heads=(*(branch.heads for branch in self.branches), heads),
         )
 
-    def of_heads(self, heads: Sequence[int], num_heads: int) -> "DilatedPattern":
-        """The pattern of some of `num_heads` key/value heads, without the branches that none of them has."""
-        if self.branch_heads is None or len(heads) == num_heads:
+    def of_heads(self, heads: Sequence[int], num_heads: int) -> "DilatedPattern | None":
+        """The pattern of some of `num_heads` key/value heads, without the branches that none of them has; `None` if
+        they have no branch at all."""
+        if len(heads) == num_heads:
             return self
         kept = [
             (x.length, x.rate, x.type, [head for head in heads if x.belongs_to(head)])
             for x in self.branches
             if any(map(x.belongs_to, heads))
         ]
+        if not kept:
+            return None
         lengths, rates, types, of_branches = zip(*kept, strict=True)
         return replace(
             self, segment_lengths=lengths, dilation_rates=rates, branch_types=types, branch_heads=of_branches
@@ -197,8 +200,7 @@ class DilatedPattern:
 
     def without_heads(self, heads: Sequence[int], num_heads: int) -> "DilatedPattern | None":
         """The pattern where some of `num_heads` key/value heads have no branch at all; `None` if all have none."""
-        others = [head for head in range(num_heads) if head not in heads]
-        return self.of_heads(others, num_heads) if others else None
+        return self.of_heads([head for head in range(num_heads) if head not in heads], num_heads)
 
     def with_full_heads(self, heads: Sequence[int], num_heads: int) -> "DilatedPattern":
         """A pattern whose branches all heads have, where some of `num_heads` have full attention in place of them."""

@@ -15,6 +15,7 @@ from transformers import CompileConfig
 
 from longnet_hf import (
     DilatedCache,
+    DilatedPattern,
     LongNetConfig,
     LongNetForCausalLM,
     LongNetModel,
@@ -86,6 +87,28 @@ def test_any_chunks_attend_as_the_whole(seed):
     assert torch.equal(cache.positions, mask.sum(1))
     for part in bounded if reserve == 0 else ():
         assert part.slots.count == part.pattern.max_live_keys() <= pattern.max_live_keys()
+
+
+@pytest.mark.parametrize("seed", range(4), indirect=True)
+@pytest.mark.parametrize(
+    "branches",
+    [
+        {None: [1]},
+        {None: [1], 5: [0]},
+        {None: [0, 2], 5: [2]},
+        {5: [1]},
+    ],
+)
+def test_heads_without_any_branch_see_nothing(branches, seed):
+    _, _, qkv, mask = random_case(seed)
+    query, key, value = (torch.randn(len(mask), heads, 90, 4, dtype=torch.float64) for heads in (6, 3, 3))
+    kinds = ["window"] * len(branches)
+    pattern = DilatedPattern([*branches], [1] * len(branches), kinds, branch_heads=[*branches.values()])
+    cache, qkv = make_cache(pattern, reserve=9), (query, key, value)
+    for start, stop in ((0, 40), (40, 41), (41, 50), (50, 80), (80, 90)):
+        output = take(cache, qkv, slice(start, stop), mask)
+        if output is not None:
+            assert_attended(output, qkv, pattern, mask, slice(start, stop))
 
 
 @pytest.mark.parametrize("seed", range(60), indirect=True)

@@ -155,6 +155,23 @@ def test_wrong_arguments_are_named(arguments, named):
         DilatedPattern(**arguments)
 
 
+def test_heads_are_taken_out_of_a_pattern():
+    window = DilatedPattern([8, 2], [1, 1], ["window", "sink"])
+    for pattern, left in (
+        (window, window.with_full_heads([0, 1], 4)),
+        (window.with_full_heads([0, 1], 4), window.with_full_heads([0, 1], 4)),
+        (DilatedPattern.full().with_branch("window", 8, [1]), DilatedPattern.full()),
+    ):
+        without = pattern.without_heads([0, 1], 4)
+        for head in range(4):
+            expected = [branch[:3] for branch in left.branches if head > 1 and branch.belongs_to(head)]
+            assert [branch[:3] for branch in without.branches if branch.belongs_to(head)] == expected
+    for pattern in (window, DilatedPattern([8], [1], branch_heads=[[1]])):
+        assert pattern.without_heads([], 4) == pattern
+        assert pattern.without_heads(range(4), 4) is None
+    assert DilatedPattern([8], [1], branch_heads=[[1]]).without_heads([1], 4) is None
+
+
 def test_patterns_are_values():
     pattern = DilatedPattern([8, None], [2, 1], ["segment", "window"], "rotating", shift=True, layer_idx=3)
     same = DilatedPattern.from_json(pattern.to_json())
