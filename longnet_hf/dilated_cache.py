@@ -154,7 +154,8 @@ class DilatedCache(Cache):
         max_length: how many tokens heads with full attention have room for; default: as many as come.
 
     Raises:
-        ValueError: if `reserve` is negative, if `max_length` is below 1, or if `config` has no dilated patterns.
+        ValueError: if `reserve` is negative, if `max_length` is below 1, or if `config` has no dilated patterns, or
+            some with an `offset`.
     """
 
     is_dilated_cache = True
@@ -182,6 +183,11 @@ class DilatedCache(Cache):
             )
         self.reserve, self.max_length = reserve, max_length
         self.patterns = [pattern.canonical() for pattern in config.layer_patterns]
+        for pattern in self.patterns:
+            if pattern.offset:
+                raise ValueError(
+                    f"The patterns of a DilatedCache must begin where a document does, with `offset=0`, got {pattern}."
+                )
         options = {"offload_only_non_sliding": False} if offloading else {}
         super().__init__(layers=self._make_layers(), offloading=offloading, **options)
         self._forget()
@@ -274,7 +280,7 @@ class DilatedCache(Cache):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         longest_block = self.reserve + 1 if query.is_cuda else min(self.reserve + 1, _BLOCK_ON_CPU)
         if query.shape[2] > 1:
-            longest_block = min(longest_block, _MAX_MASK // max(part.slots.count for part in layer.parts))
+            longest_block = min(longest_block, _MAX_MASK // max((part.slots.count for part in layer.parts), default=1))
         with torch.no_grad():
             if query.shape[2] <= longest_block:
                 keys, values = self.update(key, value, layer_idx, tokens)
@@ -443,26 +449,31 @@ class DilatedCache(Cache):
         if not self.fits(model.base_model.patterns):
             raise ValueError("The cache has other patterns than `model`, or another number of layers.")
         tensors = {name: getattr(self, attribute) for name, attribute in _STATE.items()}
+        length = int(self.positions.max())
         for layer_idx, layer in enumerate(self.layers):
             for number, part in enumerate(layer.parts):
-                stop = int(self.positions.max()) if part.is_plain else None  # not the room for more
-                for name, x in (("keys", part.keys), ("values", part.values)):
-                    tensors[_tensor_name(layer_idx, name, number)] = x[:, :, :stop]
+                for name, x in zip(("keys", "values"), part.to_save(length), strict=True):
+                    tensors[_tensor_name(layer_idx, name, number)] = x
         write_cache(file, tensors, {"reserve": self.reserve}, model)
 
     @classmethod
-    def load(cls, file: str | os.PathLike, model: PreTrainedModel) -> "DilatedCache":
-        """The cache in a file that [`save`] wrote, on the devices of `model`.
+    def load(
+        cls, file: str | os.PathLike, model: PreTrainedModel, *, max_length: int | None = None
+    ) -> "DilatedCache":
+        """The cache in a file that [`save`] wrote, on the devices of `model`, with room for `max_length` tokens in
+        heads with full attention (default: for as many as come).
 
         Raises:
             ValueError: if it is no such file, if anything in it was changed, or if the cache was filled by another
-                model: by other weights, or with another configuration.
+                model: by other weights, or with another configuration; or if `max_length` is wrong, or below what
+                the file holds.
             OSError: if the file cannot be read.
         """
         with open_cache(file, model) as saved:
-            cache = cls(model.config, reserve=saved.fields["reserve"])
+            cache = cls(model.config, reserve=saved.fields["reserve"], max_length=max_length)
             for name, attribute in _STATE.items():
                 setattr(cache, attribute, saved[name].to(model.device))
+            length = int(cache.positions.max())
             for layer_idx, (layer, module) in enumerate(zip(cache.layers, model.base_model.layers, strict=True)):
                 device = next(module.parameters()).device
                 names = [[_tensor_name(layer_idx, name, part) for name in ("keys", "values")] for part in (0, 1)]
@@ -470,7 +481,7 @@ class DilatedCache(Cache):
                 like = saved[names[0][0]].new_empty(len(cache.positions), heads, 0, size, device=device)
                 layer.lazy_initialization(like, like)
                 for part, of_part in zip(layer.parts, names, strict=False):
-                    part.load(*map(saved.__getitem__, of_part))
+                    part.load(*map(saved.__getitem__, of_part), length)
         return cache
 
 
@@ -647,13 +658,23 @@ class LayerPart:
         self.map(grow)
         self.slots = slots
 
-    def load(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Take what was saved: of full attention the keys of all positions, of others the slots."""
-        if self.is_plain:
-            self.make_room(keys.shape[2])
-        elif self.is_growing:
-            self.allocate(self.keys, keys.shape[2] - 1 - self.slots.count + self.room)
-        self.keys[:, :, : keys.shape[2]], self.values[:, :, : keys.shape[2]] = keys, values
+    def to_save(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in the slots, where all are kept without the room for more than `length` positions."""
+        index = self._slots_with_room(length)
+        return self.keys[:, :, index], self.values[:, :, index]
+
+    def load(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Take what [`to_save`] gave."""
+        if self.is_growing:
+            self.make_room(length)
+        index = self._slots_with_room(length)
+        self.keys[:, :, index], self.values[:, :, index] = keys, values
+
+    def _slots_with_room(self, length: int) -> torch.Tensor | slice:
+        """Where the slots lie that there would be with room for `length` positions only."""
+        if self.is_plain or not self.is_growing:  # without a copy
+            return slice(length if self.is_plain else self.slots.count)
+        return self.slots.first_slots_of(self._slots(max(1, length)))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, tokens: NewTokens) -> None:
         if self.is_growing and not torch.compiler.is_compiling():

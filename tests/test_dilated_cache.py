@@ -111,6 +111,24 @@ def test_heads_without_any_branch_see_nothing(branches, seed):
             assert_attended(output, qkv, pattern, mask, slice(start, stop))
 
 
+@pytest.mark.parametrize("reserve", [0, 3, 40])
+def test_the_first_tokens_may_attend_through_the_cache(reserve, monkeypatch):
+    for block in (1, 1 << 10):
+        monkeypatch.setattr(dilated_cache, "_BLOCK_ON_CPU", block)
+        for seed in range(4):
+            _, pattern, qkv, mask = random_case(seed)
+            cache = make_cache(pattern, reserve)
+            for columns in (slice(0, 20), slice(20, 50)):
+                tokens = cache.count_tokens(len(mask), columns.stop - columns.start, "cpu", mask[:, columns])
+                output = cache.attend(*(x[:, :, columns] for x in qkv), 0, tokens)
+                assert_attended(output, qkv, pattern, mask, columns)
+
+
+def test_patterns_that_begin_inside_a_document_are_refused():
+    with pytest.raises(ValueError, match="`offset=0`, got DilatedPattern.*offset=5"):
+        DilatedCache.for_patterns([DilatedPattern.full(), DilatedPattern.full().at(5)])
+
+
 @pytest.mark.parametrize("seed", range(60), indirect=True)
 def test_tokens_are_taken_back_and_replaced(seed):
     """As assisted decoding does; and then by a mask, in every row another number."""
@@ -263,6 +281,28 @@ def test_a_saved_cache_goes_on_as_if_it_had_not_been(kind, tmp_path):
         assert loaded.get_seq_length() == 60 and loaded.reserve == 20
         assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=loaded, **options), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["book.safetensors"]
+
+
+@pytest.mark.parametrize("lengths", [[None], [None, 8], [None, 8, None], [8, None, None]])
+@pytest.mark.parametrize("max_length", [None, 330, 1000])
+def test_a_saved_cache_fits_into_other_room(lengths, max_length, tmp_path):
+    """However much room a cache had when it was saved, and has when it goes on."""
+    kinds = dict(segment_lengths=lengths, dilation_rates=[1] * len(lengths), branch_types=["window"] * len(lengths))
+    model, ids, file = build(LongNetForCausalLM, dtype=torch.float64, **kinds), random_ids(2, 330), tmp_path / "cache"
+    expected = model(ids).logits[:, 300:]
+    for room in (None, 700):
+        cache = DilatedCache(model.config, max_length=room)
+        for columns in (slice(0, 280), slice(280, 310)):  # the second makes them move, where they can
+            model(ids[:, columns], past_key_values=cache)
+        cache.crop(-10)
+        cache.save(file, model)
+        assert all(part.keys.shape[2] > 300 for layer in cache.layers for part in layer.parts)
+        loaded = DilatedCache.load(file, model, max_length=max_length)
+        assert loaded.max_length == max_length
+        output = torch.cat([model(x, past_key_values=loaded).logits for x in ids[:, 300:].split(10, dim=1)], dim=1)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="`max_length` of the DilatedCache is 299, .* 300 tokens"):
+        DilatedCache.load(file, model, max_length=299)
 
 
 def test_a_saved_cache_is_refused_by_other_models(tmp_path):
