@@ -512,6 +512,10 @@ class DilatedLayer(CacheLayerMixin):
             part = LayerPart(self.pattern.of_heads(of_part, self.num_heads), of_part, self)
             part.allocate(key_states[:, of_part], self.max_length and -(-self.max_length // _ROOM) * _ROOM)
             self.parts.append(part)
+        self.order = None  # where the heads lie among those of all parts; `None`: in order
+        order = [head for part in self.parts for head in part.heads]
+        if order != sorted(order):
+            self.order = torch.tensor([order.index(head) for head in range(self.num_heads)], device=key_states.device)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, tokens: NewTokens) -> tuple[list, list]:
         """Take new keys and values `[B, Hkv, L, D]`; returns those in the slots, part by part. What lay in a slot
@@ -533,11 +537,10 @@ class DilatedLayer(CacheLayerMixin):
             part.attend(part.of_heads(query), *slots, tokens, scale, dropout)
             for part, *slots in zip(self.parts, keys, values, strict=True)
         ]
-        if len(outputs) == 1:
-            return outputs[0]
-        order = [head for part in self.parts for head in part.heads]
-        joined = torch.cat(outputs, dim=1).unflatten(1, (self.num_heads, -1))
-        return joined[:, [order.index(head) for head in range(self.num_heads)]].flatten(1, 2)
+        joined = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+        if self.order is None:
+            return joined
+        return joined.unflatten(1, (self.num_heads, -1)).index_select(1, self.order).flatten(1, 2)
 
     def attend_before_update(self, query, key, value, tokens: NewTokens, scale: float, dropout: float) -> torch.Tensor:
         """Attention of new queries to their own keys, and then to earlier ones in the slots, branch by branch."""
@@ -615,6 +618,7 @@ class LayerPart:
         """Slots for a batch and heads as in `like` `[B, heads, ?, D]`: with `room`, of so many positions where all
         keys are kept."""
         self.device, self.room = like.device, room or 1
+        self.head_numbers = torch.tensor(self.heads, device=self.device)  # a list would be copied there each time
         self.slots = self._slots(self.room)
         self.keys, self.values = (
             like.new_zeros(*like.shape[:2], self.slots.count + 1, like.shape[-1]) for _ in range(2)
@@ -634,7 +638,10 @@ class LayerPart:
         """Of all heads' tensor `[B, Hkv or H, L, D]`, what belongs to these."""
         if len(self.heads) == self.num_heads:
             return x
-        return x.unflatten(1, (self.num_heads, -1))[:, self.heads].flatten(1, 2)
+        x, first, last = x.unflatten(1, (self.num_heads, -1)), self.heads[0], self.heads[-1]
+        if len(self.heads) == last + 1 - first:  # neighbours: a view
+            return x[:, first : last + 1].flatten(1, 2)
+        return x.index_select(1, self.head_numbers).flatten(1, 2)
 
     @torch.inference_mode(False)
     def make_room(self, length: int) -> None:
@@ -734,7 +741,7 @@ class LayerPart:
         """Which of the first `count` slots new queries see, `[B, heads or 1, L, count]`, and which of them see any,
         `[B, heads, L, 1]` (`None`: all)."""
         if self.is_plain:
-            mask = self.slots.number_in_ring[:count] <= tokens.positions[:, None, :, None]
+            mask = torch.arange(count, device=self.device) <= tokens.positions[:, None, :, None]
         else:
             seen = self.slots.rings.numbers_seen(tokens.positions[..., None, None])
             first, stop = (x.transpose(1, 2)[..., self.slots.branch] for x in seen)
@@ -751,7 +758,7 @@ class LayerPart:
         """The sink joins what no other branch does."""
         for index, branch in enumerate(self.pattern.branches):
             if branch.type == "sink":
-                head = torch.tensor(self.heads, device=mask.device)[:, None, None]
+                head = self.head_numbers[:, None, None]
                 n = tokens.positions[:, None, :, None]
                 joins = self.pattern.joins(branch, n, held.clamp(min=0), head, self.num_heads)
                 return mask & ((self.slots.branch != index) | joins)
@@ -874,12 +881,16 @@ class _Slots(NamedTuple):
     rings: _Rings
     rings_on_cpu: _Rings
     branch: torch.Tensor  # [S]
-    number_in_ring: torch.Tensor  # [S]
     serial: int  # the same for slots that are alike
 
     @property
     def count(self) -> int:
         return len(self.branch)
+
+    @property
+    def number_in_ring(self) -> torch.Tensor:
+        """`[S]`. Not stored: these are as many as tokens where all keys are kept, and slots are remembered."""
+        return torch.arange(self.count, device=self.branch.device) - self.rings.first_slot[0, self.branch]
 
     def first_slots_of(self, smaller: "_Slots") -> torch.Tensor:
         """Where those of the same rings with fewer slots lie."""
@@ -910,10 +921,11 @@ def _slots(records: tuple[int, tuple[tuple[int, ...], ...]], device: torch.devic
     num_heads, rings = records
     rings = _Rings(*(torch.tensor(field).view(-1, num_heads).T.contiguous() for field in zip(*rings, strict=True)))
     capacities = rings.capacity[0]
-    branch = torch.arange(len(capacities)).repeat_interleave(capacities)
-    number_in_ring = torch.cat([torch.arange(capacity) for capacity in capacities.tolist()])
-    rings_on_device = _Rings(*(field.to(device) for field in rings))
-    return _Slots(rings_on_device, rings, branch.to(device), number_in_ring.to(device), next(_serials))
+    if len(capacities) == 1:  # one number in memory
+        branch = torch.zeros(1, dtype=torch.int64, device=device).expand(int(capacities))
+    else:
+        branch = torch.arange(len(capacities)).repeat_interleave(capacities).to(device)
+    return _Slots(_Rings(*(field.to(device) for field in rings)), rings, branch, next(_serials))
 
 
 class _NoGradient(torch.autograd.Function):

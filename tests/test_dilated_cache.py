@@ -11,6 +11,7 @@ from patterns import random_pattern
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
 from longnet_hf import (
@@ -153,6 +154,41 @@ def test_tokens_are_taken_back_and_replaced(seed):
     cache.check_mask(after, mask.shape[1] - done)
     columns = slice(done, mask.shape[1])
     assert_attended(take(cache, qkv, columns, after), qkv, pattern, after, columns)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_length", [None, 100])
+def test_a_step_makes_no_tensors_of_lists(kind, max_length):
+    """A GPU would wait for each of them, in every layer."""
+
+    class Operators(TorchDispatchMode):
+        names = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    heads = dict(num_attention_heads=8, num_key_value_heads=4, full_attention_heads={0: [1, 3], 1: [2], 2: [0, 1, 3]})
+    model = build(LongNetForCausalLM, kind, **(heads if kind == "heads" else {}))
+    cache, ids = DilatedCache(model.config, max_length=max_length), random_ids(2, 50)
+    with torch.no_grad():
+        model(ids[:, :40], past_key_values=cache)
+        model(ids[:, 40:41], past_key_values=cache)
+        with Operators() as operators:
+            output = model(ids[:, 41:42], past_key_values=cache).logits
+        assert len(operators.names) > 50 and "lift_fresh.default" not in operators.names
+        torch.testing.assert_close(output, model(ids[:, :42]).logits[:, 41:], rtol=0, atol=1e-4)
+
+
+def test_what_is_remembered_of_full_attention_does_not_grow_with_the_text():
+    cache = DilatedCache.for_patterns([DilatedPattern([7], [1], ["window"]).with_full_heads([1], 3)])
+    for _ in range(2):
+        key = torch.zeros(1, 3, 5000, 4)
+        cache.update(key, key, 0)
+    slots = cache.layers[0].parts[1].slots
+    assert slots.count > 10_000
+    tensors = [*slots.rings, *slots.rings_on_cpu, slots.branch]
+    assert sum(x.untyped_storage().nbytes() for x in tensors) < 1000
 
 
 @pytest.mark.parametrize("seed", range(60), indirect=True)
