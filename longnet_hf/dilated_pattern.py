@@ -203,13 +203,21 @@ class DilatedPattern:
         return self.of_heads([head for head in range(num_heads) if head not in heads], num_heads)
 
     def with_full_heads(self, heads: Sequence[int], num_heads: int) -> "DilatedPattern":
-        """A pattern whose branches all heads have, where some of `num_heads` have full attention in place of them."""
+        """The pattern where some of `num_heads` key/value heads have full attention in place of all branches.
+
+        Raises:
+            ValueError: if there are no such heads.
+        """
+        outside = [head for head in heads if head not in range(num_heads)]
+        if outside:
+            raise ValueError(f"`heads` must be key/value heads from 0 to {num_heads - 1}, got {outside}.")
+        heads = sorted(set(heads))
         if not heads:
             return self
-        if len(heads) == num_heads:
-            return DilatedPattern.full(self.layer_idx)
-        others = [head for head in range(num_heads) if head not in heads]
-        return replace(self, branch_heads=(others,) * len(self.branches)).with_branch("window", None, heads)
+        full, others = DilatedPattern.full(self.layer_idx), self.without_heads(heads, num_heads)
+        if others is not None:
+            return others.with_branch("window", None, heads)
+        return full if len(heads) == num_heads else replace(full, branch_heads=(heads,))
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -421,6 +429,8 @@ def heads_of_layers(
         layer_idx = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer  # the keys of JSON are text
         if isinstance(layer_idx, bool) or not isinstance(layer_idx, int) or not 0 <= layer_idx < num_layers:
             raise ValueError(f"`full_attention_heads` must name layers from 0 to {num_layers - 1}, got {layer!r}.")
+        if layer_idx in checked:
+            raise ValueError(f"`full_attention_heads` must name a layer once, got layer {layer_idx} twice.")
         is_list = isinstance(of_layer, Sequence) and not isinstance(of_layer, str)
         if not is_list or any(type(head) is not int or not 0 <= head < num_heads for head in of_layer):
             raise ValueError(
@@ -554,13 +564,9 @@ def sink_tiles(
                 key = tuple((x, pattern.phase(x, head, num_heads)) for x in others)
                 alike.setdefault(key, []).append(head)
         for others, heads in alike.items():
-            for piece in _sink_pieces(pattern, [x for x, _ in others], heads[0], num_heads, keys, length, is_causal):
-                rows = clip(piece.rows, length - num_queries, length)
-                joined = piece.joined
-                if joined is not None:
-                    joined = joined[rows.start - piece.rows.start :][: len(rows)]
-                if rows:
-                    yield from _tiles_of_heads(heads, piece._replace(rows=rows, joined=joined), index)
+            queries, branches = range(length - num_queries, length), [x for x, _ in others]
+            for piece in _sink_pieces(pattern, branches, heads[0], num_heads, queries, keys, is_causal):
+                yield from _tiles_of_heads(heads, piece, index)
 
 
 def _sink_pieces(
@@ -568,24 +574,27 @@ def _sink_pieces(
     others: list[Branch],
     head: int,
     num_heads: int,
+    queries: range,
     keys: range,
-    length: int,
     is_causal: bool,
 ) -> Iterator["Piece"]:
     """The pieces of the sink's `keys` for a head that has the branches `others` beside it: as far as any of these
     joins a query to any of the keys, the pairs that none does; and all pairs behind that."""
-    if not keys:
+    if not keys or not queries:
         return
-    stop = min(max(pattern.sink_extent(others, len(keys)), len(keys) if is_causal else 0), length)
-    n, m = np.arange(stop)[:, None], np.arange(len(keys))
-    joined = (m <= n) if is_causal else np.ones((stop, len(keys)), dtype=bool)
+    start = queries.start
+    stop = max(pattern.sink_extent(others, len(keys)), len(keys) if is_causal else 0)
+    stop = max(start, min(stop, queries.stop))
+    n, m = np.arange(start, stop)[:, None], np.arange(len(keys))
+    joined = (m <= n) if is_causal else np.ones((stop - start, len(keys)), dtype=bool)
     for branch in others:
         joined = joined & ~pattern.joins(branch, n, m, head, num_heads)
     rows = joined.any(1).nonzero()[0]
     if len(rows):
         first, last = int(rows[0]), int(rows[-1]) + 1
-        yield Piece("given", range(first, last), keys, joined=joined[first:last])
-    yield Piece("full", range(stop, length), keys)
+        yield Piece("given", range(start + first, start + last), keys, joined=joined[first:last])
+    if stop < queries.stop:
+        yield Piece("full", range(stop, queries.stop), keys)
 
 
 def _no_pieces(*args) -> tuple[()]:

@@ -172,6 +172,35 @@ def test_heads_are_taken_out_of_a_pattern():
     assert DilatedPattern([8], [1], branch_heads=[[1]]).without_heads([1], 4) is None
 
 
+def test_full_heads_take_the_place_of_all_their_branches():
+    window = DilatedPattern([8, 2], [1, 1], ["window", "sink"])
+    assert window.with_full_heads([2, 0, 2], 3) == window.with_full_heads((0, 2), 3)
+    assert window.with_full_heads([1, 0, 1], 3) != window.with_full_heads([0, 1, 2], 3) == DilatedPattern.full()
+    some = DilatedPattern([8, 2], [1, 1], ["window", "sink"], branch_heads=[[0, 1], [1]])
+    assert some.with_full_heads([1], 3) == DilatedPattern(
+        [8, None], [1, 1], ["window", "window"], branch_heads=[[0], [1]]
+    )
+    assert some.with_full_heads([0, 1], 3) == DilatedPattern([None], [1], ["window"], branch_heads=[[0, 1]])
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match=rf"`heads` must be key/value heads from 0 to 2, got \[{wrong}\]"):
+            window.with_full_heads([0, wrong], 3)
+
+
+def test_a_sink_is_cut_where_queries_are(monkeypatch):
+    """Not where other branches, of any length, could have queries."""
+    counted = []
+    joins = DilatedPattern.joins
+
+    def counting(self, branch, n, m, head, num_heads):
+        counted.append(n.size)
+        return joins(self, branch, n, m, head, num_heads)
+
+    monkeypatch.setattr(DilatedPattern, "joins", counting)
+    pattern = DilatedPattern([1 << 20, 4], [1, 1], ["segment", "sink"])
+    assert pattern.pairs(1 << 19, 1, num_queries=9) == 9 * (1 << 19) - sum(range(9))
+    assert counted and max(counted) == 9
+
+
 def test_patterns_are_values():
     pattern = DilatedPattern([8, None], [2, 1], ["segment", "window"], "rotating", shift=True, layer_idx=3)
     same = DilatedPattern.from_json(pattern.to_json())
