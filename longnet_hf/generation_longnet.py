@@ -156,9 +156,14 @@ class ReadingMixin:
 def soft_prompt_of(model: GenerationMixin) -> str | None:
     """The kind of PEFT's soft prompt that `generate` of a model puts in front of the user's, if any. PEFT does so
     between `generate` and `forward`: it prepares the inputs, and lengthens the mask of all tokens by ones."""
+    return getattr(_soft_prompt(model), "peft_type", None)
+
+
+def _soft_prompt(model: GenerationMixin):
+    """PEFT's configuration of it."""
     owner = getattr(model.prepare_inputs_for_generation, "__self__", None)
     adapter = getattr(owner, "active_peft_config", None)
-    return adapter.peft_type if getattr(adapter, "is_prompt_learning", False) else None
+    return adapter if getattr(adapter, "is_prompt_learning", False) else None
 
 
 def _check_given_cache(model_kwargs: dict, generation_config, generation_mode: GenerationMode) -> None:
@@ -202,8 +207,11 @@ class LongNetGenerationMixin(GenerationMixin):
             )
         is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
         options = {"reserve": ASSISTED_RESERVE} if is_assisted else {}
-        if generation_config.compile_config is not None:  # storage that does not grow
-            options["max_length"] = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        # Storage that does not grow. Drafts go beyond the end before they are taken back, and are not compiled.
+        if generation_config.compile_config is not None and not is_assisted:
+            max_length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            # What Transformers does not know of
+            options["max_length"] = max_length + getattr(_soft_prompt(self), "num_virtual_tokens", 0)
         options["offloading"] = kind == "offloaded"
         model_kwargs[CACHE] = DilatedCache.for_patterns(self.base_model.patterns, **options)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import KINDS, build, random_ids
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from longnet_hf import LongNetForCausalLM, LongNetForSequenceClassification, set_dilated_attention
 
@@ -87,7 +87,7 @@ SOFT_PROMPTS = {
 
 
 @pytest.mark.parametrize("prompt", SOFT_PROMPTS)
-@pytest.mark.parametrize("kind", ["llama", "hybrid"])
+@pytest.mark.parametrize("kind", ["llama", "hybrid", "heads"])
 def test_soft_prompts_are_continued(kind, prompt):
     """Through caches, behind left padding, as step by step without a cache."""
     model = peft.get_peft_model(build(LongNetForCausalLM, kind), SOFT_PROMPTS[prompt]()).eval()
@@ -99,6 +99,9 @@ def test_soft_prompts_are_continued(kind, prompt):
     mask[0, :4] = 0
     options = dict(max_new_tokens=50, eos_token_id=None, do_sample=False)
     together = model.generate(input_ids=ids, attention_mask=mask, **options)[:, 11:]
+    # The cache has room for the prompt, too
+    compiled = model.generate(input_ids=ids, attention_mask=mask, compile_config=CompileConfig(mode=None), **options)
+    assert torch.equal(compiled[:, 11:], together)
     for row, start in ((0, 4), (1, 0)):
         alone = ids[row : row + 1, start:]
         assert torch.equal(model.generate(input_ids=alone, **options)[0, 11 - start :], together[row])
