@@ -30,6 +30,7 @@ from .dilated_interface import (
 )
 from .dilated_operator import dilated_attention
 from .dilated_pattern import DilatedPattern
+from .input_checks import check_not_empty, check_tensor
 
 
 if TYPE_CHECKING:
@@ -159,10 +160,12 @@ def rank_heads(
     config = model.config.get_text_config()
     if not hasattr(config, "layer_patterns"):
         check_model(model, config)
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise ValueError(f"`input_ids` must be integers [B, N], got {input_ids.dtype} {tuple(input_ids.shape)}.")
-    if span_length <= _LEAD + 1:
-        raise ValueError(f"`span_length` must be above {_LEAD + 1}, got {span_length}.")
+    check_tensor("input_ids", input_ids, "integers", "B", "N")
+    check_not_empty("input_ids", input_ids)
+    if type(span_length) is not int or span_length <= _LEAD + 1:
+        raise ValueError(f"`span_length` must be an integer above {_LEAD + 1}, got {span_length!r}.")
+    if num_spans is not None and (type(num_spans) is not int or num_spans < 1):
+        raise ValueError(f"`num_spans` must be an integer of at least 1, or None, got {num_spans!r}.")
     batch_size, length = input_ids.shape
     num_spans = length // 4 // span_length if num_spans is None else num_spans
     text = length - num_spans * span_length

@@ -109,11 +109,18 @@ def test_a_ranking_is_saved_as_json(tmp_path):
 def test_what_cannot_be_ranked_is_refused():
     ids = random_ids(1, 90)
     with pytest.raises(ValueError, match="`input_ids` has 90 tokens per row, too few for 0 spans of 64"):
-        rank_heads(tiny(LlamaConfig), ids, num_spans=0)
-    with pytest.raises(ValueError, match="`input_ids` must be integers"):
-        rank_heads(tiny(LlamaConfig), ids[0])
-    with pytest.raises(ValueError, match="`span_length` must be above 9"):
-        rank_heads(tiny(LlamaConfig), ids, span_length=9)
+        rank_heads(tiny(LlamaConfig), ids)
+    for wrong in (ids[0], ids.tolist(), ids.float()):
+        with pytest.raises(ValueError, match=r"`input_ids` must be of shape \[B, N\], a tensor of integers"):
+            rank_heads(tiny(LlamaConfig), wrong)
+    with pytest.raises(ValueError, match="`input_ids` must hold at least one row"):
+        rank_heads(tiny(LlamaConfig), ids[:0], span_length=12)
+    for wrong in (9, 12.0, "12"):
+        with pytest.raises(ValueError, match="`span_length` must be an integer above 9"):
+            rank_heads(tiny(LlamaConfig), ids, span_length=wrong)
+    for wrong in (0, 1.5, -1):
+        with pytest.raises(ValueError, match="`num_spans` must be an integer of at least 1"):
+            rank_heads(tiny(LlamaConfig), ids, span_length=12, num_spans=wrong)
     with pytest.raises(ValueError, match="must be causal"):
         rank_heads(build(LongNetModel, is_causal=False), ids, span_length=12)
     with pytest.raises(ValueError, match="causal"):
