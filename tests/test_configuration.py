@@ -62,7 +62,10 @@ def test_heads_survive_json():
         (dict(full_attention_layers=[3]), r"`full_attention_layers`.*\[3\]"),
         (dict(full_attention_heads={3: [0]}), "`full_attention_heads` must name layers from 0 to 2, got 3"),
         (dict(full_attention_heads={"a": [0]}), "`full_attention_heads` must name layers from 0 to 2, got 'a'"),
-        (dict(full_attention_heads={1: [0], "1": [1]}), "`full_attention_heads` must name a layer once, got layer 1 twice"),
+        (
+            dict(full_attention_heads={1: [0], "1": [1]}),
+            "`full_attention_heads` must name a layer once, got layer 1 twice",
+        ),
         (
             dict(full_attention_heads={1: [0, 4]}),
             r"`full_attention_heads` must list .* 0 to 3, got \[0, 4\] for layer 1",
