@@ -6,7 +6,7 @@ from transformers import AutoConfig
 from .configuration_longnet import LongNetConfig
 from .context_parallel import SequenceSplit, split_sequence
 from .dilated_cache import DilatedCache
-from .dilated_interface import ContextParallelTrainerMixin, set_dilated_attention
+from .dilated_interface import ContextParallelTrainerMixin, describe, set_dilated_attention
 from .dilated_operator import dilated_attention, dilated_attention_reference
 from .dilated_pattern import Branch, DilatedPattern
 from .documents import find_documents
@@ -29,7 +29,7 @@ from .modeling_longnet_slide import (
     LongNetSlideModel,
     collate_slides,
 )
-from .pattern_report import draw_pattern, reach
+from .pattern_report import PatternDescription, draw_pattern, reach
 
 
 for _config, _auto_classes in ((LongNetConfig, AUTO_CLASSES), (LongNetSlideConfig, SLIDE_AUTO_CLASSES)):
@@ -56,8 +56,10 @@ __all__ = [
     "LongNetPreTrainedModel",
     "LongNetSlideConfig",
     "LongNetSlideModel",
+    "PatternDescription",
     "SequenceSplit",
     "collate_slides",
+    "describe",
     "dilated_attention",
     "dilated_attention_reference",
     "draw_pattern",

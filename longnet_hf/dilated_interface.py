@@ -25,7 +25,7 @@ from .context_parallel import ActiveSplit, SplitDocuments, active_split
 from .dilated_pattern import DilatedPattern, layer_patterns
 from .documents import find_documents, is_packed, running_max
 from .hub_longnet import forget_name, with_parts
-from .pattern_report import pattern_warnings
+from .pattern_report import DESCRIBED_LENGTH, PatternDescription, describe_patterns, pattern_warnings
 
 
 logger = logging.get_logger(__name__)
@@ -133,6 +133,51 @@ def set_dilated_attention(
     for text in pattern_warnings(patterns, num_key_value_heads(config)):
         logger.warning(text)
     return model
+
+
+def describe(model: PreTrainedModel, length: int | None = None) -> PatternDescription:
+    """Tell what a model attends to: of every layer and head the branches, pairs per token, the farthest key and the
+    keys that a cache has to hold; and what outputs can know through the stack, with blind spots. Reads the
+    configuration only.
+
+    Args:
+        model: a LongNet, or a model that [`set_dilated_attention`] was given. Its own cache keeps all keys, more than
+            `cache_keys` says.
+        length: tokens of the sequence; default: the model's context length (`max_position_embeddings`), 32768 at most.
+            What is reached takes memory and time that grow with it.
+
+    Returns:
+        A description: `print` it, read its fields, or write its `to_dict()` as JSON. Layers without attention that
+        can be exchanged (recurrent ones) are left out, also from what is reached.
+
+    Raises:
+        ValueError: if the model has no pattern, or if `length` is no integer of at least 1.
+
+    ```python
+    >>> print(describe(LongNetForCausalLM(LongNetConfig()), length=8192))
+    ```"""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"`model` must be a model of Transformers, got {type(model).__name__}.")
+    config = config.get_text_config()
+    fields = getattr(config, "dilated_attention", None)
+    if hasattr(config, "layer_patterns"):
+        patterns, layers = config.layer_patterns, range(config.num_hidden_layers)
+    elif fields is not None:
+        types = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
+        layers = [index for index, kind in enumerate(types) if kind in ("attention", "full_attention")]
+        patterns = [_patterns_of(config, fields)[index] for index in layers]
+    else:
+        raise ValueError(
+            "`model` must be a LongNet or have dilated attention (`set_dilated_attention`), and "
+            f"{type(model).__name__} has the attention that it came with."
+        )
+    if length is None:
+        length = min(getattr(config, "max_position_embeddings", None) or DESCRIBED_LENGTH, DESCRIBED_LENGTH)
+    is_causal = getattr(config, "is_causal", None)
+    if is_causal is None:
+        is_causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    return describe_patterns(patterns, num_key_value_heads(config), length, is_causal=is_causal, layers=layers)
 
 
 def num_key_value_heads(config: PreTrainedConfig) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .pattern_report import DESCRIBED_LENGTH, describe_patterns
+
 
 # The class that every Auto class loads, all of modeling_longnet.py
 MODEL_CLASSES = {
@@ -62,6 +64,10 @@ model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 {branches}
 
 {reach}
+
+```text
+{description}
+```
 
 ## Citation
 
@@ -136,12 +142,20 @@ def _sections(config, auto_class: str, repo_id: str) -> str:
     rows = zip(types, config.segment_lengths, config.dilation_rates, strict=True)
     lengths = [length for length in config.segment_lengths if length is not None]
     unbounded = len(lengths) < len(config.segment_lengths) or bool(config.full_attention_layers)
+    context = config.max_position_embeddings if unbounded else max(lengths)
+    description = describe_patterns(
+        config.layer_patterns,
+        config.num_key_value_heads,
+        min(context, DESCRIBED_LENGTH),
+        is_causal=config.is_causal,
+    )
     return _SECTIONS.format(
         begin=_BEGIN,
         end=_END,
         repo_id=repo_id,
         auto_class=auto_class,
-        context=config.max_position_embeddings if unbounded else max(lengths),
+        context=context,
+        description=description,
         reach="Some layers attend to everything."
         if unbounded
         else "A pair of tokens further apart than the longest segment is not seen directly.",

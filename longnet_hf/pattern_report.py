@@ -4,14 +4,17 @@ The configuration, `set_dilated_attention` and users ask here; attention itself 
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from .dilated_pattern import DilatedPattern, clip
+from .dilated_pattern import Branch, DilatedPattern, clip
 
 
 # How many positions are searched for queries without keys and for keys that only the first branch keeps. Where there
 # are any, some are among the first few multiples of the dilation rates.
 _SEARCHED_POSITIONS = 4096
+# Tokens of the sequences that descriptions are about, at most, unless more are asked for
+DESCRIBED_LENGTH = 32768
 
 
 class Reach(NamedTuple):
@@ -62,6 +65,189 @@ def draw_pattern(
         "".join(str(pattern.multiplicity(n, m, head, num_heads, is_causal) or "·") for m in range(length))
         for n in range(length)
     )
+
+
+@dataclass(frozen=True)
+class HeadDescription:
+    """What a key/value head of a layer attends to.
+
+    Args:
+        head: its number.
+        branches: its branches.
+        phases: for each branch which rows it keeps: those at `phase` modulo the dilation rate.
+        pairs_per_token: (query, key) pairs, on average over the tokens of a sequence.
+        farthest: at most so many positions lie between a query and its farthest key, sinks aside.
+        cache_keys: keys that decoding needs at most; `None`: all of them (full attention). 0: no decoder.
+    """
+
+    head: int
+    branches: list[Branch]
+    phases: list[int]
+    pairs_per_token: float
+    farthest: int
+    cache_keys: int | None
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """A layer: its index, whether its segments are shifted by half their length, and its key/value heads."""
+
+    layer: int
+    is_shifted: bool
+    heads: list[HeadDescription]
+
+
+@dataclass(frozen=True)
+class SightDescription:
+    """What the output at `position` can know through all layers: the number of positions, the first of them, and the
+    runs of positions that are not hidden from it and yet are never reached."""
+
+    position: int
+    reached: int
+    earliest: int
+    blind: list[range]
+
+
+@dataclass(frozen=True)
+class PatternDescription:
+    """The answer of [`describe`]: text by `str`, plain numbers by `to_dict`.
+
+    Args:
+        length: tokens of the sequence that it is about.
+        is_causal: whether later positions are hidden.
+        layers: every layer with attention of ours, first layer first.
+        sight: what some outputs can know through the stack: the last, that in the middle, and those at the last
+            boundary of a segment of each branch, where blind spots lie.
+    """
+
+    length: int
+    is_causal: bool
+    layers: list[LayerDescription]
+    sight: list[SightDescription]
+
+    @property
+    def pairs_per_token(self) -> float:
+        """Mean over all heads of all layers; full causal attention has (length + 1) / 2."""
+        heads = [head.pairs_per_token for layer in self.layers for head in layer.heads]
+        return sum(heads) / len(heads)
+
+    @property
+    def cache_keys(self) -> int | None:
+        """Sum over all heads of all layers, `None` if it grows with the sequence."""
+        heads = [head.cache_keys for layer in self.layers for head in layer.heads]
+        return None if None in heads else sum(heads)
+
+    def to_dict(self) -> dict:
+        """The same in what JSON knows; runs of positions are `[first, last]`."""
+        fields = asdict(self)
+        for layer, plain in zip(self.layers, fields["layers"], strict=True):
+            for head, entry in zip(layer.heads, plain["heads"], strict=True):
+                entry["branches"] = [branch._asdict() for branch in head.branches]
+        for entry in fields["sight"]:
+            entry["blind"] = [[run[0], run[-1]] for run in entry["blind"]]
+        return fields | {"pairs_per_token": self.pairs_per_token, "cache_keys": self.cache_keys}
+
+    def __str__(self) -> str:
+        everything = (self.length + 1) / 2 if self.is_causal else self.length
+        alike: dict[tuple[str, ...], list[int]] = {}  # layers of which the same is to be said
+        for layer in self.layers:
+            alike.setdefault(_rows_of(layer, self.is_causal), []).append(layer.layer)
+        lines = [
+            f"{len(self.layers)} layers of {len(self.layers[0].heads)} key/value heads, a sequence of {self.length} "
+            f"tokens, {'causal' if self.is_causal else 'not causal'}",
+            f"{self.pairs_per_token:.1f} pairs per token and head, of {everything:.1f} of full attention",
+        ]
+        for rows, layers in alike.items():
+            lines += ["", f"layers {_numbers(layers)}", *(f"  {row}" for row in rows)]
+        lines += ["", "through all layers"]
+        for sight in self.sight:
+            missed = sum(map(len, sight.blind))
+            runs = ", ".join(f"{x[0]}-{x[-1]}" if len(x) > 1 else str(x[0]) for x in sight.blind[:3])
+            rest = f" and {len(sight.blind) - 3} more runs" if len(sight.blind) > 3 else ""
+            lines.append(
+                f"  the output at {sight.position} knows {sight.reached} positions, the earliest {sight.earliest}; "
+                + (f"blind to {missed}: {runs}{rest}" if missed else "no blind spots")
+            )
+        return "\n".join(lines)
+
+
+def describe_patterns(
+    patterns: Sequence[DilatedPattern],
+    num_heads: int,
+    length: int,
+    *,
+    is_causal: bool = True,
+    layers: Sequence[int] | None = None,
+) -> PatternDescription:
+    """See [`describe`]; `layers` are the indices of the layers that have `patterns`, by default 0, 1, ..."""
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"`length` must be an integer of at least 1, got {length!r}.")
+    described = []
+    for index, pattern in zip(range(len(patterns)) if layers is None else layers, patterns, strict=True):
+        pairs = [0] * num_heads
+        for tile in pattern.tiles(length, num_heads, is_causal=is_causal):
+            for head in tile.heads:
+                pairs[head] += tile.pairs // len(tile.heads)
+        heads = []
+        for head in range(num_heads):
+            branches = [branch for branch in pattern.branches if branch.belongs_to(head)]
+            phases = [pattern.phase(branch, head, num_heads) for branch in branches]
+            farthest = max(map(lambda branch, phase: _span(branch, phase, length), branches, phases), default=0)
+            keys = pattern.max_live_keys(head) if is_causal else 0
+            heads.append(HeadDescription(head, branches, phases, pairs[head] / length, farthest, keys))
+        described.append(LayerDescription(index, pattern.shift, heads))
+    positions = {length - 1, length // 2}
+    for pattern in patterns:
+        for branch in pattern.branches:
+            if branch.type == "segment":
+                g = pattern.grid_shift(branch)
+                positions.add((length - 1 + g) // branch.length * branch.length - g)
+    sight = []
+    for position in sorted(filter(lambda position: position > 0, positions)) or [0]:
+        reached, blind = reach(patterns, position, num_heads, length=length, is_causal=is_causal)
+        sight.append(SightDescription(position, sum(map(len, reached)), reached[0][0], blind))
+    return PatternDescription(length, is_causal, described, sight)
+
+
+def _span(branch: Branch, phase: int, length: int) -> int:
+    """The largest distance of a query and a key that a branch joins, in a sequence of `length` positions."""
+    if branch.type == "sink":
+        return 0
+    longest = length if branch.length is None else min(branch.length, length)
+    return longest - 1 if branch.type == "window" else max(0, (longest - 1 - phase) // branch.rate * branch.rate)
+
+
+def _rows_of(layer: LayerDescription, is_causal: bool) -> tuple[str, ...]:
+    """A line for all heads that have the same branches, whichever rows they keep."""
+    alike: dict[tuple, list[HeadDescription]] = {}
+    for head in layer.heads:
+        key = tuple((branch.type, branch.length, branch.rate) for branch in head.branches)
+        alike.setdefault((key, head.cache_keys), []).append(head)
+    rows = []
+    for (branches, keys), heads in alike.items():
+        names = []
+        for kind, length, rate in branches:
+            thinned = f" at dilation rate {rate}" if rate > 1 else ""
+            names.append("full attention" if length is None else f"{kind} of {length}{thinned}")
+        shifted = ", segments shifted by half" if layer.is_shifted and any(x[0] == "segment" for x in branches) else ""
+        pairs = sum(head.pairs_per_token for head in heads) / len(heads)
+        cache = f", cache of {'all' if keys is None else keys} keys" if is_causal else ""
+        rows.append(
+            f"heads {_numbers([head.head for head in heads])}: {'; '.join(names)}{shifted}: {pairs:.0f} pairs per "
+            f"token, up to {max(head.farthest for head in heads)} positions back{cache}"
+        )
+    return tuple(rows)
+
+
+def _numbers(numbers: list[int]) -> str:
+    """Numbers in ascending order, runs of them shortened: 0-3, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def pattern_warnings(patterns: Sequence[DilatedPattern], num_heads: int) -> list[str]:
@@ -169,4 +355,12 @@ def _first_position_of_first_branch_only(patterns: Sequence[DilatedPattern], num
     return None
 
 
-__all__ = ["Reach", "draw_pattern", "pattern_warnings", "reach"]
+__all__ = [
+    "DESCRIBED_LENGTH",
+    "PatternDescription",
+    "Reach",
+    "describe_patterns",
+    "draw_pattern",
+    "pattern_warnings",
+    "reach",
+]

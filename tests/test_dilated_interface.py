@@ -14,14 +14,24 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    BertConfig,
+    BertModel,
     DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
     StaticCache,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from longnet_hf import ContextParallelTrainerMixin, LongNetForCausalLM, dilated_interface, set_dilated_attention
+from longnet_hf import (
+    ContextParallelTrainerMixin,
+    LongNetForCausalLM,
+    describe,
+    dilated_interface,
+    set_dilated_attention,
+)
 from longnet_hf.dilated_interface import dilated_attention_forward, pattern_of
 
 
@@ -203,6 +213,34 @@ def test_gradients_equal_those_of_the_oracle(pattern, with_oracle):
 
     for ours, theirs in zip(gradients(), with_oracle(gradients), strict=True):
         close(ours, theirs, 1e-6)  # the loss takes logits in float32
+
+
+def test_models_are_described():
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has the attention that it came with"):
+        describe(model)
+    pattern = dict(segment_lengths=[8], dilation_rates=[1], branch_types=["window"], full_attention_heads={1: [0]})
+    converted = describe(LongNetForCausalLM.from_llama(model, **pattern))
+    exchanged = describe(set_dilated_attention(model, **pattern))
+    assert exchanged == converted and exchanged.is_causal and exchanged.length == 64
+    window, full = (8 * 64 - 28) / 64, 65 / 2
+    pairs = [[head.pairs_per_token for head in layer.heads] for layer in exchanged.layers]
+    assert pairs == [[window, window], [full, window]] and exchanged.pairs_per_token == (3 * window + full) / 4
+    assert [head.cache_keys for head in exchanged.layers[1].heads] == [None, 8] and exchanged.cache_keys is None
+    assert [head.farthest for head in exchanged.layers[1].heads] == [63, 7]
+    assert exchanged.sight[-1].reached == 64 and describe(model, length=4).length == 4
+
+
+def test_an_encoder_is_described_as_one():
+    model = BertModel(BertConfig(vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+                                 num_attention_heads=2))  # fmt: skip
+    set_dilated_attention(model, segment_lengths=[4], dilation_rates=[1], branch_types=["window"])
+    described = describe(model, 16)
+    assert not described.is_causal and described.layers[0].heads[0].pairs_per_token == (7 * 16 - 12) / 16
 
 
 def test_an_encoder_attends_both_ways(with_oracle):

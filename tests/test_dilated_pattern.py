@@ -1,5 +1,6 @@
 """The index arithmetic of `DilatedPattern` against its definition, pair by pair."""
 
+import json
 import random
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from patterns import joined, kept_rows, live_keys, random_pattern
 
 from longnet_hf import Branch, DilatedPattern, LongNetConfig, draw_pattern, reach
-from longnet_hf.pattern_report import pattern_warnings
+from longnet_hf.pattern_report import describe_patterns, pattern_warnings
 
 
 PAPER = DilatedPattern([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
@@ -109,6 +110,45 @@ def test_the_papers_pattern_is_blind_at_segment_boundaries_and_shifted_grids_are
     assert reach(aligned, 16, 4).blind == [range(15, 16)]
     for position in range(64):
         assert not reach(shifted, position, 4).blind
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_description_says_what_the_pattern_joins(seed):
+    rng = random.Random(seed)
+    heads, length, causal = rng.choice([1, 2, 3]), 30, seed % 2 == 0
+    patterns = [random_pattern(rng, heads) for _ in range(2)]
+    described = describe_patterns(patterns, heads, length, is_causal=causal)
+    pairs = []
+    for pattern, layer in zip(patterns, described.layers, strict=True):
+        for head, of_head in enumerate(layer.heads):
+            joined_at = [
+                (n, m, pattern.multiplicity(n, m, head, heads, causal)) for n in range(length) for m in range(length)
+            ]
+            pairs.append(sum(count for *_, count in joined_at) / length)
+            assert of_head.pairs_per_token == pytest.approx(pairs[-1])
+            assert of_head.cache_keys == (pattern.max_live_keys(head) if causal else 0)
+            assert of_head.branches == [branch for branch in pattern.branches if branch.belongs_to(head)]
+            others = [x for x in pattern.branches if x.type != "sink"]
+            distances = [n - m for n, m, _ in joined_at if any(pattern.joins(x, n, m, head, heads) for x in others)]
+            assert of_head.farthest >= max(distances, default=0)  # equal but where the sequence cuts a segment short
+            if not pattern.shift and not pattern.offset:
+                assert of_head.farthest - max(distances, default=0) < max(pattern.dilation_rates)
+    assert described.pairs_per_token == pytest.approx(sum(pairs) / len(pairs))
+    for sight in described.sight:
+        result = reach(patterns, sight.position, heads, length=length, is_causal=causal)
+        assert (sight.reached, sight.blind) == (len(flat(result.reached)), result.blind)
+        assert sight.earliest == flat(result.reached)[0]
+    assert json.loads(json.dumps(described.to_dict()))["layers"][0]["heads"][0]["head"] == 0
+    assert f"a sequence of {length} tokens" in str(described)
+
+
+def test_a_description_names_the_blind_spots_of_the_papers_pattern():
+    patterns = [DilatedPattern([16, 32, 64], [1, 2, 4], layer_idx=i) for i in range(12)]
+    described = describe_patterns(patterns, 4, 64)
+    assert "the output at 48 knows 48 positions, the earliest 0; blind to 1: 47" in str(described)
+    assert str(described).count("heads 0-3: segment of 16; segment of 32 at dilation rate 2") == 1  # layers are alike
+    with pytest.raises(ValueError, match="`length` must be an integer of at least 1, got 0"):
+        describe_patterns(patterns, 4, 0)
 
 
 def test_work_of_the_papers_pattern(monkeypatch):

@@ -122,3 +122,4 @@ def test_the_model_card_is_that_of_the_model(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "import AutoModelForSequenceClassification" in card
     assert "40 tokens" in card and "further apart than the longest segment" in card and "CausalLM" not in card
+    assert "a sequence of 40 tokens, not causal" in card and "segment of 40 at dilation rate 3" in card
