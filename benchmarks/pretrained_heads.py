@@ -14,13 +14,11 @@ Ends with a table and a record in JSON. Stopped, the same command goes on where 
 """
 
 import glob
-import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from common import milliseconds
 from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
@@ -40,6 +38,7 @@ from longnet_hf import DilatedPattern, HeadRanking, LongNetForCausalLM, rank_hea
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # whose training and records it shares
+from measurements import copy_distance, make_needles, papers_pattern, token_losses, window_of_equal_work  # noqa: E402
 from record import Results, environment, write  # noqa: E402
 from training import RESUME_WITH_SAME, check_settings, stretched_positions, train_on  # noqa: E402
 
@@ -59,11 +58,6 @@ ARMS = {
     "paper": "the paper's pattern with a sink",
 }
 SINK_TOKENS = 4
-NAMES = (
-    "Alice Boris Clara David Elena Frank Grace Henry Irene James Karen Louis Maria Nadia Oscar Paula Quinn Robert "
-    "Sarah Thomas Ulrich Victor Wanda Xavier Yvonne Zachary Anton Bella Carlos Diana Edgar Fiona Gustav Hanna Ivan "
-    "Julia Kevin Laura Martin Nora"
-).split()
 
 
 @dataclass
@@ -114,17 +108,9 @@ def read_texts(args: Arguments, tokenizer) -> dict[str, torch.Tensor]:
     return texts
 
 
-def window_of_equal_work(pattern: DilatedPattern, length: int) -> int:
-    """w of the sliding window that joins as many pairs of a sequence as `pattern` does: on average
-    w - w (w - 1) / 2N per token."""
-    heads = math.lcm(*pattern.dilation_rates)  # all phases
-    pairs = pattern.pairs(length, heads) / heads / length
-    return max(1, round(length + 0.5 - math.sqrt((length + 0.5) ** 2 - 2 * length * pairs)))
-
-
 def attention_of(arm: str, length: int, ranking: HeadRanking) -> dict:
     """The fields of a LongNet for an arm."""
-    paper = dict(segment_lengths=[length >> i for i in range(4, -1, -1)], dilation_rates=[1, 2, 4, 6, 12])
+    paper = papers_pattern(length)
     dilated = dict(
         segment_lengths=[length >> 4, length >> 2, length], dilation_rates=[1, 4, 16], branch_types=["window"] * 3
     )
@@ -160,63 +146,6 @@ def pairs_per_token(model: LongNetForCausalLM, length: int) -> float:
 # Measurements
 
 
-def copy_distance(ids: torch.Tensor, context: int = 3) -> torch.Tensor:
-    """For every token, how far back it last stood behind the same `context` tokens; 0 where it never did."""
-    last, distances = {}, torch.zeros(len(ids), dtype=torch.long)
-    tokens = ids.tolist()
-    for t in range(context, len(tokens)):
-        key = tuple(tokens[t - context : t + 1])
-        distances[t] = t - last.get(key, t)
-        last[key] = t
-    return distances
-
-
-def make_needles(texts: torch.Tensor, tokenizer, number: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Texts in which 40 people have a number each, that ask for all of them at their end, and where the answers are
-    `[40, digits]`. What comes before an answer is given, the right answers to earlier questions too."""
-    generator, needles = torch.Generator().manual_seed(seed), []
-
-    def ids_of(text: str) -> torch.Tensor:
-        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    for text in texts[torch.arange(number) % len(texts)]:
-        secrets = torch.randint(10**6, 10**7, (len(NAMES),), generator=generator).tolist()
-        said = [ids_of(f"\nThe secret number of {name} is {x}.\n") for name, x in zip(NAMES, secrets, strict=True)]
-        asked, answers = [], [ids_of(f" {x}") for x in secrets]
-        order = torch.randperm(len(NAMES), generator=generator).tolist()
-        for i in order:
-            asked += [ids_of(f"\nThe secret number of {NAMES[i]} is"), answers[i]]
-        room = len(text) - sum(map(len, said)) - sum(map(len, asked))
-        if room < len(NAMES):
-            raise ValueError(
-                f"`--context_length` must be longer, got {len(text)}: 40 numbers take {len(text) - room}."
-            )
-        cuts = torch.randperm(room, generator=generator)[: len(NAMES)].sort().values.tolist()
-        pieces, start = [], 0
-        for cut, needle in zip(cuts, said, strict=True):
-            pieces += [text[start:cut], needle]
-            start = cut
-        pieces += [text[start:room], *asked]
-        ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)[-2 * len(NAMES) :][1::2]
-        digits = min(map(len, answers))
-        needles.append((torch.cat(pieces), ends[:, None] - digits + torch.arange(digits)))
-    return needles
-
-
-@torch.no_grad()
-def token_losses(model: PreTrainedModel, ids: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats of the tokens from column `start` on, and whether each is the likeliest."""
-    device = model.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        hidden_states = model.model(ids[None].to(device), use_cache=False).last_hidden_state[0, start - 1 : -1]
-        losses, is_top, labels = [], [], ids[start:].to(device)
-        for h, y in zip(hidden_states.split(2048), labels.split(2048), strict=True):  # no [N, vocabulary] matrix
-            logits = model.lm_head(h).float()
-            losses.append(F.cross_entropy(logits, y, reduction="none"))
-            is_top.append(logits.argmax(-1) == y)
-    return torch.cat(losses).cpu(), torch.cat(is_top).cpu()
-
-
 def measure(model: PreTrainedModel, data: dict, args: Arguments, name: str) -> dict:
     """Of every kind of text: mean losses of each text, in all and by class, and which numbers are found."""
     model.eval()
@@ -231,7 +160,7 @@ def measure(model: PreTrainedModel, data: dict, args: Arguments, name: str) -> d
             for which, is_in in classes.items():
                 losses[which].append(loss[is_in[half:]].mean().item())
         found, bits = [], []
-        for ids, answers in needles:
+        for ids, answers, _ in needles:
             start = int(answers.min())
             loss, is_top = token_losses(model, ids, start)
             found.append(is_top[answers - start].all(1).float().mean().item())

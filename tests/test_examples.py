@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,13 +14,27 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from processes import HANG_LIMIT
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from longnet_hf import LongNetForCausalLM, describe, set_dilated_attention
 
 
 pytest.importorskip("datasets"), pytest.importorskip("matplotlib")
@@ -210,6 +225,177 @@ def test_heads_are_compared_and_the_comparison_goes_on_where_it_was_stopped(tiny
     for arguments, words in zip(wrong, ("'dense'", "must be longer", "names no file"), strict=True):
         refused = compare(*common, *arguments, "--output_dir", f"other-{arguments[0]}", folder=tmp_path)
         assert refused.returncode != 0 and words in refused.stderr
+
+
+class CopyingOracle(PreTrainedModel):
+    """Continues as the text went on where the last 12 tokens stood last, if that is not further back than `window`."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config, window=None):
+        super().__init__(config)
+        self.window, self.weight = window, torch.nn.Parameter(torch.zeros(1))
+
+    def get_output_embeddings(self):
+        return None
+
+    def forward(self, input_ids, use_cache=None):
+        tokens, last = input_ids[0].tolist(), {}
+        logits = torch.zeros(1, len(tokens), self.config.vocab_size)
+        for t in range(11, len(tokens)):
+            key = tuple(tokens[t - 11 : t + 1])
+            found = last.get(key)
+            if found is not None and (self.window is None or t - found < self.window):
+                logits[0, t, tokens[found + 1]] = 30.0
+            last[key] = t
+        return CausalLMOutput(logits=logits)
+
+
+@pytest.fixture
+def evaluation(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return SimpleNamespace(report=importlib.import_module("evaluate"), of=importlib.import_module("measurements"))
+
+
+def small_material(evaluation, tiny_llama, **changes):
+    fields = dict(
+        model=str(tiny_llama), data=[str(ROOT / "longnet_hf")], lengths=[6000], texts=3, needle_texts=2,
+        target_tokens=500, device="cpu",
+    )  # fmt: skip
+    args = evaluation.report.Arguments(**(fields | changes))
+    return evaluation.report.Material(args, AutoTokenizer.from_pretrained(tiny_llama))
+
+
+def test_an_oracle_finds_all_numbers_and_one_with_a_window_those_in_it_alone(evaluation, tiny_llama):
+    material = small_material(evaluation, tiny_llama)
+    config = LlamaConfig(vocab_size=300)
+    seeing = evaluation.report.find_needles(CopyingOracle(config), material, 6000, "oracle")
+    assert torch.tensor(seeing["found"]).shape == (2, 40) and torch.tensor(seeing["found"]).all()
+    assert max(map(max, seeing["log_probability"])) <= 0 and min(map(min, seeing["log_probability"])) > -1e-3
+    depths = evaluation.report.by_depth(seeing, "found")
+    assert len(depths) == 10 and all(cell == [1.0] * len(cell) for cell in depths) and any(depths)
+
+    window = 3500
+    blind = evaluation.report.find_needles(CopyingOracle(config, window), material, 6000, "blind")
+    found, distance = torch.tensor(blind["found"]).bool(), torch.tensor(blind["distance"])
+    assert found[distance < window - 20].all() and not found[distance > window + 20].any()
+    assert 0 < found.double().mean() < 1
+    chance = -len(str(10**6)) * math.log(300)  # knows nothing: all tokens alike
+    assert torch.tensor(blind["log_probability"])[~found].amax() < chance / 3
+    share = evaluation.report.share_in_window(blind, window)
+    assert share == pytest.approx(found.double().mean().item(), abs=0.05)
+    assert evaluation.report.share_in_window(blind, None) == 1
+
+
+def test_losses_of_tokens_are_those_of_the_models_own_logits(evaluation):
+    shape = dict(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, initializer_range=0.5,
+    )  # fmt: skip
+    ids = torch.randint(50, (40,), generator=torch.Generator().manual_seed(0))
+    for config, is_plain in (
+        (LlamaConfig(**shape), True),
+        (GemmaConfig(**shape), True),
+        (Gemma2Config(**shape, final_logit_softcapping=2.0), False),
+        (CohereConfig(**shape, logit_scale=0.5), False),
+    ):
+        model = AutoModelForCausalLM.from_config(config).eval()
+        logits = model(ids[None]).logits[0].detach()
+        losses, is_top = evaluation.of.token_losses(model, ids, 7)
+        torch.testing.assert_close(losses, F.cross_entropy(logits[6:-1], ids[7:], reduction="none"))
+        assert is_top.equal(logits[6:-1].argmax(-1) == ids[7:])
+        assert evaluation.of._head_is_all(model) == is_plain, config.model_type
+
+
+def test_copies_and_contexts_of_a_report_are_what_they_are_called(evaluation, tiny_llama):
+    ids = torch.tensor([1, 2, 3, 4, 9, 1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3, 4])
+    assert evaluation.of.copy_distance(ids).tolist() == [0] * 8 + [5] + [0] * 7 + [8]
+    assert evaluation.of.copy_distance(ids, context=2).tolist()[7:] == [5, 5, 0, 0, 4, 0, 0, 0, 4, 8]
+    material = small_material(evaluation, tiny_llama)
+    classes = evaluation.report.copy_classes(torch.tensor([0, 1, 2047, 2048, 4095, 4096, 5999]), material)
+    assert {name: is_in.nonzero().flatten().tolist() for name, is_in in classes.items()} == {
+        "never": [0], "1-2047 back": [1, 2], "2048-4095 back": [3, 4], "4096-5999 back": [5, 6],
+    }  # fmt: skip
+    assert material.prefixes == [500, 1000, 2000, 4000, 5500]
+    for index, text in enumerate(material.texts):
+        true, shuffled, foreign = (material.with_context(kind, index, 1000) for kind in evaluation.report.CONTEXTS)
+        assert true.equal(text[-1500:]) and shuffled[1000:].equal(true[1000:]) and foreign[1000:].equal(true[1000:])
+        assert not shuffled.equal(true) and shuffled[:1000].sort().values.equal(true[:1000].sort().values)
+        other = material.texts[material.foreign[index]]
+        assert foreign[:1000].equal(other[-1000:]) and not other.equal(text)
+    material.first_token = 7
+    assert material.with_context("true", 0, 500)[0] == 7 and len(material.with_context("true", 0, 500)) == 1000
+
+
+def test_baselines_have_full_attention_and_a_window_of_equal_pairs(evaluation, tiny_llama, tmp_path):
+    pattern = dict(segment_lengths=[64, 512], dilation_rates=[1, 4], branch_types=["window"] * 2, sink_tokens=2)
+    longnet = LongNetForCausalLM.from_llama(str(tiny_llama), **pattern, full_attention_heads={1: [0]})
+    longnet.save_pretrained(tmp_path / "longnet")
+    exchanged = set_dilated_attention(LlamaForCausalLM.from_pretrained(tiny_llama), **pattern)
+    exchanged.save_pretrained(tmp_path / "exchanged")
+    ids = torch.arange(60)[None]
+    weights = LlamaForCausalLM.from_pretrained(tiny_llama, max_position_embeddings=4096).eval()
+    for name in ("longnet", "exchanged"):
+        args = evaluation.report.Arguments(model=str(tmp_path / name), lengths=[64], target_tokens=8, device="cpu")
+        arms = {arm: evaluation.report.load_arm(arm, args) for arm in evaluation.report.ARMS}
+        abouts = {arm: about for arm, (_, about) in arms.items()}
+        assert abouts["full"]["pairs"] == 65 / 2 and abouts["full"]["dense_window"] is None
+        torch.testing.assert_close(arms["full"][0](ids).logits, weights(ids).logits)
+        args.lengths = [2048]
+        pairs = describe(arms["model"][0], 2048).pairs_per_token
+        assert evaluation.report.load_arm("window", args)[1]["pairs"] == pytest.approx(pairs, rel=0.05)
+    args = evaluation.report.Arguments(model=str(tiny_llama), lengths=[2048], target_tokens=8, device="cpu")
+    with pytest.raises(evaluation.report.ArmMissing, match="its own attention"):
+        evaluation.report.load_arm("full", args)
+    model, about = evaluation.report.load_arm("window", args)
+    assert about["stretched"] and model.config.rope_parameters["rope_type"] == "yarn"
+
+
+def test_a_report_is_written_and_goes_on_where_it_was_stopped(tiny_llama, tmp_path):
+    common = (
+        *("--model", tiny_llama, "--data", ROOT / "longnet_hf", ROOT / "docs", "--lengths", 3600, 4096),
+        *("--texts", 2, "--needle_texts", 2, "--device", "cpu", "--output_dir", "run"),
+    )
+    done = run("evaluate.py", *common, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report, results = (tmp_path / "run" / "report.md").read_text(), (tmp_path / "run" / "report.json").read_text()
+    plain = json.loads(results, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert "missing" in plain["full"] and "`full` is left out" in report and "YaRN" in report
+    assert list(plain["model"]["contexts"]["true"]) == ["2048"] and len(plain["model"]["needles-3600"]["found"]) == 2
+    for loss in plain["model"]["losses"]["position"].values():
+        assert loss == pytest.approx([math.log(300)] * 2, rel=0.05)  # knows nothing, as chance
+    assert f"a loss of {math.log(300):.2f} nats" in report and "nan" not in report
+    pictures = [name.partition(")")[0] for name in report.split("](")[1:]]
+    assert len(pictures) == 5
+    assert all((tmp_path / "run" / picture).stat().st_size > 5_000 for picture in pictures)
+
+    file = tmp_path / "run" / "report.json"
+    del plain["window"]["needles-4096"]
+    file.write_text(json.dumps(plain))
+    done = run("evaluate.py", *common, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("is measured already") == 2 and "window: numbers in 4096" in done.stderr
+    assert "losses" not in done.stderr
+    assert json.loads(file.read_text())["window"]["needles-4096"] == json.loads(results)["window"]["needles-4096"]
+
+    refused = run("evaluate.py", *common, "--seed", 1, folder=tmp_path)
+    assert refused.returncode != 0 and "seed was 0, is 1" in refused.stderr
+
+
+def test_what_a_report_cannot_be_made_of_is_refused(evaluation, tiny_llama, tmp_path):
+    (tmp_path / "one.txt").write_text("a line of a document\n" * 2000)
+    wrong = (
+        (dict(arms=["full"]), "`--arms` must be `model` and others"),
+        (dict(arms=["model", "dense"]), "'dense'"),
+        (dict(texts=1), "`--texts` must be at least 2, got 1"),
+        (dict(target_tokens=4000), "at most half of the longest of `--lengths`, 6000, got 4000"),
+        (dict(texts=500), "fills [0-9]+ texts of 6000 tokens, and 500 are needed"),
+        (dict(data=[str(tmp_path / "one.txt")]), "`--data` must have more documents"),
+        (dict(data=[str(tmp_path / "none.txt")]), "`--data` names no text file"),
+    )
+    for changes, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            small_material(evaluation, tiny_llama, **changes)
 
 
 def test_a_pretrained_model_is_converted_by_its_heads(tiny_llama, tmp_path):

@@ -1,0 +1,529 @@
+"""A report of what a causal language model makes of long texts, beside its baselines.
+
+    python examples/evaluate.py --model HuggingFaceTB/SmolLM2-135M --data 'books/*.txt' --lengths 4096 16384 32768
+
+Any causal language model of Transformers, with a LongNet's pattern or without. Into `--output_dir` come report.md,
+report.json and pictures of
+
+- the loss by position, and of tokens by whether and how far back they are copies: a token is one if the 3 (9) tokens
+  before it and itself stood there before;
+- the loss of the same last tokens of a text after more and more of what comes before them (true), of the same in
+  random order (shuffled), and of another document (foreign): what true gains over foreign is use of the context;
+- which of 40 numbers are found when they are asked for at the end of a text, by their depth in it and its length. The
+  right answers to earlier questions are given (teacher forcing).
+
+Beside the model: the same weights with full attention, if they have a pattern, and with a sliding window and a sink,
+of as many pairs of a text of the longest length (for a model with full attention: as many as the paper's pattern has);
+and chance. Stopped, the same command goes on where it was.
+"""
+
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import matplotlib
+import torch
+from corpus import find_files, standard_library_files
+from measurements import (
+    copy_distance,
+    make_needles,
+    papers_pattern,
+    token_losses,
+    window_of_equal_work,
+    window_of_pairs,
+)
+from record import Results, environment, peak_gibibytes
+from tqdm.auto import tqdm
+from training import check_settings, stretched_positions
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+
+from longnet_hf import DilatedPattern, describe, set_dilated_attention
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+ARMS = {
+    "model": "the model as it is",
+    "full": "the same weights with full attention",
+    "window": "the same weights with a sliding window and a sink of equal pairs",
+}
+SINK_TOKENS = 4
+DEPTHS = 10
+SHUFFLED_PART = 128  # tokens that stay together
+CONTEXTS = ("true", "shuffled", "foreign")
+COPY_CONTEXTS = (3, 9)
+FULL = dict(segment_lengths=[None], dilation_rates=[1], branch_types=["window"])
+# The fields of a pattern as they are where nothing is said, which the baselines put in the place of the model's
+NO_PATTERN = dict(
+    branch_types=None,
+    head_offset="paper",
+    segment_shift=False,
+    full_attention_layers=None,
+    full_attention_heads=None,
+    sink_tokens=0,
+)
+
+
+@dataclass
+class Arguments:
+    """What is measured, on what."""
+
+    model: str = field(default="HuggingFaceTB/SmolLM2-135M", metadata={"help": "A causal language model."})
+    data: list[str] = field(
+        default_factory=list, metadata={"help": "Text files, folders and patterns. Default: Python's own sources."}
+    )
+    lengths: list[int] = field(
+        default_factory=lambda: [4096, 8192, 16384, 32768], metadata={"help": "Lengths of texts, in tokens."}
+    )
+    texts: int = field(default=8, metadata={"help": "Texts of the longest length."})
+    needle_texts: int = field(default=10, metadata={"help": "Texts with 40 numbers each, at every length."})
+    target_tokens: int = field(default=2048, metadata={"help": "Tokens whose loss is measured after more context."})
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
+    seed: int = field(default=0, metadata={"help": "Of numbers, their places and the order of shuffled parts."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to run."})
+    output_dir: str = field(default="runs/evaluate", metadata={"help": "Folder of the report."})
+
+    def __post_init__(self):
+        self.lengths = sorted(set(self.lengths))
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        if unknown or "model" not in self.arms:
+            raise ValueError(f"`--arms` must be `model` and others of {list(ARMS)}, got {self.arms}.")
+        for name, least in (("texts", 2), ("needle_texts", 1), ("target_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`--{name}` must be at least {least}, got {getattr(self, name)}.")
+        if 2 * self.target_tokens > self.lengths[-1]:
+            raise ValueError(
+                f"`--target_tokens` must be at most half of the longest of `--lengths`, {self.lengths[-1]}, got "
+                f"{self.target_tokens}."
+            )
+
+
+# Texts
+
+
+def read_texts(args: Arguments, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts `[texts, N]` of the longest length, spread over the files, which are laid end to end; and for each the
+    index of another text that shares no file with it, `[texts]`."""
+    files = sorted(find_files(args.data) if args.data else standard_library_files())
+    if not files:
+        raise ValueError(f"`--data` names no text file: {' '.join(args.data)}.")
+    ids, owners = [], []
+    for index, file in enumerate(tqdm(files, desc="Read")):
+        of_file = tokenizer(file.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False)["input_ids"]
+        ids += of_file
+        owners += [index] * len(of_file)
+    length = args.lengths[-1]
+    count = len(ids) // length
+    if count < args.texts:
+        raise ValueError(
+            f"`--data` fills {count} texts of {length} tokens, and {args.texts} are needed: give more files, fewer "
+            "`--texts` or shorter `--lengths`."
+        )
+    chosen = [i * count // args.texts for i in range(args.texts)]
+    texts = torch.stack([torch.tensor(ids[i * length : (i + 1) * length]) for i in chosen])
+    spans = [(owners[i * length], owners[(i + 1) * length - 1]) for i in chosen]
+    foreign = []
+    for i, (first, last) in enumerate(spans):
+        order = [(i + step) % args.texts for step in range(1, args.texts)]
+        others = [j for j in order if spans[j][0] > last or spans[j][1] < first]
+        if not others:
+            raise ValueError(
+                f"`--data` must have more documents: {files[first]} and its neighbours are in all {args.texts} texts, "
+                "and a foreign context cannot be made."
+            )
+        foreign.append(others[0])
+    return texts, torch.tensor(foreign)
+
+
+class Material:
+    """The texts, and what is made of them."""
+
+    def __init__(self, args: Arguments, tokenizer):
+        self.args, self.tokenizer = args, tokenizer
+        self.texts, self.foreign = read_texts(args, tokenizer)
+        self.near = min(2048, args.lengths[-1] // 2)
+        added = tokenizer("a")["input_ids"]
+        # What the model has seen at the start of every text, if its tokenizer puts it there
+        self.first_token = tokenizer.bos_token_id if added and added[0] == tokenizer.bos_token_id else None
+
+    def start(self, ids: torch.Tensor) -> torch.Tensor:
+        """The same with the token in its first place that the model expects there."""
+        if self.first_token is None:
+            return ids
+        return torch.cat([ids.new_tensor([self.first_token]), ids[1:]])
+
+    @property
+    def prefixes(self) -> list[int]:
+        """Numbers of tokens of context: doubling up to all that there is."""
+        most = self.args.lengths[-1] - self.args.target_tokens
+        count = range(max(1, (most // self.args.target_tokens).bit_length()))
+        return sorted({min(most, self.args.target_tokens << i) for i in count} | {most})
+
+    def with_context(self, kind: str, index: int, prefix: int) -> torch.Tensor:
+        """The last tokens of a text after `prefix` tokens of context of a kind."""
+        targets, before = self.args.target_tokens, self.texts[index, : -self.args.target_tokens][-prefix:]
+        if kind == "foreign":
+            before = self.texts[self.foreign[index], -prefix:]
+        if kind == "shuffled":
+            parts = before.split(min(SHUFFLED_PART, max(1, prefix // 4)))
+            generator = torch.Generator().manual_seed(self.args.seed + index)
+            before = torch.cat([parts[i] for i in torch.randperm(len(parts), generator=generator)])
+        return self.start(torch.cat([before, self.texts[index, -targets:]]))
+
+    def edges(self, first: int) -> list[int]:
+        """`first` and its doubles below the longest length."""
+        return [first << i for i in range(64) if first << i < self.args.lengths[-1]]
+
+
+# Measurements: each takes a model and gives what JSON can hold
+
+
+def loss_of_texts(model: PreTrainedModel, material: Material, name: str) -> dict:
+    """Loss of each text by position and by class of copies; a class that a text does not have is None there."""
+    length = material.args.lengths[-1]
+    bounds = [1, *material.edges(64), length]
+    position = {f"{a}-{b - 1}": [] for a, b in zip(bounds, bounds[1:], strict=False)}
+    copies: dict = {context: {} for context in COPY_CONTEXTS}
+    seconds = []
+    for text in tqdm(material.texts, desc=f"{name}: losses"):
+        ids = material.start(text)
+        began = time.perf_counter()
+        losses, _ = token_losses(model, ids, 1)
+        seconds.append(time.perf_counter() - began)
+        for key, (a, b) in zip(position, zip(bounds, bounds[1:], strict=False), strict=True):
+            position[key].append(losses[a - 1 : b - 1].mean().item())
+        for context in COPY_CONTEXTS:
+            for key, is_in in copy_classes(copy_distance(ids, context)[1:], material).items():
+                mean = losses[is_in].mean().item() if is_in.any() else None
+                copies[context].setdefault(key, []).append(mean)
+    speed = length / sorted(seconds)[len(seconds) // 2]
+    return {"position": position, "copies": copies, "tokens_per_second": round(speed)}
+
+
+def copy_classes(distance: torch.Tensor, material: Material) -> dict[str, torch.Tensor]:
+    """Which tokens are in which class of copies: new ones, near ones, and farther ones by doubling distances."""
+    bounds = [1, *material.edges(material.near), material.args.lengths[-1]]
+    classes = {"never": distance == 0}
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        classes[f"{a}-{b - 1} back"] = (distance >= a) & (distance < b)
+    return classes
+
+
+def loss_after_context(model: PreTrainedModel, material: Material, name: str) -> dict:
+    """For every kind of context and number of its tokens, the mean loss of the same tokens in each text."""
+    result: dict = {kind: {} for kind in CONTEXTS}
+    cells = [(kind, prefix) for kind in CONTEXTS for prefix in material.prefixes]
+    for kind, prefix in tqdm(cells, desc=f"{name}: contexts"):
+        texts = [material.with_context(kind, index, prefix) for index in range(len(material.texts))]
+        result[kind][prefix] = [token_losses(model, ids, prefix)[0].mean().item() for ids in texts]
+    return result
+
+
+def find_needles(model: PreTrainedModel, material: Material, length: int, name: str) -> dict:
+    """Of every number: its depth in the text (0 to 1), the distance from its question, whether it is found, and the
+    log-probability of its tokens. `[texts][40]`."""
+    args = material.args
+    result: dict = {"depth": [], "distance": [], "found": [], "log_probability": []}
+    needles = make_needles(material.texts[:, -length:], material.tokenizer, args.needle_texts, args.seed)
+    for ids, answers, said in tqdm(needles, desc=f"{name}: numbers in {length}"):
+        start = int(answers.min())
+        losses, is_top = token_losses(model, material.start(ids), start)
+        result["depth"].append((said / len(ids)).tolist())
+        result["distance"].append((answers[:, 0] - said).tolist())
+        result["found"].append(is_top[answers - start].all(1).int().tolist())
+        result["log_probability"].append((-losses[answers - start].sum(1)).tolist())
+    return result
+
+
+# Arms
+
+
+class ArmMissing(Exception):
+    """Why a model has no such baseline."""
+
+
+def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
+    """The model of an arm, and what is said of it: pairs per token and the width of its dense window (None: all)."""
+    longest = args.lengths[-1]
+    config = AutoConfig.from_pretrained(args.model)
+    text_config = config.get_text_config()
+    has_pattern = hasattr(text_config, "layer_patterns") or hasattr(text_config, "dilated_attention")
+    if arm == "full" and not has_pattern:
+        raise ArmMissing("the model has its own attention, which no pattern has replaced")
+    fields = {}
+    rope = getattr(text_config, "rope_parameters", None)
+    if longest > (getattr(text_config, "max_position_embeddings", None) or longest):
+        if not rope or "rope_type" not in rope:
+            raise ValueError(
+                f"`--lengths` must be at most {text_config.max_position_embeddings} for `--model {args.model}`, whose "
+                f"positions cannot be stretched, got {longest}."
+            )
+        if text_config is not config:
+            raise ValueError(
+                f"`--lengths` must be at most {text_config.max_position_embeddings} for `--model {args.model}`, which "
+                f"is not of text alone: the positions of its part cannot be stretched from here, got {longest}."
+            )
+        fields = stretched_positions(text_config, longest)
+    stretched = bool(fields)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+
+    pattern = FULL
+    if arm == "window":
+        if has_pattern:
+            with torch.device("meta"):
+                described = describe(AutoModelForCausalLM.from_config(config), longest)
+            width = window_of_pairs(described.pairs_per_token, longest)
+        else:
+            width = window_of_equal_work(DilatedPattern(**papers_pattern(longest)), longest)
+        pattern = dict(segment_lengths=[width], dilation_rates=[1], branch_types=["window"], sink_tokens=SINK_TOKENS)
+    is_longnet = hasattr(text_config, "layer_patterns")
+    if arm != "model" and is_longnet:
+        fields |= NO_PATTERN | pattern
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, **fields).to(args.device).eval()
+    if arm != "model" and not is_longnet:
+        try:
+            set_dilated_attention(model, **pattern)
+        except ValueError as error:
+            raise ArmMissing(str(error)) from error
+    if arm == "model" and not has_pattern:
+        # Sliding windows of its own are not counted: nothing is known of what another model's layers attend to
+        return model, {"pairs": None, "dense_window": None, "stretched": stretched}
+    described = describe(model, longest)
+    branches = [branch for layer in described.layers for head in layer.heads for branch in head.branches]
+    dense = [branch.length for branch in branches if branch.rate == 1 and branch.type != "sink"]
+    window = None if None in dense or not dense else max(dense)
+    return model, {"pairs": described.pairs_per_token, "dense_window": window, "stretched": stretched}
+
+
+def measure_arm(arm: str, args: Arguments, material: Material, results: Results) -> None:
+    """Measure what is not in `results` yet, and save it there piece by piece."""
+    done = results.get(arm, {})
+    pieces = {"losses": loss_of_texts, "contexts": loss_after_context}
+    names = [*pieces, *(f"needles-{length}" for length in args.lengths)]
+    if "missing" in done or all(name in done for name in names):
+        print(f"{arm} is measured already.")
+        return
+    try:
+        model, about = load_arm(arm, args)
+    except ArmMissing as reason:
+        print(f"{arm} is left out: {reason}")
+        results.save(**{arm: {"missing": str(reason)}})
+        return
+    done |= {"vocabulary": model.get_output_embeddings().weight.shape[0]} | about | environment(args.device)
+    for name in names:
+        if name not in done:
+            if name in pieces:
+                done[name] = pieces[name](model, material, arm)
+            else:
+                done[name] = find_needles(model, material, int(name.partition("-")[2]), arm)
+            done["peak_gibibytes"] = peak_gibibytes(args.device)
+            results.save(**{arm: done})
+
+
+# The report
+
+
+def mean_and_error(values: list) -> tuple[float, float]:
+    """Mean and its standard error, without the texts that have None; NaN where there are too few."""
+    known = torch.tensor([x for x in values if x is not None], dtype=torch.float64)
+    if not len(known):
+        return math.nan, math.nan
+    return known.mean().item(), (known.std() / len(known) ** 0.5).item() if len(known) > 1 else math.nan
+
+
+def said(values: list, form: str = "{:.3f}") -> str:
+    """Mean and standard error in words."""
+    mean, error = mean_and_error(values)
+    if math.isnan(mean):
+        return "–"
+    return form.format(mean) + ("" if math.isnan(error) else " ± " + form.format(error))
+
+
+def signed(values: list) -> str:
+    """The same of differences, with a sign."""
+    return said(values, "{:+.3f}").replace("± +", "± ")
+
+
+def by_depth(needles: dict, what: str) -> list[list[float]]:
+    """For each tenth of the text, from its start on, the mean of `what` in every text that has numbers there."""
+    cells: list[list[float]] = [[] for _ in range(DEPTHS)]
+    for depths, values in zip(needles["depth"], needles[what], strict=True):
+        places = (torch.tensor(depths) * DEPTHS).long().clamp(max=DEPTHS - 1)
+        of_text = torch.tensor(values, dtype=torch.float64)
+        for cell in range(DEPTHS):
+            if (places == cell).any():
+                cells[cell].append(of_text[places == cell].mean().item())
+    return cells
+
+
+def share_in_window(needles: dict, window: int | None) -> float:
+    """The share of the numbers that a question sees directly in a dense window (None: all)."""
+    distances = torch.tensor(needles["distance"])
+    return (distances < window).double().mean().item() if window else 1.0
+
+
+def table(head: list, rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def write_report(args: Arguments, results: Results, folder: Path) -> None:
+    arms = {arm: results[arm] for arm in ARMS if arm in results and "missing" not in results[arm]}
+    first = arms["model"]
+    parts = [f"# {args.model} in long texts", ""]
+    parts += [f"- `{arm}`: {words}" for arm, words in ARMS.items() if arm in arms]
+    parts += [f"- `{x}` is left out: {results[x]['missing']}" for x in ARMS if "missing" in results.get(x, {})]
+    chance = math.log(first["vocabulary"])
+    parts += [
+        f"- chance: a loss of {chance:.2f} nats; a number is guessed with probability 1.1e-07, or log-probability "
+        f"{-math.log(9e6):.1f}, by who knows its form",
+        "",
+        f"{args.texts} texts of {args.lengths[-1]} tokens, {args.needle_texts} texts with 40 numbers at each length, "
+        f"seed {args.seed}. ± is one standard error over texts. Losses in nats per token. "
+        f"{first['hardware']}, torch {first['torch']}, transformers {first['transformers']}, longnet-hf "
+        f"{first['longnet_hf']}."
+        + (" Rotary positions are stretched to the longest length with YaRN, at all lengths." * first["stretched"]),
+        "",
+    ]
+
+    def cost(result: dict) -> list:
+        pairs, window = result["pairs"], result["dense_window"]
+        speed, memory = result["losses"]["tokens_per_second"], result["peak_gibibytes"]
+        return ["its own" if pairs is None else f"{pairs:.0f}", window or "all", speed, f"{memory:.2f}"]
+
+    head = ["arm", "pairs per token", "dense window", "tokens/s", "peak memory (GiB)"]
+    parts += ["## Cost", "", table(head, [[arm, *cost(result)] for arm, result in arms.items()]), ""]
+
+    def compare(title: str, column: str, of: dict[str, dict], picture: str) -> None:
+        rows = [[key, *(said(of[arm][key]) for arm in arms)] for key in of["model"]]
+        parts.extend([f"## {title}", "", table([column, *arms], rows), "", f"![{title}]({picture})", ""])
+
+    position = {arm: result["losses"]["position"] for arm, result in arms.items()}
+    compare("Loss by position", "positions", position, "loss_by_position.png")
+    for context in COPY_CONTEXTS:
+        copies = {arm: result["losses"]["copies"][str(context)] for arm, result in arms.items()}
+        compare(f"Loss of copies behind {context} tokens", "last seen", copies, f"copies_{context}.png")
+        bars(copies, folder / f"copies_{context}.png")
+
+    rows = []
+    for prefix in first["contexts"]["true"]:
+        for arm, result in arms.items():
+            of = {kind: result["contexts"][kind][prefix] for kind in CONTEXTS}
+            use = [foreign - true for foreign, true in zip(of["foreign"], of["true"], strict=True)]
+            rows.append(
+                [prefix, arm, *(said(of[kind]) for kind in CONTEXTS), said(use, "{:+.3f}").replace("± +", "± ")]
+            )
+    parts += [
+        f"## Loss of the same {args.target_tokens} tokens after more context",
+        "",
+        table(["context", "arm", *CONTEXTS, "use: foreign - true"], rows),
+        "",
+        "![Loss after context](context.png)",
+        "",
+        "## Numbers found",
+        "",
+    ]
+    rows = []
+    for length in args.lengths:
+        for arm, result in arms.items():
+            needles = result[f"needles-{length}"]
+            inside = share_in_window(needles, result["dense_window"])
+            found, bits = (
+                [sum(of_text) / len(of_text) for of_text in needles[x]] for x in ("found", "log_probability")
+            )
+            depths = [said(cell, "{:.0%}") for cell in by_depth(needles, "found")]
+            rows.append([length, arm, said(found, "{:.1%}"), said(bits, "{:.1f}"), f"{inside:.0%}", *depths])
+    depths = [f"depth {i / DEPTHS:.0%}" for i in range(DEPTHS)]
+    head = ["length", "arm", "found", "log-probability", "in the dense window", *depths]
+    parts += [table(head, rows), "", "![Numbers found](needles.png)", ""]
+    (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    lines(position, folder / "loss_by_position.png")
+    context_picture(arms, folder / "context.png")
+    needle_map(arms, args.lengths, folder / "needles.png")
+
+
+# Pictures
+
+
+def errorbar(axes, x, cells: list[list], label: str, **style) -> None:
+    means, errors = zip(*map(mean_and_error, cells), strict=True)
+    axes.errorbar(x, means, [0 if math.isnan(error) else error for error in errors], label=label, capsize=2, **style)
+
+
+def save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def lines(of_arms: dict[str, dict], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for arm, of in of_arms.items():
+        errorbar(axes, [int(key.partition("-")[0]) for key in of], list(of.values()), arm)
+    axes.set(xscale="log", xlabel="position (from)", ylabel="loss (nats)", title="loss by position")
+    axes.legend()
+    save(figure, path)
+
+
+def bars(of_arms: dict[str, dict], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, (arm, of) in enumerate(of_arms.items()):
+        means, errors = zip(*map(mean_and_error, of.values()), strict=True)
+        x = [place + i / (len(of_arms) + 1) for place in range(len(of))]
+        axes.bar(x, means, 1 / (len(of_arms) + 1), yerr=errors, label=arm)
+    axes.set_xticks(range(len(of)), list(of), rotation=20)
+    axes.set(ylabel="loss (nats)", title="loss of copies, by how far back they were seen")
+    axes.legend()
+    save(figure, path)
+
+
+def context_picture(arms: dict[str, dict], path: Path) -> None:
+    figure, panels = plt.subplots(1, len(arms), figsize=(5 * len(arms), 4), sharey=True, layout="constrained")
+    for axes, (arm, result) in zip([panels] if len(arms) == 1 else panels, arms.items(), strict=True):
+        for kind, of in result["contexts"].items():
+            errorbar(axes, list(map(int, of)), list(of.values()), kind)
+        axes.set(xscale="log", xlabel="tokens of context", ylabel="loss (nats)", title=arm)
+        axes.legend()
+    save(figure, path)
+
+
+def needle_map(arms: dict[str, dict], lengths: list[int], path: Path) -> None:
+    """Depth by length, each arm a panel. Below the line a number is in the dense window of its question."""
+    figure, panels = plt.subplots(1, len(arms), figsize=(5 * len(arms), 4), layout="constrained")
+    for axes, (arm, result) in zip([panels] if len(arms) == 1 else panels, arms.items(), strict=True):
+        cells = [[mean_and_error(x)[0] for x in by_depth(result[f"needles-{n}"], "found")] for n in lengths]
+        image = axes.imshow(list(zip(*cells, strict=True)), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        if result["dense_window"]:
+            outside = [1 - share_in_window(result[f"needles-{n}"], result["dense_window"]) for n in lengths]
+            axes.step(range(len(lengths)), [DEPTHS * x - 0.5 for x in outside], "r", where="mid")
+        axes.set_xticks(range(len(lengths)), lengths)
+        axes.set_yticks(range(DEPTHS), [f"{i / DEPTHS:.0%}" for i in range(DEPTHS)])
+        axes.set(xlabel="length", ylabel="depth", title=arm)
+    figure.colorbar(image, ax=panels, label="numbers found")
+    save(figure, path)
+
+
+def main():
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = asdict(args) | dict.fromkeys(("arms", "output_dir", "device"))
+    check_settings(folder / "settings.json", settings)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    material = Material(args, tokenizer)
+    results = Results(folder / "report.json")
+    results.save(settings=settings)
+    for arm in sorted(args.arms, key=list(ARMS).index):
+        measure_arm(arm, args, material, results)
+    write_report(args, Results(folder / "report.json"), folder)  # read again: JSON makes text of the keys
+    print(f"Written to {folder / 'report.md'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command goes on where it was.")

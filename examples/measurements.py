@@ -1,0 +1,141 @@
+"""What is measured of causal language models in long texts: losses of tokens, copies, numbers that are asked for.
+
+Any causal language model of Transformers will do. The report (evaluate.py) and the study of heads
+(benchmarks/pretrained_heads.py) share it.
+"""
+
+import inspect
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from longnet_hf import DilatedPattern
+
+
+NAMES = (
+    "Alice Boris Clara David Elena Frank Grace Henry Irene James Karen Louis Maria Nadia Oscar Paula Quinn Robert "
+    "Sarah Thomas Ulrich Victor Wanda Xavier Yvonne Zachary Anton Bella Carlos Diana Edgar Fiona Gustav Hanna Ivan "
+    "Julia Kevin Laura Martin Nora"
+).split()
+_PIECE = 2048  # positions whose logits exist at a time
+_PROBED = 8
+
+
+class NeedleText(NamedTuple):
+    """A text `ids` `[N]` that asks for 40 numbers at its end: where the tokens of the answers are, `answers`
+    `[40, digits]`, and where the text has said each, `said` `[40]`, both in the order of the questions."""
+
+    ids: torch.Tensor
+    answers: torch.Tensor
+    said: torch.Tensor
+
+
+def papers_pattern(length: int) -> dict:
+    """The fields of the paper's pattern for sequences of `length` tokens."""
+    return dict(segment_lengths=[length >> i for i in range(4, -1, -1)], dilation_rates=[1, 2, 4, 6, 12])
+
+
+def window_of_pairs(pairs: float, length: int) -> int:
+    """w of the sliding window that joins `pairs` pairs per token of a sequence: on average w - w (w - 1) / 2N."""
+    return max(1, round(length + 0.5 - math.sqrt(max(0, (length + 0.5) ** 2 - 2 * length * pairs))))
+
+
+def window_of_equal_work(pattern: DilatedPattern, length: int) -> int:
+    """w of the sliding window that joins as many pairs of a sequence as `pattern` does."""
+    heads = math.lcm(*pattern.dilation_rates)  # all phases
+    return window_of_pairs(pattern.pairs(length, heads) / heads / length, length)
+
+
+def copy_distance(ids: torch.Tensor, context: int = 3) -> torch.Tensor:
+    """For every token, how far back it last stood behind the same `context` tokens; 0 where it never did."""
+    last, distances = {}, torch.zeros(len(ids), dtype=torch.long)
+    tokens = ids.tolist()
+    for t in range(context, len(tokens)):
+        key = tuple(tokens[t - context : t + 1])
+        distances[t] = t - last.get(key, t)
+        last[key] = t
+    return distances
+
+
+def make_needles(texts: torch.Tensor, tokenizer, number: int, seed: int) -> list[NeedleText]:
+    """Texts in which 40 people have a number each, that ask for all of them at their end. What comes before an answer
+    is given, the right answers to earlier questions too."""
+    generator, needles = torch.Generator().manual_seed(seed), []
+
+    def ids_of(text: str) -> torch.Tensor:
+        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    for text in texts[torch.arange(number) % len(texts)]:
+        secrets = torch.randint(10**6, 10**7, (len(NAMES),), generator=generator).tolist()
+        said = [ids_of(f"\nThe secret number of {name} is {x}.\n") for name, x in zip(NAMES, secrets, strict=True)]
+        asked, answers = [], [ids_of(f" {x}") for x in secrets]
+        order = torch.randperm(len(NAMES), generator=generator).tolist()
+        for i in order:
+            asked += [ids_of(f"\nThe secret number of {NAMES[i]} is"), answers[i]]
+        room = len(text) - sum(map(len, said)) - sum(map(len, asked))
+        if room < len(NAMES):
+            raise ValueError(
+                f"The context (`--context_length`, `--lengths`) must be longer, got {len(text)}: 40 numbers take "
+                f"{len(text) - room}."
+            )
+        cuts = torch.randperm(room, generator=generator)[: len(NAMES)].sort().values.tolist()
+        pieces, start = [], 0
+        for cut, needle in zip(cuts, said, strict=True):
+            pieces += [text[start:cut], needle]
+            start = cut
+        pieces += [text[start:room], *asked]
+        stops = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
+        ends = stops[-2 * len(NAMES) :][1::2]
+        digits = min(map(len, answers))
+        places = stops[1 : 2 * len(NAMES) : 2][order] - 1
+        needles.append(NeedleText(torch.cat(pieces), ends[:, None] - digits + torch.arange(digits), places))
+    return needles
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, ids: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of the tokens from column `start` on, and whether each is the likeliest.
+
+    The logits of a few positions exist at a time, but for a model that makes more of its last hidden states than its
+    output embedding does (such as a soft cap), whose own logits are taken, all at once.
+    """
+    device = model.device
+    input_ids, labels = ids[None].to(device), ids[start:].to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        if _head_is_all(model):
+            states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0, start - 1 : -1]
+            head = model.get_output_embeddings()
+            pieces = (head(h) for h in states.split(_PIECE))
+        else:
+            pieces = _own_logits(model, input_ids, len(labels) + 1)[:-1].split(_PIECE)
+        losses, is_top = [], []
+        for logits, y in zip(pieces, labels.split(_PIECE), strict=True):
+            losses.append(F.cross_entropy(logits.float(), y, reduction="none"))
+            is_top.append(logits.argmax(-1) == y)
+    return torch.cat(losses).cpu(), torch.cat(is_top).cpu()
+
+
+def _own_logits(model: PreTrainedModel, input_ids: torch.Tensor, count: int) -> torch.Tensor:
+    """The last `count` logits of a row, as the model gives them."""
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"logits_to_keep": count} if keeps else {}
+    return model(input_ids=input_ids, use_cache=False, **options).logits[0, -count:]
+
+
+def _head_is_all(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are its output embedding of its last hidden states: tried once, on a few tokens."""
+    known = vars(model).get("_longnet_head_is_all")
+    if known is None:
+        head = model.get_output_embeddings()
+        known = False
+        if head is not None and model.base_model is not model:
+            input_ids = torch.arange(1, 1 + _PROBED, device=model.device)[None] % head.weight.shape[0]
+            own = _own_logits(model, input_ids, _PROBED).float()
+            ours = head(model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]).float()
+            # The same operations: what differs more is a cap or a scale, even of small logits
+            known = bool((own - ours).abs().max() <= 1e-6 * own.abs().max())
+        model._longnet_head_is_all = known
+    return known
