@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from training import check_settings, stretched_positions
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
-from longnet_hf import DilatedPattern, describe, set_dilated_attention
+from longnet_hf import Branch, DilatedPattern, describe, set_dilated_attention
 
 
 matplotlib.use("Agg")
@@ -224,15 +224,15 @@ def loss_after_context(model: PreTrainedModel, material: Material, name: str) ->
 
 
 def find_needles(model: PreTrainedModel, material: Material, length: int, name: str) -> dict:
-    """Of every number: its depth in the text (0 to 1), the distance from its question, whether it is found, and the
-    log-probability of its tokens. `[texts][40]`."""
+    """Of every number: its depth in the text before the questions (0 to 1), the distance from its question, whether it
+    is found, and the log-probability of its tokens. `[texts][40]`."""
     args = material.args
     result: dict = {"depth": [], "distance": [], "found": [], "log_probability": []}
     needles = make_needles(material.texts[:, -length:], material.tokenizer, args.needle_texts, args.seed)
     for ids, answers, said in tqdm(needles, desc=f"{name}: numbers in {length}"):
         start = int(answers.min())
         losses, is_top = token_losses(model, material.start(ids), start)
-        result["depth"].append((said / len(ids)).tolist())
+        result["depth"].append((said / start).tolist())
         result["distance"].append((answers[:, 0] - said).tolist())
         result["found"].append(is_top[answers - start].all(1).int().tolist())
         result["log_probability"].append((-losses[answers - start].sum(1)).tolist())
@@ -242,12 +242,19 @@ def find_needles(model: PreTrainedModel, material: Material, length: int, name: 
 # Arms
 
 
+def dense_width(branches: list[Branch]) -> float:
+    """How far back a head's attention has no gaps, in positions."""
+    dense = [branch.length for branch in branches if branch.rate == 1 and branch.type != "sink"]
+    return math.inf if None in dense else max(dense, default=0)
+
+
 class ArmMissing(Exception):
     """Why a model has no such baseline."""
 
 
 def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
-    """The model of an arm, and what is said of it: pairs per token and the width of its dense window (None: all)."""
+    """The model of an arm, and what is said of it: pairs per token and the width of its dense
+    window, that of the heads that see least (None: all)."""
     longest = args.lengths[-1]
     config = AutoConfig.from_pretrained(args.model)
     text_config = config.get_text_config()
@@ -293,9 +300,8 @@ def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
         # Sliding windows of its own are not counted: nothing is known of what another model's layers attend to
         return model, {"pairs": None, "dense_window": None, "stretched": stretched}
     described = describe(model, longest)
-    branches = [branch for layer in described.layers for head in layer.heads for branch in head.branches]
-    dense = [branch.length for branch in branches if branch.rate == 1 and branch.type != "sink"]
-    window = None if None in dense or not dense else max(dense)
+    widths = [dense_width(head.branches) for layer in described.layers for head in layer.heads]
+    window = None if min(widths) == math.inf else min(widths)
     return model, {"pairs": described.pairs_per_token, "dense_window": window, "stretched": stretched}
 
 
@@ -313,14 +319,17 @@ def measure_arm(arm: str, args: Arguments, material: Material, results: Results)
         print(f"{arm} is left out: {reason}")
         results.save(**{arm: {"missing": str(reason)}})
         return
-    done |= {"vocabulary": model.get_output_embeddings().weight.shape[0]} | about | environment(args.device)
+    kind = torch.device(args.device).type
+    if kind == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    done |= {"vocabulary": model.config.get_text_config().vocab_size} | about | environment(kind)
     for name in names:
         if name not in done:
             if name in pieces:
                 done[name] = pieces[name](model, material, arm)
             else:
                 done[name] = find_needles(model, material, int(name.partition("-")[2]), arm)
-            done["peak_gibibytes"] = peak_gibibytes(args.device)
+            done["peak_gibibytes"] = max(done.get("peak_gibibytes", 0), peak_gibibytes(kind))
             results.save(**{arm: done})
 
 
@@ -363,7 +372,7 @@ def by_depth(needles: dict, what: str) -> list[list[float]]:
 def share_in_window(needles: dict, window: int | None) -> float:
     """The share of the numbers that a question sees directly in a dense window (None: all)."""
     distances = torch.tensor(needles["distance"])
-    return (distances < window).double().mean().item() if window else 1.0
+    return 1.0 if window is None else (distances < window).double().mean().item()
 
 
 def table(head: list, rows: list[list]) -> str:
@@ -393,10 +402,17 @@ def write_report(args: Arguments, results: Results, folder: Path) -> None:
     def cost(result: dict) -> list:
         pairs, window = result["pairs"], result["dense_window"]
         speed, memory = result["losses"]["tokens_per_second"], result["peak_gibibytes"]
-        return ["its own" if pairs is None else f"{pairs:.0f}", window or "all", speed, f"{memory:.2f}"]
+        return [
+            "its own" if pairs is None else f"{pairs:.0f}",
+            "all" if window is None else window,
+            speed,
+            f"{memory:.2f}",
+        ]
 
     head = ["arm", "pairs per token", "dense window", "tokens/s", "peak memory (GiB)"]
     parts += ["## Cost", "", table(head, [[arm, *cost(result)] for arm, result in arms.items()]), ""]
+    if not args.device.startswith("cuda"):
+        parts += ["Memory is the most that the process has had until then, earlier arms included.", ""]
 
     def compare(title: str, column: str, of: dict[str, dict], picture: str) -> None:
         rows = [[key, *(said(of[arm][key]) for arm in arms)] for key in of["model"]]
@@ -496,7 +512,7 @@ def needle_map(arms: dict[str, dict], lengths: list[int], path: Path) -> None:
     for axes, (arm, result) in zip([panels] if len(arms) == 1 else panels, arms.items(), strict=True):
         cells = [[mean_and_error(x)[0] for x in by_depth(result[f"needles-{n}"], "found")] for n in lengths]
         image = axes.imshow(list(zip(*cells, strict=True)), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        if result["dense_window"]:
+        if result["dense_window"] is not None:
             outside = [1 - share_in_window(result[f"needles-{n}"], result["dense_window"]) for n in lengths]
             axes.step(range(len(lengths)), [DEPTHS * x - 0.5 for x in outside], "r", where="mid")
         axes.set_xticks(range(len(lengths)), lengths)

@@ -273,7 +273,7 @@ def test_an_oracle_finds_all_numbers_and_one_with_a_window_those_in_it_alone(eva
     assert torch.tensor(seeing["found"]).shape == (2, 40) and torch.tensor(seeing["found"]).all()
     assert max(map(max, seeing["log_probability"])) <= 0 and min(map(min, seeing["log_probability"])) > -1e-3
     depths = evaluation.report.by_depth(seeing, "found")
-    assert len(depths) == 10 and all(cell == [1.0] * len(cell) for cell in depths) and any(depths)
+    assert len(depths) == 10 and all(cell and set(cell) == {1.0} for cell in depths)
 
     window = 3500
     blind = evaluation.report.find_needles(CopyingOracle(config, window), material, 6000, "blind")
@@ -344,6 +344,23 @@ def test_baselines_have_full_attention_and_a_window_of_equal_pairs(evaluation, t
         args.lengths = [2048]
         pairs = describe(arms["model"][0], 2048).pairs_per_token
         assert evaluation.report.load_arm("window", args)[1]["pairs"] == pytest.approx(pairs, rel=0.05)
+    about = evaluation.report.load_arm(
+        "model", evaluation.report.Arguments(model=str(tmp_path / "longnet"), device="cpu")
+    )[1]
+    assert about["dense_window"] == 64  # of the heads that see least
+
+    shape = dict(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    shape |= dict(num_key_value_heads=1, head_dim=8)
+    AutoModelForCausalLM.from_config(GemmaConfig(**shape)).save_pretrained(tmp_path / "gemma")
+    AutoModelForCausalLM.from_config(Gemma2Config(**shape)).save_pretrained(tmp_path / "gemma2")
+    args = evaluation.report.Arguments(model=str(tmp_path / "gemma"), lengths=[2048], target_tokens=8, device="cpu")
+    assert evaluation.report.load_arm("model", args)[0].config.model_type == "gemma"
+    assert evaluation.report.load_arm("window", args)[1]["dense_window"] < 200
+    args.model = str(tmp_path / "gemma2")
+    assert evaluation.report.load_arm("model", args)[1]["pairs"] is None
+    with pytest.raises(evaluation.report.ArmMissing, match="sliding_attention|soft cap"):
+        evaluation.report.load_arm("window", args)
+
     args = evaluation.report.Arguments(model=str(tiny_llama), lengths=[2048], target_tokens=8, device="cpu")
     with pytest.raises(evaluation.report.ArmMissing, match="its own attention"):
         evaluation.report.load_arm("full", args)
