@@ -904,7 +904,7 @@ def _run_sink(
     sink_grads = stats.new_empty((parts, heads, plan.sink_rows, 2 * head_dim))
     if parts == 0:
         return sink_grads
-    own = min(blocks.own, max(16, triton.next_power_of_2(max(1, plan.sink_rows))))
+    own = min(blocks.own, padded(plan.sink_rows))
     arguments = Arguments(
         (query, key, value, grad_output, stats, sink_grads, plan.sinks, plan.entries, head_table),
         (query.shape[2], query.shape[1], plan.sink_rows, plan.sink_chunk, attention.scale),

@@ -7,7 +7,6 @@ The mixture of the paper's branches is one softmax over all (query, key) pairs t
 the dense tiles of dilated_tiles.py, which are merged by their log-sum-exp.
 """
 
-import os
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +27,7 @@ from .dilated_tiles import (
 from .documents import BatchDocuments, find_documents, positions_in_documents, resolve_documents
 from .full_heads import attend_with_full_heads, find_full_heads
 from .input_checks import check_flag, check_number, check_tensor
+from .kernel_launch import runs_in_triton
 from .operators import Operator
 
 
@@ -256,14 +256,8 @@ def _like(x: torch.Tensor) -> torch.Tensor:
 
 
 def uses_triton(query: torch.Tensor, dropout: float) -> bool:
-    """Whether the Triton kernels compute this; `LONGNET_TRITON=0` in the environment switches them off."""
-    return (
-        query.device.type == "cuda"
-        and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and query.shape[-1] <= MAX_HEAD_DIM
-        and dropout == 0
-        and os.environ.get("LONGNET_TRITON", "1") != "0"
-    )
+    """Whether the Triton kernels compute this."""
+    return query.shape[-1] <= MAX_HEAD_DIM and dropout == 0 and runs_in_triton(query)
 
 
 def _forward(

@@ -1,9 +1,19 @@
-"""How the kernels of dilated_kernels.py are launched: the shapes of their programs, and a way past Triton's own
-launcher, which takes longer than many of the launches."""
+"""How Triton kernels are launched: where they run, the shapes of programs, and a way past Triton's own launcher, which
+takes longer than many of the launches. Needs no Triton itself."""
 
+import os
 from typing import NamedTuple
 
 import torch
+
+
+def runs_in_triton(x: torch.Tensor) -> bool:
+    """Whether a tensor is one for Triton kernels; `LONGNET_TRITON=0` in the environment switches them off."""
+    return (
+        x.device.type == "cuda"
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and os.environ.get("LONGNET_TRITON", "1") != "0"
+    )
 
 
 class Blocks(NamedTuple):

@@ -1,13 +1,12 @@
 """What a layer does between its matrix products: in few passes over memory on a GPU, in plain PyTorch elsewhere."""
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from .kernel_launch import runs_in_triton
 from .operators import Operator
 
 
@@ -18,13 +17,8 @@ except ImportError:  # PyTorch without Triton: there are no GPUs to run it on
 
 
 def uses_triton(x: torch.Tensor) -> bool:
-    """Whether the Triton kernels compute this; `LONGNET_TRITON=0` in the environment switches them off."""
-    return (
-        MAX_WIDTH > 0
-        and x.device.type == "cuda"
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and os.environ.get("LONGNET_TRITON", "1") != "0"
-    )
+    """Whether the Triton kernels compute this."""
+    return MAX_WIDTH > 0 and runs_in_triton(x)
 
 
 class RMSNorm(LlamaRMSNorm):
