@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 from corpus import standard_library_files
+from measurements import token_losses
 from training import stretched_positions
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from longnet_hf import LongNetForCausalLM, rank_heads
 
@@ -31,13 +32,11 @@ class Arguments:
     output_dir: str = field(default="runs/pretrained", metadata={"help": "Where the converted model is saved."})
 
 
-@torch.no_grad()
 def measure(name: str, model, ids: torch.Tensor) -> None:
     """Print the loss of the second half of a context."""
-    start, half = time.perf_counter(), ids.shape[1] // 2
-    logits = model(ids, logits_to_keep=half + 1, use_cache=False).logits[0, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.float(), ids[0, half:])
-    print(f"{name}: {loss:.3f} nats per token, {time.perf_counter() - start:.1f} s")
+    start = time.perf_counter()
+    losses, _ = token_losses(model, ids[0], ids.shape[1] // 2)
+    print(f"{name}: {losses.mean():.3f} nats per token, {time.perf_counter() - start:.1f} s")
 
 
 def main():
@@ -52,8 +51,8 @@ def main():
     to_rank, to_measure = ids.split(args.context_length, dim=1)
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-    stretched = stretched_positions(model.config, args.context_length)  # YaRN, if the context is longer than its own
+    # YaRN, if the context is longer than the model's own
+    stretched = stretched_positions(AutoConfig.from_pretrained(args.model), args.context_length)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, **stretched).to(device)
 
     ranking = rank_heads(model, to_rank)
