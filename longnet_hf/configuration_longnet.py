@@ -226,7 +226,8 @@ class LongNetConfig(PreTrainedConfig):
         for name in ("attention_dropout", "embedding_dropout", "hidden_dropout", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-        for pattern in self.layer_patterns:
+        patterns = self.layer_patterns  # made anew each time
+        for pattern in patterns:
             check_segment_padding(pattern, self.segment_padding, self.is_causal)
         for name in ("sliding_window", "use_sliding_window", "layer_types"):
             if getattr(self, name, None):
@@ -235,7 +236,7 @@ class LongNetConfig(PreTrainedConfig):
                     '`branch_types=["window"]` is a sliding window of `segment_lengths` tokens, and '
                     "`full_attention_layers` and `full_attention_heads` name what has full attention."
                 )
-        for text in pattern_warnings(self.layer_patterns, self.num_key_value_heads):
+        for text in pattern_warnings(patterns, self.num_key_value_heads):
             warnings.warn(text, stacklevel=2)
 
     def _validate_numbers(self) -> None:
