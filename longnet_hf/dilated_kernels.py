@@ -608,8 +608,8 @@ def _key_kernel(
             if first_row < sinks:
                 first_part = tl.load(program + FIRST_CHUNK).to(tl.int64)
                 for number in range(0, tl.load(program + NUM_CHUNKS)):
-                    at = ((first_part + number) * tl.num_programs(1) + tl.program_id(1)) * sink_rows + j
-                    grads = _pointers(SINK_GRADS, at, 2 * HEAD_DIM, BLOCK_D)
+                    part = ((first_part + number) * tl.num_programs(1) + tl.program_id(1)) * sink_rows
+                    grads = _pointers(SINK_GRADS, part + j, 2 * HEAD_DIM, BLOCK_D)
                     dk += _load(grads, j < sinks, HEAD_DIM, BLOCK_D, False)
                     dv += _load(grads + HEAD_DIM, j < sinks, HEAD_DIM, BLOCK_D, False)
         dk_base = DK + row * dk_batch + kv_head * dk_head + key_column * dk_row

@@ -1,7 +1,11 @@
 """The Triton kernels against the dense oracle: without a GPU in Triton's interpreter, on a GPU as they are."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +121,18 @@ def test_layers_share_their_plans(interpreted):
             pattern = DilatedPattern([16, 41], [1, 3], None, offset, layer_idx=layer_idx)
             gradients(dilated_attention(*inputs, pattern), inputs, grad)
     assert dilated_plan.make_plan.cache_info().misses == before + 2  # blocks of queries, blocks of keys
+
+
+def test_kernels_compile_for_a_gpu():
+    """All of them but that of the loss, for the types that a GPU checks and the interpreter does not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parent.parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    program = [sys.executable, str(root / "tests" / "compile_kernels.py")]
+    run = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    names = "activation_gradient activation key past_key past_query query rotary sink stats"
+    assert run.stdout.split() == [f"_{name}_kernel" for name in names.split()]
 
 
 GPU_CASES = [

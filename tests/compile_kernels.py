@@ -1,0 +1,83 @@
+"""Compiles the Triton kernels for a GPU that need not be there, as far as Triton checks types: its interpreter does
+not. A program of its own, since Triton decides when it is imported whether it interprets.
+
+    python tests/compile_kernels.py        # prints the names of the kernels
+"""
+
+import torch
+import triton
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+
+from longnet_hf import DilatedPattern, dilated_attention, dilated_kernels, dilated_operator, pointwise_kernels
+from longnet_hf.dilated_past import PastTile
+
+
+HOPPER = GPUTarget("cuda", 90, 32)
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+MIXED = DilatedPattern(
+    [48, 300, 200, 20, None],
+    [1, 5, 4, 1, 1],
+    ["segment", "window", "segment", "sink", "window"],
+    "rotating",
+    shift=True,
+    branch_heads=[[0], [0], [0], [0], [1]],
+)
+PATTERNS = [MIXED, DilatedPattern([64, 200], [1, 4]), DilatedPattern([64, 4], [1, 1], ["window", "sink"])]
+
+
+def compile_only(kernel, grid, arguments, blocks=None) -> None:
+    """In place of `kernel_launch.launch`."""
+    tensors, numbers, strides, constants = arguments
+    values = dict(zip(kernel.arg_names, (*tensors, *numbers, *strides), strict=False))
+    kinds = {torch.Tensor: lambda x: TYPES[x.dtype], float: lambda x: "fp32", int: lambda x: "i32"}
+    signature = {
+        name: "constexpr" if name in constants else kinds[type(values[name])](values[name])
+        for name in kernel.arg_names
+    }
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    backend, context = make_backend(HOPPER), ir.context()
+    options = backend.parse_options({"num_warps": blocks.warps} if blocks else {})
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source = ASTSource(kernel, signature, constexprs=places)
+    source.make_ir(HOPPER, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    compiled.append(kernel)
+
+
+def attend(pattern: DilatedPattern, is_causal: bool, group: int) -> None:
+    q = torch.randn(1, 2 * group, 300, 64, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(1, 2, 300, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    dilated_attention(q, k, v, pattern, is_causal=is_causal).sum().backward()
+
+
+def attend_to_past() -> None:
+    query = torch.randn(1, 4, 40, 64, dtype=torch.bfloat16)
+    keys, values = torch.randn(2, 50, 64, dtype=torch.bfloat16)
+    lse, grad_stored = query.new_zeros(query.shape[:3], dtype=torch.float32), torch.zeros(50, 128)
+    heads = torch.arange(2)[:, None].expand(2, 40).contiguous()
+    tile = PastTile("upper", heads, torch.arange(40).repeat(2, 1), (torch.arange(40).repeat(1, 2, 1),))
+    past = dilated_kernels.PastAttention(query, keys, values, query.clone(), lse, [tile], 2, 0.125)
+    dilated_kernels.triton_attend_to_past(past)
+    dilated_kernels.triton_add_query_gradients(past, query, query.clone())
+    dilated_kernels.triton_add_stored_gradients(past, query, grad_stored)
+
+
+compiled: list = []
+if __name__ == "__main__":
+    dilated_operator.uses_triton = lambda query, dropout: True
+    dilated_kernels.launch = pointwise_kernels.launch = compile_only
+    for pattern in PATTERNS:
+        attend(pattern, True, 2)
+    attend(MIXED, False, 1)
+    attend_to_past()
+    row = torch.randn(4, 96, dtype=torch.bfloat16)
+    for gate, activation, norm in ((None, "gelu", "layer"), (row, "silu", "rms"), (row, "relu", "none")):
+        weight = None if norm == "none" else row[0]
+        _, stats = pointwise_kernels.activate_rows(row, gate, weight, None, activation, norm, 1e-5)
+        pointwise_kernels.activation_gradients(row, row, gate, weight, None, stats, activation, norm)
+    heads = torch.randn(1, 2, 5, 16, dtype=torch.bfloat16)
+    pointwise_kernels.rotate_rows(heads, heads, heads[0, :1], heads[0, :1], False)
+    print(*sorted({kernel.fn.__name__ for kernel in compiled}))
