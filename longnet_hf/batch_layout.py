@@ -337,7 +337,8 @@ def check_cache(
         )
     if is_dynamic:
         return
-    if torch.compiler.is_exporting():
+    # To PyTorch 2.11, whatever Dynamo traces is an export
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         raise ValueError(
             "`torch.export` cannot follow a DilatedCache, whose counts decide what is computed: export with a "
             'DynamicCache (`cache_implementation="dynamic"` in `generate`), or without a cache (`use_cache=False`).'
