@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch
 from torch.utils.benchmark import Timer
 
 
@@ -17,6 +18,11 @@ def describe(device: str) -> str:
     return ", ".join((hardware, *(f"{name} {version}" for name, version in facts.items())))
 
 
+def timer(run) -> Timer:
+    """PyTorch's, with as many threads as before: with another number, what is compiled would be compiled again."""
+    return Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+
+
 def milliseconds(run, seconds: float) -> float:
     """Median time of a call, measured for some seconds."""
-    return 1e3 * Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=seconds).median
+    return 1e3 * timer(run).blocked_autorange(min_run_time=seconds).median

@@ -12,8 +12,7 @@ import argparse
 
 import torch
 from attention import gather_attention
-from common import describe
-from torch.utils.benchmark import Timer
+from common import describe, milliseconds
 
 from longnet_hf import LongNetSlideConfig, LongNetSlideModel, modeling_longnet
 
@@ -67,8 +66,7 @@ def main():
                 try:
                     run()
                     torch.cuda.reset_peak_memory_stats()
-                    milliseconds = 1e3 * Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=1).median
-                    columns += [f"{milliseconds:.0f}", f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"]
+                    columns += [f"{milliseconds(run, 1):.0f}", f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"]
                 except torch.cuda.OutOfMemoryError:
                     columns += ["out of memory", ""]
                     torch.cuda.empty_cache()

@@ -18,9 +18,8 @@ import argparse
 import re
 
 import torch
-from common import describe
+from common import describe, timer
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longnet_hf import LongNetConfig, LongNetForCausalLM
@@ -169,7 +168,7 @@ def main():
                 step()
                 torch.cuda.reset_peak_memory_stats()
                 repeats = max(2, 2**18 // length)
-                seconds = Timer("step()", globals={"step": step}).timeit(repeats).median
+                seconds = timer(step).timeit(repeats).median
             except torch.cuda.OutOfMemoryError:
                 print(f"| {' | '.join(map(str, row))} | out of memory |", flush=True)
                 optimizer.zero_grad()

@@ -92,6 +92,8 @@ class WholeBatch:
         is_causal: hide later keys.
         inputs: what the caller said of the new tokens, where a model goes on to use it.
         position_ids: `[B, N]` or `[1, N]`, for rotary positions.
+
+    With `keeps_results`, layers that a checkpoint computes twice attend once: what they gave is kept here.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class WholeBatch:
     ):
         self.document_ids, self.is_causal = document_ids, is_causal
         self.inputs, self.position_ids = inputs, position_ids
+        self.keeps_results = False
+        self._kept: dict[int, dict] = {}
 
     @property
     def can_fill_a_cache(self) -> bool:
@@ -142,6 +146,8 @@ class WholeBatch:
             arguments["return_weights"] = True
             output, weights = dilated_attention_reference(query, key, value, options.pattern, **arguments)
             return output.transpose(1, 2), weights
+        if self.keeps_results and options.dropout == 0:
+            arguments["kept"] = self._kept.setdefault(module.layer_idx, {})
         return dilated_attention(query, key, value, options.pattern, **arguments).transpose(1, 2), None
 
     def weights(

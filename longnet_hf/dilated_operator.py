@@ -28,7 +28,7 @@ from .documents import BatchDocuments, find_documents, positions_in_documents, r
 from .full_heads import attend_with_full_heads, find_full_heads
 from .input_checks import check_flag, check_number, check_tensor
 from .kernel_launch import runs_in_triton
-from .operators import Operator
+from .operators import Operator, is_watched
 
 
 try:
@@ -52,6 +52,7 @@ def dilated_attention(
     document_ids: torch.Tensor | None = None,
     segment_padding: str = "none",
     return_lse: bool = False,
+    kept: dict | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Dilated attention (LongNet, arXiv 2307.02486, section 2), in memory linear in N and time as `pattern.pairs`
     counts.
@@ -75,6 +76,8 @@ def dilated_attention(
         segment_padding: `"zeros"` for encoders trained with torchscale, which attend to the keys and values of zeros
             that fill up the last segment: see [`~DilatedPattern.padding_keys`]. Not causal, without windows or shift.
         return_lse: also return the log-sum-exp of the scores, with which the softmax can be continued over other keys.
+        kept: for layers whose backward pass computes them again: a dict that takes the result of the first call, and
+            gives it to the second one, of the same inputs, which need not compute it.
 
     Returns:
         `[B, H, Nq, D]` in the dtype of `query`. Queries that no branch joins to any key, and padding, give zeros.
@@ -98,14 +101,21 @@ def dilated_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
     def attend(pattern: DilatedPattern) -> tuple[torch.Tensor, torch.Tensor]:
-        options = pattern.to_json(), is_causal, scale, float(dropout), seed
-        return _forward_op(query, key, value, document_ids, *options, segment_padding == "zeros")
+        options = pattern.to_json(), is_causal, scale, float(dropout), seed, segment_padding == "zeros"
+        inputs = query, key, value, document_ids, *options
+        if kept is None or is_watched(query, key, value):
+            return _forward_op(*inputs)
+        result = kept.pop("result", None)
+        if result is None:
+            with torch.no_grad():
+                result = kept["result"] = _forward_op(*inputs)
+        return _Recall.apply(*result, *inputs), result[1]
 
     if document_ids is None and dropout == 0 and not return_lse:
         heads = find_full_heads(query, key, pattern)
         if heads:
             return attend_with_full_heads(
-                query, key, value, pattern, heads, is_causal, scale, lambda others: attend(others)[0]
+                query, key, value, pattern, heads, is_causal, scale, lambda others: attend(others)[0], kept
             )
     output, lse = attend(pattern)
     return (output, lse.detach()) if return_lse else output
@@ -377,6 +387,19 @@ def _backward(ctx, grad_output, _):
     query, key, value, output, lse, document_ids, seed = ctx.saved_tensors
     grads = backward_op(grad_output, query, key, value, output, lse, document_ids, *ctx.options, seed)
     return *grads, None, None, None, None, None, None, None
+
+
+class _Recall(torch.autograd.Function):
+    """The output of an earlier call of the operator, with the gradients that it has."""
+
+    @staticmethod
+    def forward(ctx, output, lse, *inputs):
+        _save_for_backward(ctx, inputs, (output, lse))
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None, None, *_backward(ctx, grad_output, None)
 
 
 def _forward_flops(query, key, value, document_ids, pattern, is_causal, *options) -> int:

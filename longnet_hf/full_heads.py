@@ -4,11 +4,13 @@ than those of dilated_kernels.py. The other heads of a layer are computed by the
 Shapes as in dilated_operator.py.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from .dilated_pattern import DilatedPattern
 
@@ -16,6 +18,12 @@ from .dilated_pattern import DilatedPattern
 # cuDNN makes a plan for every new length, and is called once per run of heads. It is faster from so many numbers in
 # the keys of a head on; measured on an H200, with one head in five.
 _SMALLEST = 1 << 22
+# What they come to, whose results can be kept
+_OPERATORS = [
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+]
 _BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -51,21 +59,22 @@ def attend_with_full_heads(
     is_causal: bool,
     scale: float,
     attend: Callable[[DilatedPattern], torch.Tensor],
+    kept: dict | None = None,
 ) -> torch.Tensor:
     """Attention `[B, H, N, D]` of which `heads` are computed here, and the others by `attend`, which is given the
-    pattern without these."""
+    pattern without these. `kept` as in `dilated_attention`."""
     group, count = query.shape[1] // key.shape[1], key.shape[1]
     others = pattern.without_heads(heads, count)
     # A copy: the output that the operator keeps for its backward pass has zeros in these heads
     output = torch.zeros_like(query) if others is None else attend(others).clone()
-    for head in heads:
-        if head - 1 in heads:
-            continue
-        stop = head + 1  # of a run of neighbours, which are views of the tensors
-        while stop in heads:
-            stop += 1
-        of_query = slice(head * group, stop * group)
-        with sdpa_kernel(_BACKENDS, set_priority=True):
+    with sdpa_kernel(_BACKENDS, set_priority=True), _keeping(kept):
+        for head in heads:
+            if head - 1 in heads:
+                continue
+            stop = head + 1  # of a run of neighbours, which are views of the tensors
+            while stop in heads:
+                stop += 1
+            of_query = slice(head * group, stop * group)
             output[:, of_query] = F.scaled_dot_product_attention(
                 query[:, of_query],
                 key[:, head:stop],
@@ -75,3 +84,17 @@ def attend_with_full_heads(
                 enable_gqa=group > 1,
             )
     return output
+
+
+def _keeping(kept: dict | None) -> contextlib.AbstractContextManager:
+    """What PyTorch's attention gives inside, when this is called for the first time, it gives again the second time."""
+    if kept is None:
+        return contextlib.nullcontext()
+    second = kept.pop("full_heads", None)
+    if second is not None:
+        return second
+    first, second = contextlib.nullcontext(), contextlib.nullcontext()
+    if torch.is_grad_enabled():  # or else it gives no log-sum-exp, and is asked again
+        first, second = create_selective_checkpoint_contexts(_OPERATORS)
+    kept["full_heads"] = second
+    return first

@@ -46,7 +46,7 @@ from .hub_longnet import MODEL_CLASSES, HubMixin, forget_name
 from .input_checks import check_embeds, check_flag, check_ids, check_labels, check_tensor
 from .operators import is_watched
 from .pointwise import RMSNorm, activate, is_plain, rotate
-from .recompute import in_chunks
+from .recompute import has_room_for, in_chunks
 from .token_loss import TokenLossMixin, keep_positions, loss_divisor
 from .torchscale_weights import config_fields, read_checkpoint, rename_encoder
 
@@ -483,6 +483,7 @@ class LongNetModel(LongNetPreTrainedModel):
 
         hidden_states = self.embedding_dropout(inputs_embeds * self.embed_scale)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, layout.position_ids)
+        layout.keeps_results = self.can_keep_results(hidden_states)
         for layer in self.running_layers:
             hidden_states = layer(
                 hidden_states,
@@ -493,6 +494,14 @@ class LongNetModel(LongNetPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
+
+    def can_keep_results(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the attention of all layers may be kept for the backward pass, which computes all else again."""
+        if not (torch.is_grad_enabled() and any(x.gradient_checkpointing and x.training for x in self.running_layers)):
+            return False
+        width = self.config.num_attention_heads * self.config.head_dim
+        tokens = hidden_states.shape[0] * hidden_states.shape[1] * len(self.running_layers)
+        return has_room_for(tokens * width * hidden_states.element_size(), hidden_states.device)
 
     def check_attention_rows(self, attention_rows, inputs_embeds, past_key_values, kwargs) -> torch.Tensor:
         """`attention_rows` as a tensor of columns from 0 on, or an error that says why they cannot be had."""

@@ -1,9 +1,20 @@
-"""A function of long inputs, chunk by chunk, that keeps nothing for the backward pass but its input."""
+"""What a backward pass computes again, and what it need not."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
+
+
+_KEPT_SHARE = 1 / 16  # of a GPU's memory
+
+
+def has_room_for(num_bytes: int, device: torch.device) -> bool:
+    """Whether so much may be kept on a GPU over what a backward pass cannot do without: a small part of its memory, so
+    that long sequences fit as before."""
+    if device.type != "cuda":
+        return False
+    return num_bytes <= _KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 def in_chunks(

@@ -226,6 +226,31 @@ def test_heads_may_be_computed_by_pytorchs_own_attention(heads, causal, monkeypa
     assert full_heads.find_full_heads(*inputs[:2], pattern) == tuple(heads)
 
 
+@pytest.mark.parametrize("heads", [[], [1], [0, 2, 3], [0, 1, 2, 3, 4]])
+def test_what_is_kept_is_not_computed_again(heads, monkeypatch):
+    """With the heads that PyTorch's own attention computes, too."""
+    monkeypatch.setattr(full_heads, "_is_suited", lambda query, key: True)
+    on_cpus = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    monkeypatch.setattr(full_heads, "_OPERATORS", [on_cpus])
+    pattern, kept = DilatedPattern([7, 2], [1, 1], ["window", "sink"]), {}
+    if heads:
+        pattern = pattern.with_full_heads(heads, 5)
+    inputs, grad = random_tensors(2, 5, 2, 31, 31, 4)
+    expected = dilated_attention(*inputs, pattern)
+    expected_grads = gradients(expected, inputs, grad)
+    for needs_grad in (True, False):  # not in a reentrant checkpoint
+        with torch.set_grad_enabled(needs_grad):
+            torch.testing.assert_close(dilated_attention(*inputs, pattern, kept=kept), expected, rtol=0, atol=0)
+        output = dilated_attention(*inputs, pattern, kept=kept)
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+        for ours, theirs in zip(gradients(output, inputs, grad), expected_grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        assert not kept
+    dilated_attention(*inputs, pattern, kept=kept)
+    query, key, value = inputs
+    assert torch.equal(dilated_attention(query, key, 2 * value, pattern, kept=kept), expected)
+
+
 @pytest.mark.parametrize("layout", ["b n (d h) -> b h n d", "every second", "d before n", "expanded"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_any_strides(layout, masked):

@@ -1,6 +1,7 @@
 """What saves memory or time in training changes no gradient: checkpointing, chunks, compilation, offloading."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from longnet_hf import (
     LongNetConfig,
     LongNetForCausalLM,
     LongNetModel,
+    modeling_longnet,
 )
+from longnet_hf import dilated_operator as operator_module
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -25,6 +28,39 @@ def test_gradient_checkpointing_changes_nothing(kind, reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     torch.manual_seed(5)
     assert_same_gradients(all_gradients(model, model(ids, labels=ids).loss), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@every_kind
+def test_a_checkpoint_computes_attention_once_where_there_is_room(kind, reentrant, monkeypatch):
+    model, ids = build(LongNetForCausalLM, kind).train(), random_ids(2, 30)
+    expected = all_gradients(model, model(ids, labels=ids).loss)
+    results, compute = [], operator_module._forward_op
+    monkeypatch.setattr(operator_module, "_forward_op", lambda *inputs: kept(compute(*inputs)))
+    monkeypatch.setattr(modeling_longnet, "has_room_for", lambda num_bytes, device: num_bytes == size)
+
+    def kept(result):
+        results.extend(map(weakref.ref, result))
+        return result
+
+    size = model.model(ids).last_hidden_state.nbytes * model.config.num_hidden_layers
+    for has_room in (True, False):
+        size, passes = size if has_room else None, len(results)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert_same_gradients(all_gradients(model, model(ids, labels=ids).loss), expected, atol=1e-6)
+        assert len(results) - passes == 2 * model.config.num_hidden_layers * (1 if has_room else 2)
+        assert not any(result() is not None for result in results)  # nothing is kept any longer
+
+
+def test_two_backward_passes_of_a_checkpoint_that_keeps_attention(monkeypatch):
+    model, ids = build(LongNetForCausalLM).train(), random_ids(2, 30)
+    expected = all_gradients(model, model(ids, labels=ids).loss)
+    monkeypatch.setattr(modeling_longnet, "has_room_for", lambda num_bytes, device: True)
+    model.gradient_checkpointing_enable()
+    loss, weights = model(ids, labels=ids).loss, list(model.parameters())
+    for _ in range(2):
+        grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+    assert_same_gradients(dict(zip(dict(model.named_parameters()), grads, strict=True)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False])
