@@ -87,7 +87,7 @@ def attend_with_full_heads(
 
 
 def _keeping(kept: dict | None) -> contextlib.AbstractContextManager:
-    """What PyTorch's attention gives inside, when this is called for the first time, it gives again the second time."""
+    """What PyTorch's attention gives inside, the first time this is called, it gives again the second time."""
     if kept is None:
         return contextlib.nullcontext()
     second = kept.pop("full_heads", None)

@@ -5,7 +5,6 @@ not. A program of its own, since Triton decides when it is imported whether it i
 """
 
 import torch
-import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
