@@ -146,7 +146,7 @@ class WholeBatch:
             arguments["return_weights"] = True
             output, weights = dilated_attention_reference(query, key, value, options.pattern, **arguments)
             return output.transpose(1, 2), weights
-        if self.keeps_results and options.dropout == 0:
+        if self.keeps_results and options.dropout == 0 and not torch.compiler.is_compiling():
             arguments["kept"] = self._kept.setdefault(module.layer_idx, {})
         return dilated_attention(query, key, value, options.pattern, **arguments).transpose(1, 2), None
 

@@ -218,6 +218,7 @@ class LongNetMLP(nn.Module):
     def __init__(self, config: LongNetConfig):
         super().__init__()
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+        self.intermediate_size = intermediate_size
         self.gate_proj = (
             nn.Linear(hidden_size, intermediate_size, bias=config.mlp_bias) if config.use_gated_mlp else None
         )
@@ -229,7 +230,7 @@ class LongNetMLP(nn.Module):
         set_magneto_init(config, self.gate_proj, self.up_proj, self.down_proj)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not 0 < self.chunk_size < x.shape[-2]:
+        if not 0 < self.chunk_size < x.shape[-2] or self.is_better_whole(x):
             return self.forward_chunk(x)
         if torch.is_grad_enabled() and not is_watched(x) and all(map(is_plain, self.children())):
             weights = [weight for weight in self.parameters() if weight.requires_grad]
@@ -240,6 +241,15 @@ class LongNetMLP(nn.Module):
                 _ = [getattr(self.ffn_sub_norm, name, 0.0) * 1.0 for name in ("eps", "variance_epsilon")]
             return torch.cat([checkpoint(self.forward_chunk, chunk, use_reentrant=False) for chunk in chunks], dim=-2)
         return torch.cat([self.forward_chunk(chunk) for chunk in chunks], dim=-2)
+
+    def is_better_whole(self, x: torch.Tensor) -> bool:
+        """Chunks cost nothing unless compiled, when a checkpoint computes them a third time."""
+        if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+            return False
+        numbers = x.shape[:-1].numel() * self.up_proj.out_features
+        return has_room_for(
+            4 * numbers * x.element_size(), x.device
+        )  # inputs and outputs of the activation, gradients
 
     def forward_chunk(self, x: torch.Tensor) -> torch.Tensor:
         gate = None if self.gate_proj is None else self.gate_proj(x)
@@ -497,7 +507,8 @@ class LongNetModel(LongNetPreTrainedModel):
 
     def can_keep_results(self, hidden_states: torch.Tensor) -> bool:
         """Whether the attention of all layers may be kept for the backward pass, which computes all else again."""
-        if not (torch.is_grad_enabled() and any(x.gradient_checkpointing and x.training for x in self.running_layers)):
+        is_checkpointed = any(layer.gradient_checkpointing and layer.training for layer in self.running_layers)
+        if torch.compiler.is_compiling() or not (is_checkpointed and torch.is_grad_enabled()):
             return False
         width = self.config.num_attention_heads * self.config.head_dim
         tokens = hidden_states.shape[0] * hidden_states.shape[1] * len(self.running_layers)

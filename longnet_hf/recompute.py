@@ -6,15 +6,18 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
-_KEPT_SHARE = 1 / 16  # of a GPU's memory
+_SHARE = 1 / 16
+
+
+@torch.compiler.assume_constant_result
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def has_room_for(num_bytes: int, device: torch.device) -> bool:
-    """Whether so much may be kept on a GPU over what a backward pass cannot do without: a small part of its memory, so
+    """Whether so much may be kept on a GPU over what a backward pass cannot do without: a sixteenth of its memory, so
     that long sequences fit as before."""
-    if device.type != "cuda":
-        return False
-    return num_bytes <= _KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return num_bytes <= _SHARE * _memory(device)
 
 
 def in_chunks(

@@ -106,9 +106,11 @@ def test_mlps_in_chunks_under_autocast():
     assert_same_gradients(gradients, others, atol=0.02)
 
 
+@pytest.mark.parametrize("has_room", [False, True])
 @pytest.mark.parametrize("kind", ["paper", "llama"])
-def test_chunks_of_any_length_compile_once(kind):
+def test_chunks_of_any_length_compile_once(kind, has_room, monkeypatch):
     """With `dynamic=True` the epsilons of norms are inputs of the graph, too."""
+    monkeypatch.setattr(modeling_longnet, "has_room_for", lambda num_bytes, device: has_room)
     changes = dict(num_hidden_layers=1, use_sub_norm=True, chunk_size_feed_forward=7)
     model = build(LongNetForCausalLM, kind, **changes).train()
     layer, norm = model.model.layers[0].mlp, model.model.layers[0].post_attention_layernorm
@@ -149,8 +151,11 @@ def test_compiles_into_one_graph(kind):
         assert_same_gradients(all_gradients(model, ours), all_gradients(model, theirs), atol=1e-5)
 
 
-def test_layers_of_one_pattern_share_what_is_compiled():
-    model, counter = build(LongNetModel), CompileCounter()
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_of_one_pattern_share_what_is_compiled(training, monkeypatch):
+    monkeypatch.setattr(modeling_longnet, "has_room_for", lambda num_bytes, device: True)
+    model, counter = build(LongNetModel).train(training), CompileCounter()
+    model.gradient_checkpointing_enable()
     for layer in model.layers:
         layer.compile(backend=counter, dynamic=False)
     model(random_ids(1, 20), use_cache=False)
