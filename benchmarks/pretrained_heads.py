@@ -13,7 +13,6 @@ are trained with LoRA on the rest of the first kind of text, and measured again.
 Ends with a table and a record in JSON. Stopped, the same command goes on where it was.
 """
 
-import glob
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +23,6 @@ from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
@@ -34,11 +32,19 @@ from transformers import (
     set_seed,
 )
 
-from longnet_hf import DilatedPattern, HeadRanking, LongNetForCausalLM, rank_heads
+from longnet_hf import DilatedPattern, HeadRanking, LongNetForCausalLM
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # whose training and records it shares
-from measurements import copy_distance, make_needles, papers_pattern, token_losses, window_of_equal_work  # noqa: E402
+from measurements import (  # noqa: E402
+    copy_distance,
+    find_ranking,
+    make_needles,
+    papers_pattern,
+    read_texts,
+    token_losses,
+    window_of_equal_work,
+)
 from record import Results, environment, write  # noqa: E402
 from training import RESUME_WITH_SAME, check_settings, stretched_positions, train_on  # noqa: E402
 
@@ -89,23 +95,6 @@ DEFAULTS = dict(
     save_steps=50,
     save_total_limit=1,
 )
-
-
-def read_texts(args: Arguments, tokenizer) -> dict[str, torch.Tensor]:
-    """Texts of every kind `[texts, N]`, as many as there are. Files are laid end to end, folder by folder."""
-    texts = {}
-    for entry in args.data:
-        kind, _, pattern = entry.partition("=")
-        files = sorted(glob.glob(pattern, recursive=True))
-        if not files:
-            raise ValueError(f"`--data` names no file: {entry!r}; it takes KIND=FILES, such as code='src/**/*.py'.")
-        documents = (Path(file).read_text(encoding="utf-8", errors="replace") for file in files)
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in tqdm(documents, desc=f"Read {kind}")]
-        ids = torch.tensor([token for document in ids for token in document])
-        texts[kind] = ids[: len(ids) // args.context_length * args.context_length].view(-1, args.context_length)
-        if len(texts[kind]) < args.texts + 1:
-            raise ValueError(f"`--data {entry}` fills {len(texts[kind])} texts, and {args.texts} and one are needed.")
-    return texts
 
 
 def attention_of(arm: str, length: int, ranking: HeadRanking) -> dict:
@@ -176,19 +165,6 @@ def load_model(arm: str, args: Arguments, ranking: HeadRanking) -> PreTrainedMod
     positions = stretched_positions(AutoConfig.from_pretrained(args.model), args.context_length)
     fields = attention_of(arm, args.context_length, ranking)
     return LongNetForCausalLM.from_llama(args.model, **fields, **positions, dtype=torch.float32)
-
-
-def find_ranking(args: Arguments, text: torch.Tensor, folder: Path, device: torch.device) -> HeadRanking:
-    if not (folder / "ranking.json").exists():
-        positions = stretched_positions(AutoConfig.from_pretrained(args.model), args.context_length)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, **positions).to(device)
-        ranking = rank_heads(model, text[None])
-        ranking.save(folder / "ranking.json")
-        ranking.draw().savefig(folder / "ranking.png", dpi=150)
-    ranking = HeadRanking.load(folder / "ranking.json")
-    print(ranking)
-    return ranking
 
 
 def run_arm(arm: str, args: Arguments, training_args: TrainingArguments, data: dict, ranking) -> None:
@@ -279,8 +255,6 @@ def main():
     for name, arms in (("arms", args.arms), ("train_arms", args.train_arms)):
         if set(arms) - set(ARMS) or "full" not in arms:
             raise ValueError(f"`--{name}` must be `full` and others of {list(ARMS)}, got {arms}.")
-    if not args.data:
-        raise ValueError("`--data` must name texts: KIND=FILES, such as code='src/**/*.py'.")
     folder = Path(training_args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = (
@@ -291,7 +265,7 @@ def main():
     check_settings(folder / "settings.json", settings)
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = read_texts(args, tokenizer)
+    texts = read_texts(args.data, tokenizer, args.context_length, args.texts + 1)
     first = next(iter(texts.values()))
     data = {
         kind: (
@@ -301,7 +275,8 @@ def main():
         )
         for kind, of_kind in texts.items()
     }
-    ranking = find_ranking(args, first[args.texts], folder, training_args.device)
+    ranking = find_ranking(args.model, first[args.texts], folder / "ranking.json", training_args.device)
+    ranking.draw().savefig(folder / "ranking.png", dpi=150)
     for arm in args.arms:
         run_arm(arm, args, training_args, data, ranking)
     for arm in args.train_arms if training_args.max_steps > 0 else ():

@@ -1,18 +1,22 @@
 """What is measured of causal language models in long texts: losses of tokens, copies, numbers that are asked for.
 
-Any causal language model of Transformers will do. The report (evaluate.py) and the study of heads
-(benchmarks/pretrained_heads.py) share it.
+Any causal language model of Transformers will do. The report (evaluate.py) and the studies of heads
+(benchmarks/pretrained_heads.py, benchmarks/selected_blocks.py) share it.
 """
 
+import glob
 import inspect
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from tqdm.auto import tqdm
+from training import stretched_positions
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from longnet_hf import DilatedPattern
+from longnet_hf import DilatedPattern, HeadRanking, rank_heads
 
 
 NAMES = (
@@ -47,6 +51,51 @@ def window_of_equal_work(pattern: DilatedPattern, length: int) -> int:
     """w of the sliding window that joins as many pairs of a sequence as `pattern` does."""
     heads = math.lcm(*pattern.dilation_rates)  # all phases
     return window_of_pairs(pattern.pairs(length, heads) / heads / length, length)
+
+
+def read_texts(data: list[str], tokenizer, length: int, at_least: int) -> dict[str, torch.Tensor]:
+    """Texts `[texts, N]` of every kind in `data` (KIND=FILES), as many as there are. Files are laid end to end, folder
+    by folder."""
+    if not data:
+        raise ValueError("`--data` must name texts: KIND=FILES, such as code='src/**/*.py'.")
+    texts = {}
+    for entry in data:
+        kind, _, pattern = entry.partition("=")
+        files = sorted(glob.glob(pattern, recursive=True))
+        if not files:
+            raise ValueError(f"`--data` names no file: {entry!r}; it takes KIND=FILES, such as code='src/**/*.py'.")
+        documents = (Path(file).read_text(encoding="utf-8", errors="replace") for file in files)
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in tqdm(documents, desc=f"Read {kind}")]
+        ids = torch.tensor([token for document in ids for token in document])
+        texts[kind] = ids[: len(ids) // length * length].view(-1, length)
+        if len(texts[kind]) < at_least:
+            raise ValueError(f"`--data {entry}` fills {len(texts[kind])} texts, and {at_least} are needed.")
+    return texts
+
+
+def load_stretched(model: str, length: int, device: torch.device) -> PreTrainedModel:
+    """A model as it was published, in evaluation mode, with rotary positions that reach over `length` tokens."""
+    positions = stretched_positions(AutoConfig.from_pretrained(model), length)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **positions).to(device).eval()
+
+
+def find_ranking(model: str, text: torch.Tensor, file: Path, device: torch.device) -> HeadRanking:
+    """The ranking of a model's heads on a text `[N]`, found once and kept in `file`."""
+    if not file.exists():
+        rank_heads(load_stretched(model, len(text), device), text[None]).save(file)
+    ranking = HeadRanking.load(file)
+    print(ranking)
+    return ranking
+
+
+def repeat_spans(ids: torch.Tensor, number: int, length: int, seed: int = 0) -> torch.Tensor:
+    """A text `[N]` whose end is replaced by `number` spans of `length` tokens from anywhere in the rest of it."""
+    text = ids[: len(ids) - number * length]
+    if len(text) < 2 * length:
+        raise ValueError(f"The context has {len(ids)} tokens, too few for {number} spans of {length} and a text.")
+    starts = torch.randint(len(text) - length, (number,), generator=torch.Generator().manual_seed(seed))
+    return torch.cat((text, text[starts[:, None] + torch.arange(length)].flatten()))
 
 
 def copy_distance(ids: torch.Tensor, context: int = 3) -> torch.Tensor:
