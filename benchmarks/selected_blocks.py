@@ -4,7 +4,7 @@
     python benchmarks/selected_blocks.py --model ... --data ... --arms full all-keys slow-16/keys-1024 low-16/avg-2
 
 All heads of a Llama-family model see a window and a sink; the best by their ranking (`--share`) see instead all keys
-(`all-keys`), or a narrower window, the sink, and blocks that every token chooses for each key/value head. Everything is
+(`all-keys`), or a narrower window, the sink, and blocks that every token chooses for each key/value head. All of it is
 computed densely and masked: it says what a choice is worth, and by a count what it would cost, not how fast it is.
 
 An arm is `full`, `window`, `all-keys`, `random`, `dilated-B`, or a score of blocks, with options behind it:
@@ -65,7 +65,7 @@ DEFAULT_ARMS = (
     *("slow-40", "slow-24", "slow-16", "slow-8"),
     *("slow-40/avg-2", "slow-40/avg-4", "slow-40/avg-8", "slow-24/avg-2", "slow-40/avg-64"),
     *("slow-40/shared", "slow-16/int8", "slow-40/coarse-4", "slow-24/coarse-8"),
-    *("low-16", "low-8", "learned-16", "learned-16/avg-2", "learned-32/shared", "learned-16/shared"),
+    *("low-16", "low-8", "low-32/shared", "learned-16", "learned-16/avg-2", "learned-32/shared", "learned-16/shared"),
     *("mass/block-16", "mass/block-32", "mass/keys-512", "mass/keys-1024", "mass/keys-4096", "mass/keys-4096/top-90"),
     *("mass/window-1024", "all-keys/share-33", "mass/share-33", "slow-40/share-33", "dilated-1", "dilated-64"),
 )
@@ -129,12 +129,16 @@ class Arm:
             key, _, value = option.partition("-")
             is_flag = key in ("shared", "int8")
             if key not in known or is_flag == bool(value) or not (is_flag or value.isdecimal() and int(value) > 0):
-                raise ValueError(f"`--arms` has {name!r}, with {option!r}; options are {sorted(known)}, such as avg-2.")
+                raise ValueError(
+                    f"`--arms` has {name!r}, with {option!r}; options are {sorted(known)}, such as avg-2."
+                )
             values[key] = 1 if is_flag else int(value)
         if kind not in ("full", "window", "all-keys", *cls.SIZED, *cls.CHOOSING):
             raise ValueError(f"`--arms` has {name!r}, which is none of the arms and scores in the description.")
         if (kind in cls.SIZED) != bool(size) or (size and not (size.isdecimal() and int(size) > 0)):
-            raise ValueError(f"`--arms` has {name!r}; {', '.join(cls.SIZED)} take a size, such as slow-16, others none.")
+            raise ValueError(
+                f"`--arms` has {name!r}; {', '.join(cls.SIZED)} take a size, such as slow-16, others none."
+            )
         arm = cls(name=name, kind=kind, size=int(size or 0), **values)
         if arm.block % arm.avg or COARSE_BLOCK % arm.block or arm.keys % arm.block or arm.top > 99 or arm.share > 100:
             raise ValueError(
@@ -202,11 +206,13 @@ def block_masses(
     first = int(positions.min()) // average  # all before it are seen
     logits[..., first:].masked_fill_(ends[first:] > positions[:, None], -math.inf)
     in_sink = -(-sinks // average)
-    of_sink = logits[..., :in_sink].logsumexp(-1, keepdim=True)
+    of_sink = logits[..., :in_sink].clone().logsumexp(-1, keepdim=True)
     logits[..., :in_sink] = -math.inf
     masses = logits.unflatten(-1, (-1, block // average)).logsumexp(-1)
     whole = torch.logaddexp(masses.logsumexp(-1, keepdim=True), of_sink)
-    return (masses - whole.clamp(min=-1e30)).logsumexp(1) - math.log(group)
+    # Finite in between, for the gradient
+    means = (masses - whole.clamp(min=-1e20)).clamp(min=-1e30).logsumexp(1) - math.log(group)
+    return means.masked_fill(means < -1e29, -math.inf)
 
 
 def choose(masses: torch.Tensor, count: int, top: int = 0) -> torch.Tensor:
@@ -216,7 +222,7 @@ def choose(masses: torch.Tensor, count: int, top: int = 0) -> torch.Tensor:
     best = masses.topk(count).values
     number = torch.full_like(best[..., :1], count, dtype=torch.long)
     if top:
-        share = (best - masses.logsumexp(-1, keepdim=True).clamp(min=-1e30)).exp()
+        share = (best - masses.logsumexp(-1, keepdim=True).clamp(min=-1e20)).exp()
         number = ((share.cumsum(-1) - share) < top / 100).sum(-1, keepdim=True).clamp(min=1)
     least = best.gather(-1, number - 1)
     above, equal = masses > least, masses == least
