@@ -39,6 +39,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
@@ -77,6 +78,8 @@ MAX_NATURAL, MAX_COPY, MAX_WORK = 0.01, 0.08, 1 / 8
 COARSE_BLOCK, COARSE_AVERAGE = 1024, 16
 # Numbers in the largest tensor of a tile of queries
 TILE = {"cuda": 1 << 28, "cpu": 1 << 22}
+# Not cuDNN's, which makes a plan for every new length
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -150,6 +153,11 @@ class Arm:
     def chooses(self) -> bool:
         return self.kind in self.CHOOSING
 
+    @property
+    def product(self) -> str:
+        """The name of the projections that it scores with."""
+        return f"{self.kind}-{self.size}{'-shared' if self.shared else ''}"
+
     def work(self, length: int, head_dim: int, group: int) -> tuple[float, float]:
         """Of the score over those of full attention, for all causal pairs of a text of `length` tokens: multiply-adds
         (which attention does 2 d times per pair, for the score and the value), and numbers read, in bytes."""
@@ -188,14 +196,21 @@ def in_eight_bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def block_masses(
-    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, block: int, average: int, sinks: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    positions: torch.Tensor,
+    block: int,
+    average: int = 1,
+    sinks: int = SINK_TOKENS,
+    *,
+    first: int = 0,
 ) -> torch.Tensor:
     """Logarithms `[S, Q, M / block]` of the share that blocks of keys have of a query's attention, the mean over the
     query heads of a group.
 
-    `query` `[S, G, Q, D]`, scaled, stands at `positions` `[Q]`; `key` `[S, M / average, D]`: means of `average` keys,
-    M a multiple of `block`. Only those whose last token is not behind the query count. The sink, which every query
-    sees anyway, counts in the whole and in no block: -inf where nothing is left.
+    `query` `[S, G, Q, D]`, scaled, stands at `positions` `[Q]`, none before `first`; `key` `[S, M / average, D]` are
+    means of `average` keys, M a multiple of `block`. Only those whose last token is not behind the query count. The
+    sink, which every query sees anyway, counts in the whole and in no block: -inf where nothing is left.
     """
     heads, group, rows, _ = query.shape
     # What bf16 and TF32 multiply is exact in float32
@@ -203,7 +218,7 @@ def block_masses(
     logits = query.to(dtype).flatten(1, 2) @ key.to(dtype).transpose(1, 2)
     logits = logits.view(heads, group, rows, -1)
     ends = torch.arange(1, logits.shape[-1] + 1, device=query.device) * average - 1
-    first = int(positions.min()) // average  # all before it are seen
+    first = first // average  # all before it are seen
     logits[..., first:].masked_fill_(ends[first:] > positions[:, None], -math.inf)
     in_sink = -(-sinks // average)
     of_sink = logits[..., :in_sink].clone().logsumexp(-1, keepdim=True)
@@ -275,19 +290,19 @@ class Chooser:
             generator = torch.Generator(self.query.device).manual_seed(start)
             masses = torch.rand(len(self.query), stop - start, blocks, generator=generator, device=positions.device)
         else:
-            masses = self._masses(self.key, positions, arm.block, arm.avg, stop)
+            masses = self._masses(self.key, positions, arm.block, arm.avg, start, stop)
         if arm.coarse:
-            of_level = self._masses(self.coarse_key, positions, COARSE_BLOCK, COARSE_AVERAGE, stop)
+            of_level = self._masses(self.coarse_key, positions, COARSE_BLOCK, COARSE_AVERAGE, start, stop)
             begins = torch.arange(of_level.shape[-1], device=positions.device) * COARSE_BLOCK
             of_level = of_level.masked_fill(begins > positions[:, None] - arm.window, -math.inf)
             inside = choose(of_level, arm.coarse).repeat_interleave(COARSE_BLOCK // arm.block, -1)
             eligible = eligible & inside[..., :blocks]
         return choose(masses.masked_fill(~eligible, -math.inf), arm.keys // arm.block, arm.top)
 
-    def _masses(self, key: torch.Tensor, positions: torch.Tensor, block: int, average: int, stop: int):
+    def _masses(self, key, positions, block: int, average: int, start: int, stop: int) -> torch.Tensor:
         key = key[:, : -(-stop // block) * (block // average)]
-        query = self.query[:, :, int(positions[0]) : stop]
-        return block_masses(query, key, positions, block, average, self.sinks)
+        query = self.query[:, :, start:stop]
+        return block_masses(query, key, positions, block, average, self.sinks, first=start)
 
 
 # Attention
@@ -306,9 +321,9 @@ def masked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     group, length = query.shape[1:3]
     for start, stop in in_tiles(len(query) * group, length, query.device.type):
         k, v = (x[:, None, :stop].expand(-1, group, -1, -1) for x in (key, value))
-        seen = mask(start, stop)[:, None].expand(-1, group, -1, -1)
-        q = query[:, :, start:stop]
-        output[:, :, start:stop] = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling)
+        q, seen = query[:, :, start:stop], mask(start, stop)[:, None]
+        with sdpa_kernel(_BACKENDS):
+            output[:, :, start:stop] = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling)
     return output
 
 
@@ -394,8 +409,7 @@ class StudiedAttention:
     def _projections(self, layer: int, best: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self.arm.kind not in ("low", "learned"):
             return None
-        name = f"{self.arm.kind}-{self.arm.size}{'-shared' if self.arm.shared else ''}"
-        of = [self.projections[f"{name}.{layer}.{head}.{x}"] for x in ("query", "key") for head in best]
+        of = [self.projections[f"{self.arm.product}.{layer}.{head}.{x}"] for x in ("query", "key") for head in best]
         return torch.stack(of[: len(best)]), torch.stack(of[len(best) :])
 
     def keys_chosen(self) -> float:
@@ -445,12 +459,12 @@ def distil(
     steps: int = 200,
     queries: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[G, d, R]` and `[d, R]`, from `first` on by gradient descent: the masses of far blocks under the product become
-    those under attention (cross-entropy, all that is near or in the sink as one more block)."""
-    group, length, _ = query.shape
+    """`[S, G, d, R]` and `[S, d, R]`, from `first` on by gradient descent on `query` `[S, G, N, d]` and `key`
+    `[S, N, d]`: the masses of far blocks under the product become those under attention (cross-entropy, with all that
+    is near or in the sink as one more block)."""
+    length = query.shape[2]
     query, key = query.float(), key[:, : length // arm.block * arm.block].float()
-    of_query = first[0].to(query).expand(group, -1, -1).clone().requires_grad_()
-    of_key = first[1].to(key).clone().requires_grad_()
+    of_query, of_key = (x.to(query).clone().requires_grad_() for x in first)
     optimizer = torch.optim.Adam([of_query, of_key], lr=5e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(0)
@@ -459,18 +473,17 @@ def distil(
     for _ in range(steps):
         positions = torch.randint(lowest, length, (queries,), generator=generator).to(key.device)
         far = last <= positions[:, None] - arm.window
-        q = query[:, positions] * scaling
+        q = query[:, :, positions] * scaling
         with torch.no_grad():
-            target = block_masses(q[None], key[None], positions, arm.block, 1, SINK_TOKENS)[0].exp() * far
+            target = block_masses(q, key, positions, arm.block).exp() * far
         with torch.enable_grad():
             product = q @ of_query
-            product = product.mean(0, keepdim=True) if arm.shared else product
-            masses = block_masses(product[None], (key @ of_key)[None], positions, arm.block, 1, SINK_TOKENS)[0]
-            masses = masses.masked_fill(~far, -math.inf)
+            product = product.mean(1, keepdim=True) if arm.shared else product
+            masses = block_masses(product, key @ of_key, positions, arm.block).masked_fill(~far, -math.inf)
             near = torch.log1p(-masses.exp().sum(-1).clamp(max=1 - 1e-6))
             loss = -(target * masses.masked_fill(~far, 0)).sum(-1) - (1 - target.sum(-1)) * near
             optimizer.zero_grad()
-            loss.mean().backward()
+            loss.mean(-1).sum().backward()  # every head for itself
         optimizer.step()
         schedule.step()
     return of_query.detach(), of_key.detach()
@@ -483,7 +496,7 @@ def fit_projections(model, attention: StudiedAttention, arms: list[Arm], text: t
     wanted, best = {}, {}
     for arm in arms:
         if arm.kind in ("low", "learned"):
-            name = f"{arm.kind}-{arm.size}{'-shared' if arm.shared else ''}"
+            name = arm.product
             heads = attention.ranking.best(arm.share / 100)
             of = [(layer, head) for layer, of_layer in heads.items() for head in of_layer]
             missing = [at for at in of if f"{name}.{at[0]}.{at[1]}.key" not in known]
@@ -500,15 +513,20 @@ def fit_projections(model, attention: StudiedAttention, arms: list[Arm], text: t
         attention.arm, attention.observe = None, observe
         token_losses(model, text, len(text) - 1)
         attention.observe = None
-        pairs = [(name, arm, at) for name, (arm, missing) in wanted.items() for at in sorted(missing)]
-        for name, arm, at in tqdm(pairs, desc="Products of low rank"):
-            query, key, scaling = seen[at]
-            of_query, of_key = low_rank(query, key, arm.size)
-            of_query = of_query.expand(len(query), -1, -1)
+        for name, (arm, missing) in tqdm(wanted.items(), desc="Products of low rank"):
+            if not missing:
+                continue
+            heads = sorted(missing)
+            queries, keys, scalings = zip(*(seen[at] for at in heads), strict=True)
+            products = zip(*(low_rank(*of, arm.size) for of in zip(queries, keys, strict=True)), strict=True)
+            of_query, of_key = map(torch.stack, products)
+            of_query = of_query[:, None].expand(-1, len(queries[0]), -1, -1)
             if arm.kind == "learned":
-                of_query, of_key = distil(query, key, scaling, (of_query, of_key), arm)
-            for x, matrix in (("query", of_query), ("key", of_key)):
-                known[f"{name}.{at[0]}.{at[1]}.{x}"] = matrix.float().cpu().contiguous()
+                first = of_query, of_key
+                of_query, of_key = distil(torch.stack(queries), torch.stack(keys), scalings[0], first, arm)
+            for i, (layer, head) in enumerate(heads):
+                known[f"{name}.{layer}.{head}.query"] = of_query[i].float().cpu().contiguous()
+                known[f"{name}.{layer}.{head}.key"] = of_key[i].float().cpu().contiguous()
         save_file(known, file)
     attention.projections = {name: x.to(device) for name, x in known.items()}
 

@@ -182,7 +182,8 @@ def test_products_of_low_rank_are_nearest_and_distilled_ones_nearer(study, arm):
     query[..., 0], query[..., slow[0]], key[..., 0] = 4.0, 4.0, key[..., 0] * 3
     first = study.low_rank(query[0], key[0], 1)
     one = arm("learned-1")
-    learned = study.distil(query[0], key[0], SCALING, first, one, steps=400)
+    stacked = first[0].expand(1, GROUP, -1, -1), first[1][None]
+    learned = [x[0] for x in study.distil(query[:1], key[:1], SCALING, stacked, one, steps=400)]
 
     def loss(projections):
         q, k = query[0].float() @ projections[0].float(), key[0].float() @ projections[1].float()
