@@ -371,6 +371,8 @@ class StudiedAttention:
         model.set_attn_implementation(self.NAME)
 
     def __call__(self, module, query, key, value, attention_mask=None, scaling=None, **kwargs):
+        if attention_mask is not None:
+            raise ValueError("A text without padding, and a model that makes no mask of its own for other attention.")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.autocast(query.device.type, enabled=False):
             query, key = query.to(value.dtype), key.to(value.dtype)
@@ -378,8 +380,8 @@ class StudiedAttention:
 
     def _attend(self, layer: int, query, key, value, scaling: float) -> torch.Tensor:
         arm, heads, length = self.arm, key.shape[1], key.shape[2]
-        if len(query) > 1 or query.shape[2] != length or length > self.args.context_length:
-            raise ValueError("One text at a time, whole, and not longer than `--context_length`.")
+        if len(query) > 1 or query.shape[2] != length:
+            raise ValueError("One text at a time, and whole.")
         if arm is None or arm.kind == "full":
             if self.observe is not None:
                 self.observe(layer, query[0].unflatten(0, (heads, -1)), key[0], scaling)
