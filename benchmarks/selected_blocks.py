@@ -14,7 +14,7 @@ An arm is `full`, `window`, `all-keys`, `random`, `dilated-B`, or a score of blo
     low-R                of the product of rank R that is nearest to q·k over the slow dimensions on another text
     learned-R            of such a product, distilled from the masses on another text
     /avg-T               mean keys of T neighbours in place of keys; T of the block size: block means
-    /shared              one query for the query heads of a group, their mean
+    /shared              one query for the query heads of a group, their sum
     /int8                queries and keys of the score in 8 bits, a scale per token
     /coarse-C            only in the C best blocks of 1 024 tokens, found by mean keys of 16
     /block-B /keys-K     size of a block (64), and how many keys are chosen (2 048)
@@ -273,7 +273,7 @@ class Chooser:
             query, key = query.to(of_query.dtype) @ of_query, key.to(of_key.dtype) @ of_key
         query = query * scaling
         if arm.shared:
-            query = query.mean(1, keepdim=True)
+            query = query.sum(1, keepdim=True)
         self.query, self.key = query, mean_keys(key, arm.avg)
         self.coarse_key = mean_keys(key, COARSE_AVERAGE) if arm.coarse else None
         if arm.int8:
@@ -463,7 +463,8 @@ def distil(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[S, G, d, R]` and `[S, d, R]`, from `first` on by gradient descent on `query` `[S, G, N, d]` and `key`
     `[S, N, d]`: the masses of far blocks under the product become those under attention (cross-entropy, with all that
-    is near or in the sink as one more block)."""
+    is near or in the sink as one more block). The last quarter, where the text repeats itself, weighs more: few tokens
+    copy, and what they ask for is what counts."""
     length = query.shape[2]
     query, key = query.float(), key[:, : length // arm.block * arm.block].float()
     of_query, of_key = (x.to(query).clone().requires_grad_() for x in first)
@@ -473,14 +474,16 @@ def distil(
     last = torch.arange(1, length // arm.block + 1, device=key.device) * arm.block - 1
     lowest = min(length - 1, 2 * arm.window)
     for _ in range(steps):
-        positions = torch.randint(lowest, length, (queries,), generator=generator).to(key.device)
+        anywhere = torch.randint(lowest, length, (queries // 2,), generator=generator)
+        repeated = torch.randint(length // 4 * 3, length, (queries // 2,), generator=generator)
+        positions = torch.cat((anywhere, repeated)).to(key.device)
         far = last <= positions[:, None] - arm.window
         q = query[:, :, positions] * scaling
         with torch.no_grad():
             target = block_masses(q, key, positions, arm.block).exp() * far
         with torch.enable_grad():
             product = q @ of_query
-            product = product.mean(1, keepdim=True) if arm.shared else product
+            product = product.sum(1, keepdim=True) if arm.shared else product
             masses = block_masses(product, key @ of_key, positions, arm.block).masked_fill(~far, -math.inf)
             near = torch.log1p(-masses.exp().sum(-1).clamp(max=1 - 1e-6))
             loss = -(target * masses.masked_fill(~far, 0)).sum(-1) - (1 - target.sum(-1)) * near
@@ -622,7 +625,8 @@ def main():
     attention = StudiedAttention(model, ranking, args)
     results = Results(folder / "results.json")
     missing = [arm for arm in arms if arm.name not in results]
-    fit_projections(model, attention, missing, other, folder / "projections.safetensors")
+    repeated = repeat_spans(other, args.context_length // 4 // SPAN_LENGTH, SPAN_LENGTH)
+    fit_projections(model, attention, missing, repeated, folder / "projections.safetensors")
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     group = config.num_attention_heads // config.num_key_value_heads
