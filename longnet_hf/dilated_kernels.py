@@ -366,7 +366,7 @@ def _query_kernel(
 
     if SINK and not DILATED:
         sinks = tl.minimum(tl.load(heads + SINKS), length)
-        for block in range(0, sinks, BLOCK_N):
+        for block in tl.range(0, sinks, BLOCK_N, num_stages=1):  # mostly one, for which no buffers are worth while
             j = block + tl.arange(0, BLOCK_N)
             k = _load(_pointers(k_base, j, k_row, BLOCK_D), j < sinks, HEAD_DIM, BLOCK_D, False)
             v = _load(_pointers(v_base, j, v_row, BLOCK_D), j < sinks, HEAD_DIM, BLOCK_D, False)

@@ -1,5 +1,6 @@
-"""Compiles the Triton kernels for a GPU that need not be there, as far as Triton checks types: its interpreter does
-not. A program of its own, since Triton decides when it is imported whether it interprets.
+"""Compiles the Triton kernels for a GPU that need not be there, as far as Triton checks types, which its interpreter
+does not; and wholly for the largest heads, whose blocks have to fit into shared memory. A program of its own, since
+Triton decides when it is imported whether it interprets.
 
     python tests/compile_kernels.py        # prints the names of the kernels
 """
@@ -7,14 +8,22 @@ not. A program of its own, since Triton decides when it is imported whether it i
 import torch
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, compile
 from triton.compiler.compiler import make_backend
 
-from longnet_hf import DilatedPattern, dilated_attention, dilated_kernels, dilated_operator, pointwise_kernels
+from longnet_hf import (
+    DilatedPattern,
+    dilated_attention,
+    dilated_kernels,
+    dilated_operator,
+    kernel_launch,
+    pointwise_kernels,
+)
 from longnet_hf.dilated_past import PastTile
 
 
 HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 227 << 10  # that a program may have there, in bytes
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 MIXED = DilatedPattern(
     [48, 300, 200, 20, None],
@@ -27,8 +36,7 @@ MIXED = DilatedPattern(
 PATTERNS = [MIXED, DilatedPattern([64, 200], [1, 4]), DilatedPattern([64, 4], [1, 1], ["window", "sink"])]
 
 
-def compile_only(kernel, grid, arguments, blocks=None) -> None:
-    """In place of `kernel_launch.launch`."""
+def source_of(kernel, arguments) -> ASTSource:
     tensors, numbers, strides, constants = arguments
     values = dict(zip(kernel.arg_names, (*tensors, *numbers, *strides), strict=False))
     kinds = {torch.Tensor: lambda x: TYPES[x.dtype], float: lambda x: "fp32", int: lambda x: "i32"}
@@ -37,18 +45,35 @@ def compile_only(kernel, grid, arguments, blocks=None) -> None:
         for name in kernel.arg_names
     }
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    aligned = [(i,) for i, name in enumerate(kernel.arg_names) if isinstance(values.get(name), torch.Tensor | int)]
+    attributes = {place: [["tt.divisibility", 16]] for place in aligned}
+    return ASTSource(kernel, signature, constexprs=places, attrs=attributes)
+
+
+def check_types(kernel, grid, arguments, blocks=None) -> None:
+    """In place of `kernel_launch.launch`."""
     backend, context = make_backend(HOPPER), ir.context()
     options = backend.parse_options({"num_warps": blocks.warps} if blocks else {})
     ir.load_dialects(context)
     backend.load_dialects(context)
-    source = ASTSource(kernel, signature, constexprs=places)
-    source.make_ir(HOPPER, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
-    compiled.append(kernel)
+    modules = backend.get_module_map()
+    source_of(kernel, arguments).make_ir(
+        HOPPER, options, backend.get_codegen_implementation(options), modules, context
+    )
+    compiled.add(kernel.fn.__name__)
 
 
-def attend(pattern: DilatedPattern, is_causal: bool, group: int) -> None:
-    q = torch.randn(1, 2 * group, 300, 64, dtype=torch.bfloat16, requires_grad=True)
-    k, v = (torch.randn(1, 2, 300, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+def check_shared_memory(kernel, grid, arguments, blocks=None) -> None:
+    """Likewise, of kernels in blocks."""
+    if blocks is not None:
+        options = dict(num_warps=blocks.warps)
+        shared = compile(source_of(kernel, arguments), target=HOPPER, options=options).metadata.shared
+        assert shared <= SHARED_MEMORY, (kernel, blocks, shared)
+
+
+def attend(pattern: DilatedPattern, is_causal: bool, group: int, size: int = 64) -> None:
+    q = torch.randn(1, 2 * group, 300, size, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(1, 2, 300, size, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     dilated_attention(q, k, v, pattern, is_causal=is_causal).sum().backward()
 
 
@@ -64,10 +89,10 @@ def attend_to_past() -> None:
     dilated_kernels.triton_add_stored_gradients(past, query, grad_stored)
 
 
-compiled: list = []
+compiled: set[str] = set()
 if __name__ == "__main__":
     dilated_operator.uses_triton = lambda query, dropout: True
-    dilated_kernels.launch = pointwise_kernels.launch = compile_only
+    dilated_kernels.launch = pointwise_kernels.launch = check_types
     for pattern in PATTERNS:
         attend(pattern, True, 2)
     attend(MIXED, False, 1)
@@ -79,4 +104,7 @@ if __name__ == "__main__":
         pointwise_kernels.activation_gradients(row, row, gate, weight, None, stats, activation, norm)
     heads = torch.randn(1, 2, 5, 16, dtype=torch.bfloat16)
     pointwise_kernels.rotate_rows(heads, heads, heads[0, :1], heads[0, :1], False)
-    print(*sorted({kernel.fn.__name__ for kernel in compiled}))
+    dilated_kernels.launch = check_shared_memory
+    dilated_kernels.blocks_of = lambda x, kernel: kernel_launch._HOPPER_BLOCKS[256][kernel]
+    attend(MIXED, True, 1, size=256)
+    print(*sorted(compiled))

@@ -124,7 +124,7 @@ def test_layers_share_their_plans(interpreted):
 
 
 def test_kernels_compile_for_a_gpu():
-    """All of them but that of the loss, for the types that a GPU checks and the interpreter does not."""
+    """All of them but that of the loss: types, and shared memory, which the interpreter does not check."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parent.parent
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
