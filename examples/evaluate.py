@@ -9,8 +9,10 @@ report.json and pictures of
   before it and itself stood there before;
 - the loss of the same last tokens of a text after more and more of what comes before them (true), of the same in
   random order (shuffled), and of another document (foreign): what true gains over foreign is use of the context;
+- the same tokens' LongPPL (arXiv 2410.23771): the perplexity of those that gain much from a long context;
 - which of 40 numbers are found when they are asked for at the end of a text, by their depth in it and its length. The
-  right answers to earlier questions are given (teacher forcing).
+  right answers to earlier questions are given (teacher forcing);
+- six tasks of RULER, at every length, see ruler.py.
 
 Beside the model: the same weights with full attention, if they have a pattern, and with a sliding window and a sink,
 of as many pairs of a text of the longest length (for a model with full attention: as many as the paper's pattern has);
@@ -23,27 +25,25 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import matplotlib
 import torch
 from corpus import find_files, standard_library_files
 from measurements import (
     copy_distance,
     make_needles,
+    pack,
     papers_pattern,
     token_losses,
     window_of_equal_work,
     window_of_pairs,
 )
 from record import Results, environment, peak_gibibytes
+from report import write_report
+from ruler import TASKS, make_tasks
 from tqdm.auto import tqdm
 from training import check_settings, stretched_positions
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from longnet_hf import Branch, DilatedPattern, describe, set_dilated_attention
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 
 ARMS = {
@@ -52,7 +52,6 @@ ARMS = {
     "window": "the same weights with a sliding window and a sink of equal pairs",
 }
 SINK_TOKENS = 4
-DEPTHS = 10
 SHUFFLED_PART = 128  # tokens that stay together
 CONTEXTS = ("true", "shuffled", "foreign")
 COPY_CONTEXTS = (3, 9)
@@ -81,6 +80,9 @@ class Arguments:
     )
     texts: int = field(default=8, metadata={"help": "Texts of the longest length."})
     needle_texts: int = field(default=10, metadata={"help": "Texts with 40 numbers each, at every length."})
+    ruler_texts: int = field(
+        default=10, metadata={"help": "Texts of every task of RULER, at every length. 0: without RULER."}
+    )
     target_tokens: int = field(default=2048, metadata={"help": "Tokens whose loss is measured after more context."})
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
     seed: int = field(default=0, metadata={"help": "Of numbers, their places and the order of shuffled parts."})
@@ -92,7 +94,7 @@ class Arguments:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or "model" not in self.arms:
             raise ValueError(f"`--arms` must be `model` and others of {list(ARMS)}, got {self.arms}.")
-        for name, least in (("texts", 2), ("needle_texts", 1), ("target_tokens", 1)):
+        for name, least in (("texts", 2), ("needle_texts", 1), ("ruler_texts", 0), ("target_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`--{name}` must be at least {least}, got {getattr(self, name)}.")
         if 2 * self.target_tokens > self.lengths[-1]:
@@ -183,7 +185,7 @@ class Material:
 
 
 def loss_of_texts(model: PreTrainedModel, material: Material, name: str) -> dict:
-    """Loss of each text by position and by class of copies; a class that a text does not have is None there."""
+    """Loss of each text by position and by class of copies (`losses`); of a class that a text does not have, None."""
     length = material.args.lengths[-1]
     bounds = [1, *material.edges(64), length]
     position = {f"{a}-{b - 1}": [] for a, b in zip(bounds, bounds[1:], strict=False)}
@@ -201,7 +203,7 @@ def loss_of_texts(model: PreTrainedModel, material: Material, name: str) -> dict
                 mean = losses[is_in].mean().item() if is_in.any() else None
                 copies[context].setdefault(key, []).append(mean)
     speed = length / sorted(seconds)[len(seconds) // 2]
-    return {"position": position, "copies": copies, "tokens_per_second": round(speed)}
+    return {"losses": {"position": position, "copies": copies, "tokens_per_second": round(speed)}}
 
 
 def copy_classes(distance: torch.Tensor, material: Material) -> dict[str, torch.Tensor]:
@@ -214,13 +216,19 @@ def copy_classes(distance: torch.Tensor, material: Material) -> dict[str, torch.
 
 
 def loss_after_context(model: PreTrainedModel, material: Material, name: str) -> dict:
-    """For every kind of context and number of its tokens, the mean loss of the same tokens in each text."""
+    """For every kind of context and number of its tokens, the mean loss of the same tokens in each text (`contexts`);
+    and the losses of these tokens after the shortest and the longest true context (`token_losses`)."""
     result: dict = {kind: {} for kind in CONTEXTS}
+    of_tokens: dict[int, torch.Tensor] = {}
     cells = [(kind, prefix) for kind in CONTEXTS for prefix in material.prefixes]
     for kind, prefix in tqdm(cells, desc=f"{name}: contexts"):
         texts = [material.with_context(kind, index, prefix) for index in range(len(material.texts))]
-        result[kind][prefix] = [token_losses(model, ids, prefix)[0].mean().item() for ids in texts]
-    return result
+        losses = torch.stack([token_losses(model, ids, prefix)[0] for ids in texts])
+        result[kind][prefix] = losses.mean(1).tolist()
+        if kind == "true":
+            of_tokens[prefix] = losses
+    ends = {"short": material.prefixes[0], "long": material.prefixes[-1]}
+    return {"contexts": result, "token_losses": {which: pack(of_tokens[prefix]) for which, prefix in ends.items()}}
 
 
 def find_needles(model: PreTrainedModel, material: Material, length: int, name: str) -> dict:
@@ -236,6 +244,25 @@ def find_needles(model: PreTrainedModel, material: Material, length: int, name: 
         result["distance"].append((answers[:, 0] - said).tolist())
         result["found"].append(is_top[answers - start].all(1).int().tolist())
         result["log_probability"].append((-losses[answers - start].sum(1)).tolist())
+    return result
+
+
+def answer_ruler(model: PreTrainedModel, material: Material, length: int, name: str) -> dict:
+    """Of every task of RULER, and each of its texts: the share of right answers, the mean log-probability of an
+    answer, and the share that one who draws from the candidates would have."""
+    args, result = material.args, {}
+    texts = material.texts[:, -length:]
+    for task in tqdm(TASKS, desc=f"{name}: RULER in {length}"):
+        of_task: dict = {"right": [], "log_probability": [], "chance": []}
+        for ids, answers, chance in make_tasks(task, material.tokenizer, length, texts, args.ruler_texts, args.seed):
+            start = int(answers[0][0])
+            losses, is_top = token_losses(model, material.start(ids), start)
+            of_task["right"].append(sum(bool(is_top[answer - start].all()) for answer in answers) / len(answers))
+            of_task["log_probability"].append(
+                -sum(losses[answer - start].sum().item() for answer in answers) / len(answers)
+            )
+            of_task["chance"].append(chance)
+        result[task] = of_task
     return result
 
 
@@ -308,8 +335,9 @@ def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
 def measure_arm(arm: str, args: Arguments, material: Material, results: Results) -> None:
     """Measure what is not in `results` yet, and save it there piece by piece."""
     done = results.get(arm, {})
-    pieces = {"losses": loss_of_texts, "contexts": loss_after_context}
-    names = [*pieces, *(f"needles-{length}" for length in args.lengths)]
+    of_texts = {"losses": loss_of_texts, "contexts": loss_after_context}
+    of_lengths = {"needles": find_needles} | ({"ruler": answer_ruler} if args.ruler_texts else {})
+    names = [*of_texts, *(f"{kind}-{length}" for kind in of_lengths for length in args.lengths)]
     if "missing" in done or all(name in done for name in names):
         print(f"{arm} is measured already.")
         return
@@ -319,207 +347,19 @@ def measure_arm(arm: str, args: Arguments, material: Material, results: Results)
         print(f"{arm} is left out: {reason}")
         results.save(**{arm: {"missing": str(reason)}})
         return
-    kind = torch.device(args.device).type
-    if kind == "cuda":
+    device = torch.device(args.device).type
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    done |= {"vocabulary": model.config.get_text_config().vocab_size} | about | environment(kind)
+    done |= {"vocabulary": model.config.get_text_config().vocab_size} | about | environment(device)
     for name in names:
         if name not in done:
-            if name in pieces:
-                done[name] = pieces[name](model, material, arm)
+            kind, _, length = name.partition("-")
+            if kind in of_lengths:
+                done[name] = of_lengths[kind](model, material, int(length), arm)
             else:
-                done[name] = find_needles(model, material, int(name.partition("-")[2]), arm)
-            done["peak_gibibytes"] = max(done.get("peak_gibibytes", 0), peak_gibibytes(kind))
+                done |= of_texts[name](model, material, arm)
+            done["peak_gibibytes"] = max(done.get("peak_gibibytes", 0), peak_gibibytes(device))
             results.save(**{arm: done})
-
-
-# The report
-
-
-def mean_and_error(values: list) -> tuple[float, float]:
-    """Mean and its standard error, without the texts that have None; NaN where there are too few."""
-    known = torch.tensor([x for x in values if x is not None], dtype=torch.float64)
-    if not len(known):
-        return math.nan, math.nan
-    return known.mean().item(), (known.std() / len(known) ** 0.5).item() if len(known) > 1 else math.nan
-
-
-def said(values: list, form: str = "{:.3f}") -> str:
-    """Mean and standard error in words."""
-    mean, error = mean_and_error(values)
-    if math.isnan(mean):
-        return "–"
-    return form.format(mean) + ("" if math.isnan(error) else " ± " + form.format(error))
-
-
-def signed(values: list) -> str:
-    """The same of differences, with a sign."""
-    return said(values, "{:+.3f}").replace("± +", "± ")
-
-
-def by_depth(needles: dict, what: str) -> list[list[float]]:
-    """For each tenth of the text, from its start on, the mean of `what` in every text that has numbers there."""
-    cells: list[list[float]] = [[] for _ in range(DEPTHS)]
-    for depths, values in zip(needles["depth"], needles[what], strict=True):
-        places = (torch.tensor(depths) * DEPTHS).long().clamp(max=DEPTHS - 1)
-        of_text = torch.tensor(values, dtype=torch.float64)
-        for cell in range(DEPTHS):
-            if (places == cell).any():
-                cells[cell].append(of_text[places == cell].mean().item())
-    return cells
-
-
-def share_in_window(needles: dict, window: int | None) -> float:
-    """The share of the numbers that a question sees directly in a dense window (None: all)."""
-    distances = torch.tensor(needles["distance"])
-    return 1.0 if window is None else (distances < window).double().mean().item()
-
-
-def table(head: list, rows: list[list]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def write_report(args: Arguments, results: Results, folder: Path) -> None:
-    arms = {arm: results[arm] for arm in ARMS if arm in results and "missing" not in results[arm]}
-    first = arms["model"]
-    parts = [f"# {args.model} in long texts", ""]
-    parts += [f"- `{arm}`: {words}" for arm, words in ARMS.items() if arm in arms]
-    parts += [f"- `{x}` is left out: {results[x]['missing']}" for x in ARMS if "missing" in results.get(x, {})]
-    chance = math.log(first["vocabulary"])
-    parts += [
-        f"- chance: a loss of {chance:.2f} nats; a number is guessed with probability 1.1e-07, or log-probability "
-        f"{-math.log(9e6):.1f}, by who knows its form",
-        "",
-        f"{args.texts} texts of {args.lengths[-1]} tokens, {args.needle_texts} texts with 40 numbers at each length, "
-        f"seed {args.seed}. ± is one standard error over texts. Losses in nats per token. "
-        f"{first['hardware']}, torch {first['torch']}, transformers {first['transformers']}, longnet-hf "
-        f"{first['longnet_hf']}."
-        + (" Rotary positions are stretched to the longest length with YaRN, at all lengths." * first["stretched"]),
-        "",
-    ]
-
-    def cost(result: dict) -> list:
-        pairs, window = result["pairs"], result["dense_window"]
-        speed, memory = result["losses"]["tokens_per_second"], result["peak_gibibytes"]
-        return [
-            "its own" if pairs is None else f"{pairs:.0f}",
-            "all" if window is None else window,
-            speed,
-            f"{memory:.2f}",
-        ]
-
-    head = ["arm", "pairs per token", "dense window", "tokens/s", "peak memory (GiB)"]
-    parts += ["## Cost", "", table(head, [[arm, *cost(result)] for arm, result in arms.items()]), ""]
-    if not args.device.startswith("cuda"):
-        parts += ["Memory is the most that the process has had until then, earlier arms included.", ""]
-
-    def compare(title: str, column: str, of: dict[str, dict], picture: str) -> None:
-        rows = [[key, *(said(of[arm][key]) for arm in arms)] for key in of["model"]]
-        parts.extend([f"## {title}", "", table([column, *arms], rows), "", f"![{title}]({picture})", ""])
-
-    position = {arm: result["losses"]["position"] for arm, result in arms.items()}
-    compare("Loss by position", "positions", position, "loss_by_position.png")
-    for context in COPY_CONTEXTS:
-        copies = {arm: result["losses"]["copies"][str(context)] for arm, result in arms.items()}
-        compare(f"Loss of copies behind {context} tokens", "last seen", copies, f"copies_{context}.png")
-        bars(copies, folder / f"copies_{context}.png")
-
-    rows = []
-    for prefix in first["contexts"]["true"]:
-        for arm, result in arms.items():
-            of = {kind: result["contexts"][kind][prefix] for kind in CONTEXTS}
-            use = [foreign - true for foreign, true in zip(of["foreign"], of["true"], strict=True)]
-            rows.append(
-                [prefix, arm, *(said(of[kind]) for kind in CONTEXTS), said(use, "{:+.3f}").replace("± +", "± ")]
-            )
-    parts += [
-        f"## Loss of the same {args.target_tokens} tokens after more context",
-        "",
-        table(["context", "arm", *CONTEXTS, "use: foreign - true"], rows),
-        "",
-        "![Loss after context](context.png)",
-        "",
-        "## Numbers found",
-        "",
-    ]
-    rows = []
-    for length in args.lengths:
-        for arm, result in arms.items():
-            needles = result[f"needles-{length}"]
-            inside = share_in_window(needles, result["dense_window"])
-            found, bits = (
-                [sum(of_text) / len(of_text) for of_text in needles[x]] for x in ("found", "log_probability")
-            )
-            depths = [said(cell, "{:.0%}") for cell in by_depth(needles, "found")]
-            rows.append([length, arm, said(found, "{:.1%}"), said(bits, "{:.1f}"), f"{inside:.0%}", *depths])
-    depths = [f"depth {i / DEPTHS:.0%}" for i in range(DEPTHS)]
-    head = ["length", "arm", "found", "log-probability", "in the dense window", *depths]
-    parts += [table(head, rows), "", "![Numbers found](needles.png)", ""]
-    (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
-    lines(position, folder / "loss_by_position.png")
-    context_picture(arms, folder / "context.png")
-    needle_map(arms, args.lengths, folder / "needles.png")
-
-
-# Pictures
-
-
-def errorbar(axes, x, cells: list[list], label: str, **style) -> None:
-    means, errors = zip(*map(mean_and_error, cells), strict=True)
-    axes.errorbar(x, means, [0 if math.isnan(error) else error for error in errors], label=label, capsize=2, **style)
-
-
-def save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def lines(of_arms: dict[str, dict], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for arm, of in of_arms.items():
-        errorbar(axes, [int(key.partition("-")[0]) for key in of], list(of.values()), arm)
-    axes.set(xscale="log", xlabel="position (from)", ylabel="loss (nats)", title="loss by position")
-    axes.legend()
-    save(figure, path)
-
-
-def bars(of_arms: dict[str, dict], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, (arm, of) in enumerate(of_arms.items()):
-        means, errors = zip(*map(mean_and_error, of.values()), strict=True)
-        x = [place + i / (len(of_arms) + 1) for place in range(len(of))]
-        axes.bar(x, means, 1 / (len(of_arms) + 1), yerr=errors, label=arm)
-    axes.set_xticks(range(len(of)), list(of), rotation=20)
-    axes.set(ylabel="loss (nats)", title="loss of copies, by how far back they were seen")
-    axes.legend()
-    save(figure, path)
-
-
-def context_picture(arms: dict[str, dict], path: Path) -> None:
-    figure, panels = plt.subplots(1, len(arms), figsize=(5 * len(arms), 4), sharey=True, layout="constrained")
-    for axes, (arm, result) in zip([panels] if len(arms) == 1 else panels, arms.items(), strict=True):
-        for kind, of in result["contexts"].items():
-            errorbar(axes, list(map(int, of)), list(of.values()), kind)
-        axes.set(xscale="log", xlabel="tokens of context", ylabel="loss (nats)", title=arm)
-        axes.legend()
-    save(figure, path)
-
-
-def needle_map(arms: dict[str, dict], lengths: list[int], path: Path) -> None:
-    """Depth by length, each arm a panel. Below the line a number is in the dense window of its question."""
-    figure, panels = plt.subplots(1, len(arms), figsize=(5 * len(arms), 4), layout="constrained")
-    for axes, (arm, result) in zip([panels] if len(arms) == 1 else panels, arms.items(), strict=True):
-        cells = [[mean_and_error(x)[0] for x in by_depth(result[f"needles-{n}"], "found")] for n in lengths]
-        image = axes.imshow(list(zip(*cells, strict=True)), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        if result["dense_window"] is not None:
-            outside = [1 - share_in_window(result[f"needles-{n}"], result["dense_window"]) for n in lengths]
-            axes.step(range(len(lengths)), [DEPTHS * x - 0.5 for x in outside], "r", where="mid")
-        axes.set_xticks(range(len(lengths)), lengths)
-        axes.set_yticks(range(DEPTHS), [f"{i / DEPTHS:.0%}" for i in range(DEPTHS)])
-        axes.set(xlabel="length", ylabel="depth", title=arm)
-    figure.colorbar(image, ax=panels, label="numbers found")
-    save(figure, path)
 
 
 def main():
@@ -534,7 +374,7 @@ def main():
     results.save(settings=settings)
     for arm in sorted(args.arms, key=list(ARMS).index):
         measure_arm(arm, args, material, results)
-    write_report(args, Results(folder / "report.json"), folder)  # read again: JSON makes text of the keys
+    write_report(args, ARMS, Results(folder / "report.json"), folder)  # read again: JSON makes text of the keys
     print(f"Written to {folder / 'report.md'}")
 
 

@@ -4,12 +4,14 @@ Any causal language model of Transformers will do. The report (evaluate.py) and 
 (benchmarks/pretrained_heads.py, benchmarks/selected_blocks.py) share it.
 """
 
+import base64
 import glob
 import inspect
 import math
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -107,6 +109,37 @@ def copy_distance(ids: torch.Tensor, context: int = 3) -> torch.Tensor:
         distances[t] = t - last.get(key, t)
         last[key] = t
     return distances
+
+
+def pack(losses: torch.Tensor) -> list[str]:
+    """Losses `[T, N]` as JSON can hold them without a line for each: half precision, in base64, a row each."""
+    return [base64.b64encode(row.half().numpy().astype("<f2").tobytes()).decode() for row in losses]
+
+
+def unpack(rows: list[str]) -> torch.Tensor:
+    """What [`pack`] packed."""
+    return torch.stack([torch.from_numpy(np.frombuffer(base64.b64decode(row), "<f2").astype("f8")) for row in rows])
+
+
+def key_tokens(short: torch.Tensor, long: torch.Tensor) -> torch.Tensor:
+    """Which tokens need a long context: LongPPL's (arXiv 2410.23771, with its alpha = 2 and beta = -2).
+
+    Args:
+        short, long: their losses in nats after a short and after a long context, under one evaluator.
+    """
+    return (short - long > 2) & (long < 2)
+
+
+def long_perplexity(losses: torch.Tensor, keys: torch.Tensor) -> tuple[float, float]:
+    """exp of the mean loss of the `keys` among tokens `[T, N]`, and its standard error over the texts that have some
+    (of a ratio of sums); NaN where it cannot be known."""
+    counts, sums = keys.sum(1).double(), (losses.double() * keys).sum(1)
+    total, texts = counts.sum(), int((counts > 0).sum())
+    if not texts:
+        return math.nan, math.nan
+    mean = sums.sum() / total
+    rest = ((sums - mean * counts) ** 2).sum() * texts / (texts - 1) if texts > 1 else math.nan
+    return mean.exp().item(), float(mean.exp() * rest**0.5 / total)
 
 
 def make_needles(texts: torch.Tensor, tokenizer, number: int, seed: int) -> list[NeedleText]:

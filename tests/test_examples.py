@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -273,7 +274,8 @@ class CopyingOracle(PreTrainedModel):
 @pytest.fixture
 def evaluation(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
-    return SimpleNamespace(report=importlib.import_module("evaluate"), of=importlib.import_module("measurements"))
+    modules = dict(report="evaluate", of="measurements", written="report", ruler="ruler")
+    return SimpleNamespace(**{name: importlib.import_module(module) for name, module in modules.items()})
 
 
 def small_material(evaluation, tiny_llama, **changes):
@@ -291,7 +293,7 @@ def test_an_oracle_finds_all_numbers_and_one_with_a_window_those_in_it_alone(eva
     seeing = evaluation.report.find_needles(CopyingOracle(config), material, 6000, "oracle")
     assert torch.tensor(seeing["found"]).shape == (2, 40) and torch.tensor(seeing["found"]).all()
     assert max(map(max, seeing["log_probability"])) <= 0 and min(map(min, seeing["log_probability"])) > -1e-3
-    depths = evaluation.report.by_depth(seeing, "found")
+    depths = evaluation.written.by_depth(seeing, "found")
     assert len(depths) == 10 and all(cell and set(cell) == {1.0} for cell in depths)
 
     window = 3500
@@ -301,9 +303,151 @@ def test_an_oracle_finds_all_numbers_and_one_with_a_window_those_in_it_alone(eva
     assert 0 < found.double().mean() < 1
     chance = -len(str(10**6)) * math.log(300)  # knows nothing: all tokens alike
     assert torch.tensor(blind["log_probability"])[~found].amax() < chance / 3
-    share = evaluation.report.share_in_window(blind, window)
+    share = evaluation.written.share_in_window(blind, window)
     assert share == pytest.approx(found.double().mean().item(), abs=0.05)
-    assert evaluation.report.share_in_window(blind, None) == 1
+    assert evaluation.written.share_in_window(blind, None) == 1
+
+
+def solve_ruler(text):
+    """The end of the text of a task, solved from what is seen of it, by rules of its own."""
+    question = text[text.rfind("\n", 0, -1) :]
+    seen = text.removesuffix(question)
+    listed = "{}, {}, {}, and {}"
+    if "special magic" in question:
+        (keys,) = re.findall(r"special magic numbers? for (.*?) mentioned in the provided text\?", question)
+        said = re.findall(r"One of the special magic numbers for (\S+) is: (\d{7})\.", seen)
+        found = [value for key in re.findall(r"\w+-\w+", keys) for name, value in said if name == key]
+        found += ["0000000"] * 4
+        return " " + (listed.format(*found) if "numbers" in question else found[0])
+    if "chain(s)" in question:
+        (value,) = re.findall(r"assigned the value (\d+) in", question)
+        names = {value: "?????"} | {to: name for name, to in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", seen)}
+        chain = [value]
+        for _ in range(5):
+            chain.append(names.get(chain[-1], "?????"))
+        return " " + " ".join(chain[1:])
+    if "top 10" in question:
+        words = re.findall(r"\d+\. (\S+)", seen[seen.rfind("most often.\n") :])
+        counts = Counter(words).most_common(10)  # of equal ones, the first in the list
+        most = [word for word in dict.fromkeys(words) if word in dict(counts)]
+        return "".join(f" {i}. {word}" for i, word in enumerate(most, 1))
+    words = Counter(re.findall(r"\b[a-z]{6}\b", seen[seen.rfind("frequently appeared coded words. ") + 33 :]))
+    return " {}, {}, and {}".format(*(word for word, _ in (words + Counter(["?"] * 3)).most_common(3)))
+
+
+class SolvingOracle(PreTrainedModel):
+    """Goes on behind a question of RULER as its text says, of which it sees the last `window` characters."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config, tokenizer, start, window=None):
+        super().__init__(config)
+        self.tokenizer, self.start, self.window = tokenizer, start, window
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def get_output_embeddings(self):
+        return None
+
+    def forward(self, input_ids, use_cache=None):
+        before = input_ids[0, : self.start]
+        solved = solve_ruler(self.tokenizer.decode(before if self.window is None else before[-self.window :]))
+        ids = torch.tensor(self.tokenizer(solved)["input_ids"])
+        logits = torch.zeros(1, input_ids.shape[1], self.config.vocab_size)
+        for t, token in zip(range(self.start - 1, input_ids.shape[1]), ids, strict=False):
+            logits[0, t, token] = 30.0
+        return CausalLMOutput(logits=logits)
+
+
+def test_tasks_of_ruler_are_solved_from_their_texts_and_not_from_what_is_out_of_sight(evaluation, tiny_llama):
+    material = small_material(evaluation, tiny_llama)
+    tokenizer, window = material.tokenizer, 1600
+    blind_to = 0
+    for name in evaluation.ruler.TASKS:
+        for ids, answers, chance in evaluation.ruler.make_tasks(name, tokenizer, 6000, material.texts, 4, seed=0):
+            text, start = tokenizer.decode(ids), int(answers[0][0])
+            if name == "common_words":
+                start -= len(" 1.")
+            assert 5900 < len(ids) <= 6000 and int(answers[-1][-1]) == len(ids) - 1 and 0 < chance < 0.3
+            assert len(answers) == {"multi_key": 1, "variable_tracking": 5, "common_words": 10}.get(name, len(answers))
+            for sight in (None, window):
+                model = SolvingOracle(LlamaConfig(vocab_size=300), tokenizer, start, sight)
+                _, is_top = evaluation.of.token_losses(model, ids, start)
+                right = [bool(is_top[answer - start].all()) for answer in answers]
+                if sight is None:
+                    assert all(right), name
+                elif "words" not in name:  # of words that are counted, a part of the list says nearly the same
+                    said = [text.find(tokenizer.decode(ids[answer]).strip()) for answer in answers]
+                    if name == "variable_tracking":  # a chain is lost with its beginning
+                        said = [text.rfind(" = " + re.search(r"value (\d+) in", text[5000:])[1], 0, start - 300)] * 5
+                    for is_right, place in zip(right, said, strict=True):
+                        assert place > start - window or not is_right, name
+                        blind_to += not is_right
+    assert blind_to > 20
+
+
+def test_a_report_asks_the_tasks_of_ruler(evaluation, tiny_llama, monkeypatch):
+    """As the model is asked, and with the first token that it expects."""
+    material = small_material(evaluation, tiny_llama, ruler_texts=3)
+    material.first_token = 299
+    made = {name: evaluation.ruler.make_tasks(name, material.tokenizer, 4000, material.texts[:, -4000:], 3, seed=0)
+            for name in evaluation.ruler.TASKS}  # fmt: skip
+    order = iter([task for tasks in made.values() for task in tasks])
+
+    def all_but_the_last_answer(model, ids, start):
+        task = next(order)
+        assert ids[0] == 299 and ids[1:].equal(task.ids[1:]) and start == task.answers[0][0]
+        is_top = torch.ones(len(ids) - start, dtype=torch.bool)
+        is_top[-1] = False
+        return torch.full((len(ids) - start,), 2.0), is_top
+
+    monkeypatch.setattr(evaluation.report, "token_losses", all_but_the_last_answer)
+    result = evaluation.report.answer_ruler(None, material, 4000, "oracle")
+    shares = dict(multi_key=0, multi_value=3 / 4, multi_query=3 / 4, variable_tracking=4 / 5, common_words=9 / 10)
+    for name, share in (shares | dict(frequent_words=2 / 3)).items():
+        assert result[name]["right"] == pytest.approx([share] * 3)
+    assert result["multi_key"]["log_probability"] == [-2.0 * len(" 1234567")] * 3
+    written = evaluation.written.ruler_of({"model": {"pairs": None, "ruler-4000": result}}, [4000])
+    assert "| multi_value | 4000 | 75.0% ± 0.0% | 25.0% |" in "\n".join(written)
+
+
+def test_tasks_of_ruler_that_do_not_fit_are_refused(evaluation, tiny_llama):
+    material = small_material(evaluation, tiny_llama)
+    for name in evaluation.ruler.TASKS:
+        with pytest.raises(ValueError, match="must be longer for RULER's .*, got 300 tokens"):
+            evaluation.ruler.make_tasks(name, material.tokenizer, 300, material.texts, 1, seed=0)
+    with pytest.raises(ValueError, match="`name` must be one of .*multi_key.*, got 'qa'"):
+        evaluation.ruler.make_tasks("qa", material.tokenizer, 6000, material.texts, 1, seed=0)
+    numbers = torch.tensor([material.tokenizer("0123456789" * 600)["input_ids"]])  # no words: they are made up
+    for name in evaluation.ruler.TASKS:
+        (task,) = evaluation.ruler.make_tasks(name, material.tokenizer, 6000, numbers, 1, seed=0)
+        assert len(task.ids) > 5900
+
+
+def test_perplexity_of_tokens_that_need_a_long_context(evaluation):
+    short = torch.tensor([[5.0, 5.0, 1.0, 9.0], [4.0, 0.5, 4.5, 9.0], [1.0, 1.0, 1.0, 1.0]])
+    long = torch.tensor([[1.0, 3.5, 0.1, 1.9], [0.5, 0.2, 2.0, 0.5], [0.5, 0.5, 0.5, 0.5]])
+    keys = evaluation.of.key_tokens(short, long)
+    assert keys.tolist() == [[True, False, False, True], [True, False, False, True], [False] * 4]
+    arms = {
+        name: {"pairs": pairs, "contexts": {"true": {"2": [], "8": []}}, "token_losses": {
+            which: evaluation.of.pack(losses) for which, losses in of.items()}}
+        for name, pairs, of in (
+            ("model", 9.0, dict(short=long, long=long + 1)), ("full", 9.0, dict(short=short, long=long)),
+        )
+    }  # fmt: skip
+    torch.testing.assert_close(evaluation.of.unpack(arms["full"]["token_losses"]["short"]), short.double())
+    # ratio of sums: (2.9 + 1.0) / 4, from the two texts that have key tokens
+    mean = math.exp(3.9 / 4)
+    error = mean * math.sqrt(((2.9 - 1.95) ** 2 + (1.0 - 1.95) ** 2) * 2) / 4
+    assert evaluation.of.long_perplexity(long, keys) == pytest.approx((mean, error))
+    assert evaluation.of.long_perplexity(long[:1], keys[:1])[0] == pytest.approx(math.exp(1.45))
+    assert all(map(math.isnan, evaluation.of.long_perplexity(long[2:], keys[2:])))
+    said = "\n".join(evaluation.written.long_perplexity_of(arms))  # both by the key tokens of `full`
+    assert "4 key tokens of 12" in said and "under `full`" in said
+    assert f"| full | {mean:.3f} ± {error:.2f}" in said and f"| model | {mean * math.e:.3f} ±" in said
+    assert "Left out" in "\n".join(evaluation.written.long_perplexity_of({"model": arms["model"]}))
+    arms["model"]["pairs"] = None
+    assert "under `model`" in "\n".join(evaluation.written.long_perplexity_of({"model": arms["model"]}))
 
 
 def test_losses_of_tokens_are_those_of_the_models_own_logits(evaluation):
@@ -390,7 +534,7 @@ def test_baselines_have_full_attention_and_a_window_of_equal_pairs(evaluation, t
 def test_a_report_is_written_and_goes_on_where_it_was_stopped(tiny_llama, tmp_path):
     common = (
         *("--model", tiny_llama, "--data", ROOT / "longnet_hf", ROOT / "docs", "--lengths", 3600, 4096),
-        *("--texts", 2, "--needle_texts", 2, "--device", "cpu", "--output_dir", "run"),
+        *("--texts", 2, "--needle_texts", 2, "--ruler_texts", 2, "--device", "cpu", "--output_dir", "run"),
     )
     done = run("evaluate.py", *common, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -403,6 +547,10 @@ def test_a_report_is_written_and_goes_on_where_it_was_stopped(tiny_llama, tmp_pa
     assert f"a loss of {math.log(300):.2f} nats" in report and "nan" not in report
     pictures = [name.partition(")")[0] for name in report.split("](")[1:]]
     assert len(pictures) == 5
+    assert "| frequent_words | 4096 |" in report and "key tokens of 4096" in report
+    assert set(plain["model"]["ruler-3600"]["multi_key"]["chance"]) == {0.25}
+    losses = plain["model"]["token_losses"]["long"]
+    assert [len(json.dumps(losses)) < 12_000, len(losses)] == [True, 2]
     assert all((tmp_path / "run" / picture).stat().st_size > 5_000 for picture in pictures)
 
     file = tmp_path / "run" / "report.json"
@@ -424,6 +572,7 @@ def test_what_a_report_cannot_be_made_of_is_refused(evaluation, tiny_llama, tmp_
         (dict(arms=["full"]), "`--arms` must be `model` and others"),
         (dict(arms=["model", "dense"]), "'dense'"),
         (dict(texts=1), "`--texts` must be at least 2, got 1"),
+        (dict(ruler_texts=-1), "`--ruler_texts` must be at least 0, got -1"),
         (dict(target_tokens=4000), "at most half of the longest of `--lengths`, 6000, got 4000"),
         (dict(texts=500), "fills [0-9]+ texts of 6000 tokens, and 500 are needed"),
         (dict(data=[str(tmp_path / "one.txt")]), "`--data` must have more documents"),

@@ -1,0 +1,263 @@
+"""The report of evaluate.py: its tables in Markdown, and its pictures."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+import torch
+from measurements import key_tokens, long_perplexity, unpack
+from record import Results
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+DEPTHS = 10
+
+
+def mean_and_error(values: list) -> tuple[float, float]:
+    """Mean and its standard error, without the texts that have None; NaN where there are too few."""
+    known = torch.tensor([x for x in values if x is not None], dtype=torch.float64)
+    if not len(known):
+        return math.nan, math.nan
+    return known.mean().item(), (known.std() / len(known) ** 0.5).item() if len(known) > 1 else math.nan
+
+
+def said(values: list, form: str = "{:.3f}") -> str:
+    """Mean and standard error in words."""
+    mean, error = mean_and_error(values)
+    if math.isnan(mean):
+        return "–"
+    return form.format(mean) + ("" if math.isnan(error) else " ± " + form.format(error))
+
+
+def signed(values: list) -> str:
+    """The same of differences, with a sign."""
+    return said(values, "{:+.3f}").replace("± +", "± ")
+
+
+def by_depth(needles: dict, what: str) -> list[list[float]]:
+    """For each tenth of the text, from its start on, the mean of `what` in every text that has numbers there."""
+    cells: list[list[float]] = [[] for _ in range(DEPTHS)]
+    for depths, values in zip(needles["depth"], needles[what], strict=True):
+        places = (torch.tensor(depths) * DEPTHS).long().clamp(max=DEPTHS - 1)
+        of_text = torch.tensor(values, dtype=torch.float64)
+        for cell in range(DEPTHS):
+            if (places == cell).any():
+                cells[cell].append(of_text[places == cell].mean().item())
+    return cells
+
+
+def share_in_window(needles: dict, window: int | None) -> float:
+    """The share of the numbers that a question sees directly in a dense window (None: all)."""
+    distances = torch.tensor(needles["distance"])
+    return 1.0 if window is None else (distances < window).double().mean().item()
+
+
+def table(head: list, rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def write_report(args, words: dict[str, str], results: Results, folder: Path) -> None:
+    """Write report.md and its pictures.
+
+    Args:
+        args: the arguments of evaluate.py.
+        words: of every arm what it is, in the order of the tables.
+        results: what report.json holds, read from there: JSON makes text of the keys.
+        folder: where to.
+    """
+    arms = {arm: results[arm] for arm in words if arm in results and "missing" not in results[arm]}
+    first = arms["model"]
+    parts = [f"# {args.model} in long texts", ""]
+    parts += [f"- `{arm}`: {what}" for arm, what in words.items() if arm in arms]
+    parts += [f"- `{x}` is left out: {results[x]['missing']}" for x in words if "missing" in results.get(x, {})]
+    chance = math.log(first["vocabulary"])
+    parts += [
+        f"- chance: a loss of {chance:.2f} nats; a number is guessed with probability 1.1e-07, or log-probability "
+        f"{-math.log(9e6):.1f}, by who knows its form",
+        "",
+        f"{args.texts} texts of {args.lengths[-1]} tokens, {args.needle_texts} texts with 40 numbers at each length, "
+        f"seed {args.seed}. ± is one standard error over texts. Losses in nats per token. "
+        f"{first['hardware']}, torch {first['torch']}, transformers {first['transformers']}, longnet-hf "
+        f"{first['longnet_hf']}."
+        + (" Rotary positions are stretched to the longest length with YaRN, at all lengths." * first["stretched"]),
+        "",
+    ]
+
+    def cost(result: dict) -> list:
+        pairs, window = result["pairs"], result["dense_window"]
+        speed, memory = result["losses"]["tokens_per_second"], result["peak_gibibytes"]
+        return [
+            "its own" if pairs is None else f"{pairs:.0f}",
+            "all" if window is None else window,
+            speed,
+            f"{memory:.2f}",
+        ]
+
+    head = ["arm", "pairs per token", "dense window", "tokens/s", "peak memory (GiB)"]
+    parts += ["## Cost", "", table(head, [[arm, *cost(result)] for arm, result in arms.items()]), ""]
+    if not args.device.startswith("cuda"):
+        parts += ["Memory is the most that the process has had until then, earlier arms included.", ""]
+
+    def compare(title: str, column: str, of: dict[str, dict], picture: str) -> None:
+        rows = [[key, *(said(of[arm][key]) for arm in arms)] for key in of["model"]]
+        parts.extend([f"## {title}", "", table([column, *arms], rows), "", f"![{title}]({picture})", ""])
+
+    position = {arm: result["losses"]["position"] for arm, result in arms.items()}
+    compare("Loss by position", "positions", position, "loss_by_position.png")
+    for context in first["losses"]["copies"]:
+        copies = {arm: result["losses"]["copies"][context] for arm, result in arms.items()}
+        compare(f"Loss of copies behind {context} tokens", "last seen", copies, f"copies_{context}.png")
+        bars(copies, folder / f"copies_{context}.png")
+
+    rows, kinds = [], list(first["contexts"])
+    for prefix in first["contexts"]["true"]:
+        for arm, result in arms.items():
+            of = {kind: result["contexts"][kind][prefix] for kind in kinds}
+            use = [foreign - true for foreign, true in zip(of["foreign"], of["true"], strict=True)]
+            rows.append([prefix, arm, *map(said, of.values()), signed(use)])
+    parts += [
+        f"## Loss of the same {args.target_tokens} tokens after more context",
+        "",
+        table(["context", "arm", *kinds, "use: foreign - true"], rows),
+        "",
+        "![Loss after context](context.png)",
+        "",
+        *long_perplexity_of(arms),
+        "## Numbers found",
+        "",
+    ]
+    rows = []
+    for length in args.lengths:
+        for arm, result in arms.items():
+            needles = result[f"needles-{length}"]
+            inside = share_in_window(needles, result["dense_window"])
+            found, bits = (
+                [sum(of_text) / len(of_text) for of_text in needles[x]] for x in ("found", "log_probability")
+            )
+            depths = [said(cell, "{:.0%}") for cell in by_depth(needles, "found")]
+            rows.append([length, arm, said(found, "{:.1%}"), said(bits, "{:.1f}"), f"{inside:.0%}", *depths])
+    depths = [f"depth {i / DEPTHS:.0%}" for i in range(DEPTHS)]
+    head = ["length", "arm", "found", "log-probability", "in the dense window", *depths]
+    parts += [table(head, rows), "", "![Numbers found](needles.png)", ""]
+    parts += ruler_of(arms, args.lengths) if args.ruler_texts else []
+    (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    lines(position, folder / "loss_by_position.png")
+    context_picture(arms, folder / "context.png")
+    needle_map(arms, args.lengths, folder / "needles.png")
+
+
+def evaluator_of(arms: dict[str, dict]) -> str | None:
+    """The arm that chooses the key tokens for all: the one with full attention, or the model's own where no pattern
+    has replaced it; None if there is neither."""
+    if "full" in arms:
+        return "full"
+    return "model" if arms["model"]["pairs"] is None else None
+
+
+def long_perplexity_of(arms: dict[str, dict]) -> list[str]:
+    parts = ["## LongPPL", ""]
+    evaluator = evaluator_of(arms)
+    if evaluator is None:
+        return [*parts, "Left out: an arm with full attention, which chooses the key tokens, is not in `--arms`.", ""]
+    prefixes = list(arms["model"]["contexts"]["true"])
+    short, long = (unpack(arms[evaluator]["token_losses"][which]) for which in ("short", "long"))
+    keys = key_tokens(short, long)
+    rows = []
+    for arm, result in arms.items():
+        losses = unpack(result["token_losses"]["long"])
+        numbers = []
+        for chosen in (keys, torch.ones_like(keys)):
+            mean, error = long_perplexity(losses, chosen)
+            numbers.append("–" if math.isnan(mean) else f"{mean:.3f}" + f" ± {error:.3f}" * (not math.isnan(error)))
+        rows.append([arm, *numbers])
+    return [
+        *parts,
+        f"The perplexity of {int(keys.sum())} key tokens of {keys.numel()}, after {prefixes[-1]} tokens of true "
+        f"context. A token is one (arXiv 2410.23771) if its log-probability under `{evaluator}` is above -2 there, "
+        f"and more than 2 above that after {prefixes[0]} tokens. So chosen, they favour `{evaluator}`.",
+        "",
+        table(["arm", "key tokens: LongPPL", "all tokens: perplexity"], rows),
+        "",
+    ]
+
+
+def ruler_of(arms: dict[str, dict], lengths: list[int]) -> list[str]:
+    rows = []
+    for task in arms["model"][f"ruler-{lengths[0]}"]:
+        for length in lengths:
+            of = {arm: result[f"ruler-{length}"][task] for arm, result in arms.items()}
+            chance = mean_and_error(of["model"]["chance"])[0]
+            rows.append([task, length, *(said(cells["right"], "{:.1%}") for cells in of.values()), f"{chance:.1%}"])
+    return [
+        "## RULER",
+        "",
+        "Answers whose tokens are all the likeliest, behind the right answers before them. Chance is to draw one of "
+        "the numbers, variables or words of the text.",
+        "",
+        table(["task", "length", *arms, "chance"], rows),
+        "",
+    ]
+
+
+# Pictures
+
+
+def errorbar(axes, x, cells: list[list], label: str, **style) -> None:
+    means, errors = zip(*map(mean_and_error, cells), strict=True)
+    axes.errorbar(x, means, [0 if math.isnan(error) else error for error in errors], label=label, capsize=2, **style)
+
+
+def save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def lines(of_arms: dict[str, dict], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for arm, of in of_arms.items():
+        errorbar(axes, [int(key.partition("-")[0]) for key in of], list(of.values()), arm)
+    axes.set(xscale="log", xlabel="position (from)", ylabel="loss (nats)", title="loss by position")
+    axes.legend()
+    save(figure, path)
+
+
+def bars(of_arms: dict[str, dict], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, (arm, of) in enumerate(of_arms.items()):
+        means, errors = zip(*map(mean_and_error, of.values()), strict=True)
+        x = [place + i / (len(of_arms) + 1) for place in range(len(of))]
+        axes.bar(x, means, 1 / (len(of_arms) + 1), yerr=errors, label=arm)
+    axes.set_xticks(range(len(of)), list(of), rotation=20)
+    axes.set(ylabel="loss (nats)", title="loss of copies, by how far back they were seen")
+    axes.legend()
+    save(figure, path)
+
+
+def context_picture(arms: dict[str, dict], path: Path) -> None:
+    figure, panels = plt.subplots(1, len(arms), figsize=(5 * len(arms), 4), sharey=True, layout="constrained")
+    for axes, (arm, result) in zip([panels] if len(arms) == 1 else panels, arms.items(), strict=True):
+        for kind, of in result["contexts"].items():
+            errorbar(axes, list(map(int, of)), list(of.values()), kind)
+        axes.set(xscale="log", xlabel="tokens of context", ylabel="loss (nats)", title=arm)
+        axes.legend()
+    save(figure, path)
+
+
+def needle_map(arms: dict[str, dict], lengths: list[int], path: Path) -> None:
+    """Depth by length, each arm a panel. Below the line a number is in the dense window of its question."""
+    figure, panels = plt.subplots(1, len(arms), figsize=(5 * len(arms), 4), layout="constrained")
+    for axes, (arm, result) in zip([panels] if len(arms) == 1 else panels, arms.items(), strict=True):
+        cells = [[mean_and_error(x)[0] for x in by_depth(result[f"needles-{n}"], "found")] for n in lengths]
+        image = axes.imshow(list(zip(*cells, strict=True)), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        if result["dense_window"] is not None:
+            outside = [1 - share_in_window(result[f"needles-{n}"], result["dense_window"]) for n in lengths]
+            axes.step(range(len(lengths)), [DEPTHS * x - 0.5 for x in outside], "r", where="mid")
+        axes.set_xticks(range(len(lengths)), lengths)
+        axes.set_yticks(range(DEPTHS), [f"{i / DEPTHS:.0%}" for i in range(DEPTHS)])
+        axes.set(xlabel="length", ylabel="depth", title=arm)
+    figure.colorbar(image, ax=panels, label="numbers found")
+    save(figure, path)
