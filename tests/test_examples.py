@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from longnet_hf import LongNetForCausalLM, describe, set_dilated_attention
+from longnet_hf import LongNetConfig, LongNetForCausalLM, describe, set_dilated_attention
 
 
 pytest.importorskip("datasets"), pytest.importorskip("matplotlib")
@@ -581,6 +581,83 @@ def test_what_a_report_cannot_be_made_of_is_refused(evaluation, tiny_llama, tmp_
     for changes, words in wrong:
         with pytest.raises(ValueError, match=words):
             small_material(evaluation, tiny_llama, **changes)
+
+
+def test_maps_of_attention_show_that_of_the_dense_formula(evaluation, tmp_path):
+    maps = importlib.import_module("attention_map")
+    shape = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    pattern = dict(segment_lengths=[16, 64], dilation_rates=[1, 2], segment_shift=True)
+    longnet = LongNetForCausalLM(LongNetConfig(**shape, **pattern, initializer_range=0.5)).eval()
+    longnet.save_pretrained(tmp_path / "longnet")
+    llama = LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.5)).eval()
+    llama.save_pretrained(tmp_path / "llama")
+    ids, rows = torch.randint(50, (100,), generator=torch.Generator().manual_seed(0)), [99, 40, 0]
+    for name, model in (("longnet", longnet), ("llama", llama)):
+        model.set_attn_implementation("eager")
+        expected = torch.stack(model(ids[None], output_attentions=True).attentions)[:, 0, :, rows]
+        weights = maps.attention_of_rows(maps.load_model(str(tmp_path / name), 100, "cpu"), ids, rows)
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
+        for i, row in enumerate(rows):
+            strips = weights[:, :, i].flatten(0, 1)
+            figure = maps.draw(strips, row, ["0.0", "0.1", "1.0", "1.1"], "a title")
+            position, distance = (torch.tensor(axes.images[0].get_array().data) for axes in figure.axes[:2])
+            torch.testing.assert_close(position, strips[:, : row + 1])  # of a short text every token has its column
+            bounds = sorted({0, *(b for b in (1, 2, 4, 8, 16, 32, 64) if b <= row), row + 1})
+            parts = [strips[:, row - b + 1 : row - a + 1].sum(1) for a, b in zip(bounds, bounds[1:], strict=False)]
+            torch.testing.assert_close(distance, torch.stack(parts, dim=1))
+
+
+def test_the_passage_that_is_attended_to_is_found(evaluation, tiny_llama):
+    """A head made by hand, whose "?" looks for "!", which stands in one place."""
+    maps = importlib.import_module("attention_map")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    text = "no <mark> here. " * 20 + "here it is: ! & nowhere else. " + "no mark here. " * 20 + "?"
+    ids, pieces = maps.pieces_of(text, tokenizer, None)
+    assert "".join(pieces) == text
+    config = LongNetConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        use_rope=False, use_sub_norm=False, scale_embedding=False, segment_lengths=[None], dilation_rates=[1],
+        branch_types=["window"], initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LongNetForCausalLM(config).eval()
+    question, answer = (int(ids[text.index(mark)]) for mark in "?!")
+    with torch.no_grad():
+        for projection in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].self_attn.k_proj):
+            projection.bias.zero_(), projection.weight.copy_(torch.eye(64))
+        asks, is_asked = F.layer_norm(model.model.embed_tokens.weight[[question, answer]], (64,)) / 8
+        model.model.layers[0].self_attn.q_proj.weight.copy_(torch.outer(is_asked, asks) * 4)
+    row = len(ids) - 1
+    weights = maps.attention_of_rows(model, ids, [row])[0, 0, 0]
+    (weight, passage), *others = maps.passages_of(weights)
+    assert weight > 0.9 and "it is: ! & no" in "".join(pieces[passage.start : passage.stop])
+    assert sum(of_other for of_other, _ in others) < 0.1 and all(x.stop - x.start == 16 for _, x in others)
+    page = maps.coloured(pieces, weights, row, "<title>")
+    assert "&lt;title&gt;" in page and page.count("<span") == len(ids) and "<mark>" not in page and ">&amp;<" in page
+    assert f'rgba(255,140,0,1.00)" title="token {text.index("!")}:' in page
+    assert maps.quoted("<b>\n*x*") == "&lt;b&gt;⏎&#42;x&#42;"
+
+
+def test_maps_of_attention_are_written_and_refused(evaluation, tiny_llama, tmp_path):
+    (tmp_path / "text.txt").write_text("Σ of a text.\n" * 9)
+    common = ("--model", tiny_llama, "--text", "text.txt", "--device", "cpu", "--output_dir", "run")
+    done = run("attention_map.py", *common, "--rows", -1, 20, "--layers", 1, -1, "--heads", 0, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"row_125.png", "row_20.png", "row_125.html", "row_20.html", "passages.md"}
+    assert "2 heads (of layers [1, 4])" in (tmp_path / "run" / "passages.md").read_text()
+    maps = importlib.import_module("attention_map")
+    for name, given in (("rows", [126]), ("layers", [-6]), ("heads", [])):
+        with pytest.raises(ValueError, match=f"`--{name}` must be indices from -5 to 4, got"):
+            maps.chosen(name, given, 5)
+    set_dilated_attention(
+        LlamaForCausalLM.from_pretrained(tiny_llama), segment_lengths=[16], dilation_rates=[1]
+    ).save_pretrained(tmp_path / "exchanged")
+    shape = dict(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    AutoModelForCausalLM.from_config(GemmaConfig(**shape)).save_pretrained(tmp_path / "gemma")
+    for name, words in (("exchanged", "of which maps cannot be had"), ("gemma", "from_llama` takes: .*gemma")):
+        with pytest.raises(ValueError, match=f"(?s)`--model` .*{words}"):
+            maps.load_model(str(tmp_path / name), 100, "cpu")
 
 
 def test_a_pretrained_model_is_converted_by_its_heads(tiny_llama, tmp_path):
