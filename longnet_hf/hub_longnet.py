@@ -1,14 +1,19 @@
 """What goes to the Hub with a LongNet: its code for every Auto class, and a model card (README.md)."""
 
 import functools
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from .pattern_report import DESCRIBED_LENGTH, describe_patterns
+from .pattern_report import DESCRIBED_LENGTH, PatternDescription, describe_patterns
+
+
+logger = logging.get_logger(__name__)
 
 
 # The class that every Auto class loads, all of modeling_longnet.py
@@ -68,7 +73,7 @@ model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 ```text
 {description}
 ```
-
+{picture}
 ## Citation
 
 ```bibtex
@@ -82,6 +87,9 @@ model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
 {end}
 """
+# Beside the card, where matplotlib is installed
+PICTURE = "pattern.png"
+_LINK = f"\n![Which queries attend to which keys, in all heads and in every head]({PICTURE})\n"
 # Around our part of a card, other parts of which Trainer writes
 _BEGIN, _END = "<!-- longnet: begin -->", "<!-- longnet: end -->"
 
@@ -123,10 +131,48 @@ class HubMixin:
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
-def model_card(config, auto_class: str, repo_id: str) -> str:
-    """The card's text, for a configuration, the Auto class of the model and the name or path that it is loaded by."""
+def model_card(config, auto_class: str, repo_id: str, has_picture: bool = False) -> str:
+    """The card's text, for a configuration, the Auto class of the model and the name or path that it is loaded by; and
+    whether there is a picture beside it."""
     metadata, title = _metadata(auto_class).to_yaml(), repo_id.split("/")[-1]
-    return _TEMPLATE.format(metadata=metadata, title=title, sections=_sections(config, auto_class, repo_id))
+    sections = _sections(config, auto_class, repo_id, has_picture)
+    return _TEMPLATE.format(metadata=metadata, title=title, sections=sections)
+
+
+def describe_config(config) -> PatternDescription:
+    """The description in the card: of sequences as long as what is seen, up to a limit."""
+    lengths = [length for length in config.segment_lengths if length is not None]
+    unbounded = len(lengths) < len(config.segment_lengths) or bool(config.full_attention_layers)
+    return describe_patterns(
+        config.layer_patterns,
+        config.num_key_value_heads,
+        min(config.max_position_embeddings if unbounded else max(lengths), DESCRIBED_LENGTH),
+        is_causal=config.is_causal,
+    )
+
+
+def write_picture(config, folder: Path) -> bool:
+    """Write the picture of the pattern beside a card, and say whether there is one. Without matplotlib there is none,
+    and nothing that goes wrong with a picture may cost anyone a checkpoint."""
+    try:
+        description = describe_config(config)
+        patterns = tuple(description.patterns)
+        picture = _drawn(patterns, config.num_key_value_heads, description.length, config.is_causal)
+        (folder / PICTURE).write_bytes(picture)
+    except ImportError:
+        return False
+    except Exception as error:
+        logger.warning("The picture of the pattern was not drawn: %s", error)
+        return False
+    return True
+
+
+# Trainer saves many checkpoints, each with a card: the picture of a pattern is drawn once in a process
+@functools.lru_cache(maxsize=8)
+def _drawn(patterns: tuple, num_heads: int, length: int, is_causal: bool) -> bytes:
+    file = io.BytesIO()
+    describe_patterns(patterns, num_heads, length, is_causal=is_causal).draw().savefig(file, format="png", dpi=80)
+    return file.getvalue()
 
 
 def _metadata(auto_class: str) -> ModelCardData:
@@ -137,25 +183,20 @@ def _metadata(auto_class: str) -> ModelCardData:
     )
 
 
-def _sections(config, auto_class: str, repo_id: str) -> str:
+def _sections(config, auto_class: str, repo_id: str, has_picture: bool) -> str:
     types = config.branch_types or ["segment"] * len(config.segment_lengths)
     rows = zip(types, config.segment_lengths, config.dilation_rates, strict=True)
     lengths = [length for length in config.segment_lengths if length is not None]
     unbounded = len(lengths) < len(config.segment_lengths) or bool(config.full_attention_layers)
     context = config.max_position_embeddings if unbounded else max(lengths)
-    description = describe_patterns(
-        config.layer_patterns,
-        config.num_key_value_heads,
-        min(context, DESCRIBED_LENGTH),
-        is_causal=config.is_causal,
-    )
     return _SECTIONS.format(
         begin=_BEGIN,
         end=_END,
         repo_id=repo_id,
         auto_class=auto_class,
         context=context,
-        description=description,
+        description=describe_config(config),
+        picture=_LINK if has_picture else "",
         reach="Some layers attend to everything."
         if unbounded
         else "A pair of tokens further apart than the longest segment is not seen directly.",
@@ -174,7 +215,8 @@ def write_model_card(config, auto_class: str, directory) -> None:
     """Write the card into a folder that has none."""
     path = Path(directory).resolve() / "README.md"
     if not path.exists():
-        path.write_text(model_card(config, auto_class, path.parent.name), encoding="utf-8")
+        has_picture = write_picture(config, path.parent)
+        path.write_text(model_card(config, auto_class, path.parent.name, has_picture), encoding="utf-8")
 
 
 def prepare_model_card(
@@ -185,13 +227,16 @@ def prepare_model_card(
     """
     path, api = Path(directory) / "README.md", HfApi(token=token)
     if not api.file_exists(repo_id, path.name, revision=revision):
-        path.write_text(model_card(config, auto_class, repo_id), encoding="utf-8")
+        path.write_text(model_card(config, auto_class, repo_id, write_picture(config, path.parent)), encoding="utf-8")
         return
     card = ModelCard.load(api.hf_hub_download(repo_id, path.name, revision=revision), ignore_metadata_errors=True)
     if "generated_from_trainer" in (card.data.tags or ()) and _BEGIN not in card.text:
         card.save(path)
         complete_card(config, auto_class, path, repo_id)
-    elif revision is not None:
+        return
+    # The picture belongs to our text
+    (path.parent / PICTURE).unlink(missing_ok=True)
+    if revision is not None:
         path.unlink()
 
 
@@ -206,7 +251,8 @@ def complete_card(config, auto_class: str, path: Path, repo_id: str) -> None:
             ours = [*(theirs or ()), *(tag for tag in ours if tag not in (theirs or ()))]
         if theirs is None or name == "tags":
             setattr(card.data, name, ours)
-    card.text = f"{card.text.rstrip()}\n\n{_sections(config, auto_class, repo_id)}"
+    sections = _sections(config, auto_class, repo_id, write_picture(config, path.parent))
+    card.text = f"{card.text.rstrip()}\n\n{sections}"
     card.save(path)
 
 

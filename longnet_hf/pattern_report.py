@@ -4,17 +4,24 @@ The configuration, `set_dilated_attention` and users ask here; attention itself 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from .dilated_pattern import Branch, DilatedPattern, clip
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # How many positions are searched for queries without keys and for keys that only the first branch keeps. Where there
 # are any, some are among the first few multiples of the dilation rates.
 _SEARCHED_POSITIONS = 4096
 # Tokens of the sequences that descriptions are about, at most, unless more are asked for
 DESCRIBED_LENGTH = 32768
+# Of a picture: cells of the map, pairs that are looked at in a cell, and at a distance
+_MAP, _PAIRS_IN_CELL, _PAIRS_AT_DISTANCE = 64, 64, 4096
 
 
 class Reach(NamedTuple):
@@ -118,12 +125,14 @@ class PatternDescription:
         layers: every layer with attention of ours, first layer first.
         sight: what some outputs can know through the stack: the last, that in the middle, and those at the last
             boundary of a segment of each branch, where blind spots lie.
+        patterns: the layers' patterns, which are drawn.
     """
 
     length: int
     is_causal: bool
     layers: list[LayerDescription]
     sight: list[SightDescription]
+    patterns: Sequence[DilatedPattern] = field(repr=False)
 
     @property
     def pairs_per_token(self) -> float:
@@ -140,12 +149,72 @@ class PatternDescription:
     def to_dict(self) -> dict:
         """The same in what JSON knows; runs of positions are `[first, last]`."""
         fields = asdict(self)
+        del fields["patterns"]
         for layer, plain in zip(self.layers, fields["layers"], strict=True):
             for head, entry in zip(layer.heads, plain["heads"], strict=True):
                 entry["branches"] = [branch._asdict() for branch in head.branches]
         for entry in fields["sight"]:
             entry["blind"] = [[run[0], run[-1]] for run in entry["blind"]]
         return fields | {"pairs_per_token": self.pairs_per_token, "cache_keys": self.cache_keys}
+
+    def draw(self) -> "Figure":
+        """A picture, which needs matplotlib: the share of all heads that join a query to a key, and for every head, to
+        which share of the keys at a distance its queries attend. Shares are of pairs drawn at random."""
+        try:
+            from matplotlib.colors import LogNorm
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("`draw` needs matplotlib: pip install 'longnet-hf[examples]'") from error
+        by_place, by_distance, distances = self._shares()
+        rows = len(by_distance)
+        figure = Figure(figsize=(12, min(9, max(4.5, 1.5 + 0.1 * rows))), layout="constrained")
+        panels = figure.subplots(1, 2)
+        # What is never joined stays white, which a logarithm is not drawn of
+        scale = dict(norm=LogNorm(1e-3, 1, clip=True), cmap="viridis_r", aspect="auto", interpolation="nearest")
+        whole = (0, self.length, self.length, 0)
+        panels[0].imshow(np.ma.masked_equal(by_place, 0), extent=whole, **scale)
+        panels[0].set(xlabel="key position", ylabel="query position", title="all heads")
+        image = panels[1].imshow(np.ma.masked_equal(by_distance, 0), **scale)
+        panels[1].set(xlabel="distance of query and key, from", ylabel="layer, and its heads", title="every head")
+        panels[1].set_xticks(range(len(distances)), distances, rotation=90)
+        firsts = range(0, rows, rows // len(self.layers))
+        panels[1].set_yticks([first - 0.5 for first in firsts], [layer.layer for layer in self.layers], fontsize=8)
+        figure.colorbar(image, ax=panels, label="share of pairs that are joined")
+        return figure
+
+    def _shares(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """The share of pairs that are joined: by place in all heads, `[cells, cells]`; of every head by distance,
+        `[heads, distances]`; and where each span of distances begins."""
+        draw = np.random.default_rng(0)
+        cells = min(_MAP, self.length)
+        edges = np.arange(cells + 1) * self.length // cells
+        n, m = (draw.integers(edges[:-1, None], edges[1:, None], (cells, _PAIRS_IN_CELL)) for _ in range(2))
+        n, m = n[:, None], m[None]
+        distances = [0, *(1 << i for i in range((self.length - 1).bit_length()))]
+        spans = []
+        for a, b in zip(distances, [*distances[1:], self.length], strict=True):
+            distance = draw.integers(a, b, _PAIRS_AT_DISTANCE)
+            later = draw.integers(distance, self.length)
+            ahead = draw.random(_PAIRS_AT_DISTANCE) < (0 if self.is_causal else 0.5)
+            spans.append((np.where(ahead, later - distance, later), np.where(ahead, later, later - distance)))
+        at_n, at_m = np.array(spans).swapaxes(0, 1)
+        # Of cells on the diagonal, causal attention sees a half: its pairs are those that are not hidden
+        visible = np.maximum((n >= m).sum(-1), 1) if self.is_causal else _PAIRS_IN_CELL
+        known: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}  # of heads that attend alike
+        by_place, rows = np.zeros((cells, cells)), []
+        for layer, pattern in zip(self.layers, self.patterns, strict=True):
+            for head in layer.heads:
+                key = (tuple((*branch[:3], phase) for branch, phase in zip(head.branches, head.phases, strict=True)),
+                       layer.is_shifted, pattern.offset)  # fmt: skip
+                if key not in known:
+                    joined = [
+                        pattern.multiplicity(*pair, head.head, len(layer.heads), self.is_causal) > 0
+                        for pair in ((n, m), (at_n, at_m))
+                    ]
+                    known[key] = joined[0].sum(-1) / visible, joined[1].mean(-1)
+                by_place += known[key][0]
+                rows.append(known[key][1])
+        return by_place / len(rows), np.array(rows), distances
 
     def __str__(self) -> str:
         everything = (self.length + 1) / 2 if self.is_causal else self.length
@@ -206,7 +275,7 @@ def describe_patterns(
     for position in sorted(filter(lambda position: position > 0, positions)) or [0]:
         reached, blind = reach(patterns, position, num_heads, length=length, is_causal=is_causal)
         sight.append(SightDescription(position, sum(map(len, reached)), reached[0][0], blind))
-    return PatternDescription(length, is_causal, described, sight)
+    return PatternDescription(length, is_causal, described, sight, tuple(patterns))
 
 
 def _span(branch: Branch, phase: int, length: int) -> int:

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from patterns import joined, kept_rows, live_keys, random_pattern
 
@@ -140,6 +141,29 @@ def test_a_description_says_what_the_pattern_joins(seed):
         assert sight.earliest == flat(result.reached)[0]
     assert json.loads(json.dumps(described.to_dict()))["layers"][0]["heads"][0]["head"] == 0
     assert f"a sequence of {length} tokens" in str(described)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_picture_shows_what_the_pattern_joins(seed):
+    pytest.importorskip("matplotlib")
+    rng = random.Random(seed)
+    heads, length, causal = rng.choice([1, 2, 3]), 40, seed % 2 == 0
+    patterns = [random_pattern(rng, heads) for _ in range(2)]
+    described = describe_patterns(patterns, heads, length, is_causal=causal)
+    n, m = np.arange(length)[:, None], np.arange(length)
+    joined_by = [pattern.multiplicity(n, m, head, heads, causal) > 0 for pattern in patterns for head in range(heads)]
+    by_place, by_distance, distances = described._shares()
+    np.testing.assert_allclose(by_place, np.mean(joined_by, axis=0))  # every pair has its cell
+    assert distances == [0, 1, 2, 4, 8, 16, 32]
+    for row, joined_pairs in zip(by_distance, joined_by, strict=True):
+        # Of the keys at one distance, before the query or, in an encoder, on either side
+        sides = (joined_pairs,) if causal else (joined_pairs, joined_pairs.T)
+        at = [np.mean([np.diagonal(side, -d).mean() for side in sides]) for d in range(length)]
+        spans = zip(distances, [*distances[1:], length], strict=True)
+        np.testing.assert_allclose(row, [np.mean(at[a:b]) for a, b in spans], atol=0.04)
+    drawn = described.draw().axes
+    np.testing.assert_array_equal(drawn[0].images[0].get_array().filled(0), by_place)
+    np.testing.assert_array_equal(drawn[1].images[0].get_array().filled(0), by_distance)
 
 
 def test_a_description_names_the_blind_spots_of_the_papers_pattern():

@@ -130,6 +130,8 @@ def test_push_pull_train_and_push_again(tmp_path, hub):
     )
     files = hub.files("tester/longnet")
     assert set(files) >= CODE | {"config.json", "model.safetensors", "README.md", "generation_config.json"}
+    pytest.importorskip("matplotlib")
+    assert files["pattern.png"].startswith(b"\x89PNG") and b"](pattern.png)" in files["README.md"]
     card = files["README.md"].decode()
     for said in (
         "library_name: transformers",
@@ -212,6 +214,11 @@ def test_trainer_and_adapters_push_too(tmp_path, hub):
     assert card.count("trust_remote_code=True") == card.count("## Training procedure") == 1
     by_trl, mended = (hub.files(f"tester/{name}")["README.md"].decode() for name in ("trl", "mended"))
     assert "## Training procedure" in mended and "sft" in by_trl
+    pytest.importorskip("matplotlib")
+    for name in ("trained", "trl", "mended", "base"):
+        assert ("pattern.png" in hub.files(f"tester/{name}")) and b"](pattern.png)" in hub.files(f"tester/{name}")[
+            "README.md"
+        ]
     for card in (by_trl, mended):
         assert card.count("trust_remote_code=True") == 1 and "dilated-attention" in card
     assert set(hub.files("tester/trained")) >= CODE and set(hub.files("tester/base")) >= CODE
@@ -249,6 +256,9 @@ def test_branches_and_pull_requests_keep_their_cards(tmp_path, hub):
         api.upload_file(path_or_fileobj=b"by hand", path_in_repo="README.md", **where)
         model.push_to_hub("tester/branched", revision="dev")
         model.push_to_hub("tester/branched", create_pr=True)
+        api.create_repo("tester/hand")
+        api.upload_file(path_or_fileobj=b"by hand", path_in_repo="README.md", repo_id="tester/hand")
+        model.push_to_hub("tester/hand")
         """,
         hub,
         tmp_path,
@@ -257,3 +267,6 @@ def test_branches_and_pull_requests_keep_their_cards(tmp_path, hub):
     assert "README.md" not in hub.files("tester/branched")
     assert hub.files("tester/branched", "dev")["README.md"] == b"by hand"
     assert b"ding2023longnet" in hub.files("tester/branched", "refs/pr/1")["README.md"]
+    pytest.importorskip("matplotlib")
+    assert "pattern.png" in hub.files("tester/branched", "refs/pr/1")
+    assert hub.files("tester/hand")["README.md"] == b"by hand" and "pattern.png" not in hub.files("tester/hand")

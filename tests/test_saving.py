@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,9 @@ from longnet_hf import (
     LongNetForSequenceClassification,
     LongNetForTokenClassification,
     LongNetModel,
+    PatternDescription,
+    describe,
+    hub_longnet,
 )
 
 
@@ -115,6 +119,42 @@ def test_tensor_parallelism_is_refused(options, tmp_path):
         with pytest.raises(ValueError, match="no plan for tensor parallelism.*`split_sequence`"):
             auto.from_pretrained(tmp_path, **options)
     assert transformers.AutoModel.from_pretrained(tmp_path, tp_size=1).config.num_hidden_layers == 3
+
+
+def test_a_picture_of_the_pattern_lies_beside_the_card(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn, draw = [], PatternDescription.draw
+    monkeypatch.setattr(PatternDescription, "draw", lambda self: drawn.append(self) or draw(self))
+    hub_longnet._drawn.cache_clear()
+    model = build(LongNetForCausalLM)
+    for step in (1, 2):
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+        assert (tmp_path / f"checkpoint-{step}" / "pattern.png").read_bytes().startswith(b"\x89PNG")
+        assert "](pattern.png)" in (tmp_path / f"checkpoint-{step}" / "README.md").read_text()
+    assert len(drawn) == 1  # in a process, whatever number of checkpoints it saves
+    assert drawn[0].patterns == tuple(model.config.layer_patterns)
+    build(LongNetModel, is_causal=False).save_pretrained(tmp_path / "other")
+    assert len(drawn) == 2 and not drawn[1].is_causal
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("by hand")
+    model.save_pretrained(tmp_path / "mine")
+    assert not (tmp_path / "mine" / "pattern.png").exists()
+
+
+@pytest.mark.parametrize("problem", ["no matplotlib", "broken"])
+def test_a_model_is_saved_where_no_picture_can_be_drawn(problem, tmp_path, monkeypatch):
+    hub_longnet._drawn.cache_clear()
+    if problem == "broken":
+        pytest.importorskip("matplotlib")
+        monkeypatch.setattr(PatternDescription, "_shares", lambda self: 1 / 0)
+    else:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
+            monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match="`draw` needs matplotlib"):
+            describe(build(LongNetForCausalLM)).draw()
+    build(LongNetForCausalLM).save_pretrained(tmp_path)
+    assert not (tmp_path / "pattern.png").exists() and "pattern.png" not in (tmp_path / "README.md").read_text()
+    assert "key/value heads, a sequence of" in (tmp_path / "README.md").read_text()
 
 
 def test_the_model_card_is_that_of_the_model(tmp_path):
