@@ -234,8 +234,8 @@ def prepare_model_card(
         card.save(path)
         complete_card(config, auto_class, path, repo_id)
         return
-    # The picture belongs to our text
-    (path.parent / PICTURE).unlink(missing_ok=True)
+    if f"({PICTURE})" not in card.text:
+        (path.parent / PICTURE).unlink(missing_ok=True)  # by saving, which knew nothing of the repository's card
     if revision is not None:
         path.unlink()
 

@@ -269,4 +269,4 @@ def test_branches_and_pull_requests_keep_their_cards(tmp_path, hub):
     assert b"ding2023longnet" in hub.files("tester/branched", "refs/pr/1")["README.md"]
     pytest.importorskip("matplotlib")
     assert "pattern.png" in hub.files("tester/branched", "refs/pr/1")
-    assert hub.files("tester/hand")["README.md"] == b"by hand" and "pattern.png" not in hub.files("tester/hand")
+    assert hub.files("tester/hand")["README.md"].endswith(b"by hand") and "pattern.png" not in hub.files("tester/hand")
