@@ -8,9 +8,11 @@ once more, at a distance whose probability falls as a power law, and its value h
 the same rows, with all numbers of pairs mixed, and is measured on others: by number of pairs, and by whether a pair
 lies in the dense window of the query, that of the heads that see least. Chance is one of the values of the row.
 
-To learn that a value belongs to the token before it takes small models thousands of steps, whatever they look it up
-with. Zoology gives them short convolutions for it; here the first layer of every arm starts with a preference for the
-token before, and is trained like all else.
+That an attention comes upon looking things up takes thousands of steps, whichever it is. By default all arms start
+near what they have to learn, and all is trained: the first layer with a preference for the token before (for which
+Zoology has short convolutions), the second with one for equal tokens (queries and keys alike, as in mimetic
+initialization, arXiv 2305.09828). What is compared is then what an attention can do, more than whether it comes upon
+it. `--start random` leaves that to training, which wants a GPU.
 
 Ends with a table and a record in JSON. Stopped, the same command goes on with the arms and seeds that are not done.
 """
@@ -25,7 +27,6 @@ from common import describe as describe_run
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from longnet_hf import DilatedPattern, LongNetConfig, LongNetForCausalLM, describe
-from longnet_hf.modeling_longnet import LongNetAttention
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # whose measurements and records it shares
@@ -54,14 +55,15 @@ START = 3.0  # of the biases with which the first layer looks at the token befor
 class Arguments:
     """The task, and the models that learn it."""
 
-    length: int = field(default=128, metadata={"help": "Tokens of a row."})
+    length: int = field(default=64, metadata={"help": "Tokens of a row."})
     pairs: list[int] = field(default_factory=lambda: [4, 8, 16], metadata={"help": "Numbers of pairs in a row."})
-    vocab_size: int = field(default=128, metadata={"help": "Half of it are keys, half are values."})
+    vocab_size: int = field(default=64, metadata={"help": "Half of it are keys, half are values."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the models, which have two layers."})
     heads: int = field(default=4, metadata={"help": "Heads of a layer."})
-    segment_lengths: list[int] = field(default_factory=lambda: [16, 64, 128], metadata={"help": "w of the paper's."})
+    segment_lengths: list[int] = field(default_factory=lambda: [8, 32, 64], metadata={"help": "w of the paper's."})
     dilation_rates: list[int] = field(default_factory=lambda: [1, 2, 4], metadata={"help": "r of the paper's."})
-    rows: int = field(default=32_000, metadata={"help": "Rows to train on."})
+    rows: int = field(default=36_000, metadata={"help": "Rows to train on."})
+    start: str = field(default="near", metadata={"help": "Weights to start from: near or random."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One model of every arm for each."})
     test_rows: int = field(default=200, metadata={"help": "Rows that are measured, of every number of pairs."})
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
@@ -70,6 +72,8 @@ class Arguments:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or not self.arms:
             raise ValueError(f"`--arms` must be of {list(ARMS)}, got {self.arms}.")
+        if self.start not in ("near", "random"):
+            raise ValueError(f"`--start` must be near or random, got {self.start!r}.")
         most = min(self.length // 4, self.vocab_size // 2 - 1)
         if not self.pairs or not 1 <= min(self.pairs) <= max(self.pairs) <= most:
             raise ValueError(
@@ -80,10 +84,10 @@ class Arguments:
 
 DEFAULTS = dict(
     output_dir="runs/associative_recall",
-    max_steps=1000,
+    max_steps=1200,
     per_device_train_batch_size=32,
     learning_rate=3e-3,
-    lr_scheduler_type="cosine",
+    lr_scheduler_type="constant_with_warmup",
     warmup_steps=50,
     max_grad_norm=1.0,
     logging_steps=100,
@@ -145,19 +149,28 @@ def make_model(arm: str, args: Arguments) -> LongNetForCausalLM:
         **attention_of(arm, args),
     )
     model = LongNetForCausalLM(config)
-    look_back(model.model.layers[0].self_attn, config)
+    if args.start == "near":
+        start_near(model)
     return model
 
 
 @torch.no_grad()
-def look_back(attention: LongNetAttention, config: LongNetConfig) -> None:
-    """Let attention begin with a preference for the token before, by the biases of queries and keys: with the latter
-    turned by the rotary angles of one position, their product is largest there."""
-    half = config.head_dim // 2
+def start_near(model: LongNetForCausalLM) -> None:
+    """Weights with which the first layer attends to the token before, the second to equal tokens, and both hand on
+    what they find: by biases of queries and keys, the latter turned by the rotary angles of one position, so that
+    their product is largest there; and by projections that undo each other."""
+    config, half = model.config, model.config.head_dim // 2
     angles = ROPE_THETA ** (-torch.arange(half) / half)
     query, key = torch.cat((torch.ones(half), torch.zeros(half))), torch.cat((angles.cos(), angles.sin()))
-    attention.q_proj.bias.copy_(START * query.repeat(config.num_attention_heads))
-    attention.k_proj.bias.copy_(START * key.repeat(config.num_key_value_heads))
+    for index, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        torch.nn.init.orthogonal_(attention.q_proj.weight, gain=1.0 if index else 0.1)
+        torch.nn.init.orthogonal_(attention.v_proj.weight)
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
+        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+        if index == 0:
+            attention.q_proj.bias.copy_(START * query.repeat(config.num_attention_heads))
+            attention.k_proj.bias.copy_(START * key.repeat(config.num_key_value_heads))
 
 
 @torch.no_grad()
