@@ -660,6 +660,93 @@ def test_maps_of_attention_are_written_and_refused(evaluation, tiny_llama, tmp_p
             maps.load_model(str(tmp_path / name), 100, "cpu")
 
 
+@pytest.fixture
+def recall(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples"), monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("associative_recall")
+
+
+def test_rows_of_associative_recall_ask_for_the_value_of_each_key_once(recall):
+    args = recall.Arguments(length=40, vocab_size=24, pairs=[3, 9])
+    for pairs in args.pairs:
+        rows = recall.make_rows(args, pairs, 50, seed=1)
+        for ids, labels, distance in zip(*(rows[name].tolist() for name in rows), strict=True):
+            known = dict(zip(ids[: 2 * pairs : 2], ids[1 : 2 * pairs : 2], strict=True))
+            assert len(known) == len(set(known.values())) == pairs
+            assert all(1 <= key < 12 <= value < 24 for key, value in known.items())
+            asked = [t - 1 for t, label in enumerate(labels) if label != -100]
+            assert sorted(ids[t] for t in asked) == sorted(known) and min(asked) >= 2 * pairs
+            assert all(labels[t + 1] == known[ids[t]] and ids[t - distance[t + 1]] == ids[t] for t in asked)
+            assert all(ids[t] == 0 for t in range(2 * pairs, 40) if t not in asked)
+    again = recall.make_rows(args, 9, 50, seed=1)["input_ids"]
+    assert again.equal(rows["input_ids"]) and not again.equal(recall.make_rows(args, 9, 50, seed=2)["input_ids"])
+
+
+def test_models_of_associative_recall_start_near_what_they_have_to_learn(recall):
+    args = recall.Arguments(pairs=[8])
+    model = recall.make_model("full", args).eval()
+    model.set_attn_implementation("eager")
+    ids = recall.make_rows(args, 8, 4, seed=0)["input_ids"]
+    first, _ = model(ids, output_attentions=True).attentions
+    favourite = first.argmax(-1)[:, :, 1:]  # of every query but the first
+    assert favourite.equal(torch.arange(63).expand_as(favourite))
+    attention = model.model.layers[1].self_attn
+    torch.testing.assert_close(attention.o_proj.weight @ attention.v_proj.weight, torch.eye(64))
+    assert attention.q_proj.weight.equal(attention.k_proj.weight)
+    start = recall.make_model("full", recall.Arguments(start="random")).model.layers[0].self_attn
+    assert not start.q_proj.bias.any() and not start.q_proj.weight.equal(start.k_proj.weight)
+
+
+def test_accuracy_of_recall_is_split_by_the_dense_window(recall):
+    """A model that knows the answers to all questions that stand near their keys."""
+    args = recall.Arguments(pairs=[4, 16], test_rows=60)
+    rows = [recall.make_rows(args, pairs, 60, seed=5) for pairs in args.pairs]
+    near, calls = (
+        20,
+        iter([part for x in rows for part in zip(x["labels"].split(50), x["distance"].split(50), strict=True)]),
+    )
+
+    class Knowing(PreTrainedModel):
+        config_class = LlamaConfig
+        device = torch.device("cpu")
+
+        def forward(self, ids):
+            labels, distance = next(calls)
+            knows = (labels != -100) & (distance < near)
+            logits = F.one_hot(torch.where(knows, labels, 0), 64).double()
+            return SimpleNamespace(logits=logits.roll(-1, 1))
+
+    result = recall.measure(Knowing(LlamaConfig()), args, near, seed=5)
+    assert result["inside"] == 1 and result["beyond"] == 0
+    for pairs, of_pairs in zip(args.pairs, rows, strict=True):
+        asked = of_pairs["labels"] != -100
+        assert result["pairs"][pairs] == pytest.approx((of_pairs["distance"][asked] < near).double().mean().item())
+    args.pairs = []
+    with pytest.raises(ValueError, match="`--pairs` must lie between 1 and 16"):
+        args.__post_init__()
+    for wrong, words in ((dict(pairs=[17]), "between 1 and 16, a quarter of `--length`"), (dict(start="far"), "'far'"),
+                         (dict(arms=["dense"]), "'dense'")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            recall.Arguments(**wrong)
+
+
+def test_associative_recall_goes_on_with_what_is_not_done(tmp_path):
+    common = (
+        *("--arms", "window-heads", "shifted", "--max_steps", 2, "--rows", 60, "--test_rows", 9, "--hidden_size", 16),
+        *("--use_cpu", "--disable_tqdm", "true", "--output_dir", "run"),
+    )
+    done = run("associative_recall.py", *common, "--seeds", 0, of="benchmarks", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"settings.json", "window-heads-0.json", "shifted-0.json"}
+    one = json.loads((tmp_path / "run" / "shifted-0.json").read_text())
+    assert one["dense_window"] == 8 and set(one["pairs"]) == {"4", "8", "16"} and 0 <= one["beyond"] <= 1
+    done = run("associative_recall.py", *common, "--seeds", 0, 1, of="benchmarks", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("is done already") == 2
+    assert re.search(r"\| `shifted`: the same, shifted in the second layer \| 2 \| 10 \| 8 \|", done.stdout)
+
+
 def test_a_pretrained_model_is_converted_by_its_heads(tiny_llama, tmp_path):
     common = ("--model", tiny_llama, "--context_length", 512, "--output_dir", "run")
     done = run("pretrained.py", *common, folder=tmp_path)
