@@ -4,7 +4,9 @@
 
 The task is MQAR of Zoology (Arora et al., arXiv 2312.04927, github.com/HazyResearch/zoology), written anew after its
 description: a row begins with pairs of a key and a value; behind them, among tokens that say nothing, every key comes
-once more, at a distance whose probability falls as a power law, and its value has to be said. Every arm is trained on
+once more, at a distance whose probability falls as a power law, and its value has to be said. Other than there, a row
+begins with up to an eighth of its length that says nothing, and a question may stand anywhere: were they all at even
+places, as the keys, no dilated segment would ever join one to a value. Every arm is trained on
 the same rows, with all numbers of pairs mixed, and is measured on others: by number of pairs, and by whether a pair
 lies in the dense window of the query, that of the heads that see least. Chance is one of the values of the row.
 
@@ -43,7 +45,8 @@ ARMS = {
     "window-heads": "the same with a quarter of the heads full",
     "paper": "the paper's pattern, scaled to the length",
     "shifted": "the same, shifted in the second layer",
-    "rotating": "windows of the same lengths and rates, with rotating phases",
+    "windows": "windows of the same lengths and rates, with rotating phases",
+    "windows-thin": "windows of 1/16, 1/4 and all of the length, at rates 1, 4 and 16, with rotating phases",
 }
 SINK_TOKENS = 1
 POWER = 0.01  # of the distances, Zoology's
@@ -108,14 +111,17 @@ def make_rows(args: Arguments, pairs: int, number: int, seed: int) -> dict[str, 
         return torch.rand(number, of, generator=generator).argsort(1)[:, :count]
 
     keys, values = 1 + draw(pairs, half - 1), half + draw(pairs, half)
+    lead = torch.randint(args.length // 8, (number, 1), generator=generator)
     input_ids = torch.zeros(number, args.length, dtype=torch.long)
-    input_ids[:, :context] = torch.stack((keys, values), dim=2).flatten(1)
-    gaps = torch.arange(1, (args.length - context) // 2 + 1, dtype=torch.float64) ** (POWER - 1)
-    queries = context + 2 * torch.multinomial(gaps.expand(number, -1), pairs, generator=generator)
+    input_ids.scatter_(1, lead + torch.arange(context), torch.stack((keys, values), dim=2).flatten(1))
+    places = lead + context + torch.arange(args.length - context)
+    weights = torch.arange(1, args.length - context + 1, dtype=torch.float64) ** (POWER - 1)
+    weights = weights.expand(number, -1).masked_fill(places > args.length - 2, 0.0)
+    queries = places.gather(1, torch.multinomial(weights, pairs, generator=generator))
     input_ids.scatter_(1, queries, keys)
     labels, distance = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
     labels.scatter_(1, queries + 1, values)
-    distance.scatter_(1, queries + 1, queries - 2 * torch.arange(pairs))
+    distance.scatter_(1, queries + 1, queries - lead - 2 * torch.arange(pairs))
     return {"input_ids": input_ids, "labels": labels, "distance": distance}
 
 
@@ -124,14 +130,20 @@ def attention_of(arm: str, args: Arguments) -> dict:
     paper = dict(segment_lengths=args.segment_lengths, dilation_rates=args.dilation_rates)
     if arm in ("paper", "shifted"):
         return paper | {"segment_shift": arm == "shifted"}
-    if arm == "rotating":
-        return paper | {"branch_types": ["window"] * len(args.segment_lengths), "head_offset": "rotating"}
+    if arm.startswith("windows"):
+        thin = dict(segment_lengths=[args.length >> 4, args.length >> 2, args.length], dilation_rates=[1, 4, 16])
+        fields = paper if arm == "windows" else thin
+        return fields | {"branch_types": ["window"] * len(fields["dilation_rates"]), "head_offset": "rotating"}
     width = None if arm == "full" else window_of_equal_work(DilatedPattern(**paper), args.length)
     fields = dict(segment_lengths=[width], dilation_rates=[1], branch_types=["window"])
     if arm == "full":
         return fields
     full = list(range(max(1, args.heads // 4)))
-    return fields | {"sink_tokens": SINK_TOKENS} | ({"full_attention_heads": {0: full, 1: full}} if "-" in arm else {})
+    return (
+        fields
+        | {"sink_tokens": SINK_TOKENS}
+        | ({"full_attention_heads": {0: full, 1: full}} if arm == "window-heads" else {})
+    )
 
 
 def make_model(arm: str, args: Arguments) -> LongNetForCausalLM:

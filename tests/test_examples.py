@@ -668,16 +668,21 @@ def recall(monkeypatch):
 
 def test_rows_of_associative_recall_ask_for_the_value_of_each_key_once(recall):
     args = recall.Arguments(length=40, vocab_size=24, pairs=[3, 9])
+    parities = set()
     for pairs in args.pairs:
         rows = recall.make_rows(args, pairs, 50, seed=1)
         for ids, labels, distance in zip(*(rows[name].tolist() for name in rows), strict=True):
-            known = dict(zip(ids[: 2 * pairs : 2], ids[1 : 2 * pairs : 2], strict=True))
+            lead = next(t for t, token in enumerate(ids) if token)
+            stop = lead + 2 * pairs
+            known = dict(zip(ids[lead:stop:2], ids[lead + 1 : stop : 2], strict=True))
             assert len(known) == len(set(known.values())) == pairs
             assert all(1 <= key < 12 <= value < 24 for key, value in known.items())
             asked = [t - 1 for t, label in enumerate(labels) if label != -100]
-            assert sorted(ids[t] for t in asked) == sorted(known) and min(asked) >= 2 * pairs
+            assert sorted(ids[t] for t in asked) == sorted(known) and min(asked) >= stop and lead < 5
             assert all(labels[t + 1] == known[ids[t]] and ids[t - distance[t + 1]] == ids[t] for t in asked)
-            assert all(ids[t] == 0 for t in range(2 * pairs, 40) if t not in asked)
+            assert not any(ids[t] for t in range(stop, 40) if t not in asked)
+            parities.add((lead % 2, asked[0] % 2))
+    assert len(parities) == 4
     again = recall.make_rows(args, 9, 50, seed=1)["input_ids"]
     assert again.equal(rows["input_ids"]) and not again.equal(recall.make_rows(args, 9, 50, seed=2)["input_ids"])
 
