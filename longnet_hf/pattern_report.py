@@ -5,15 +5,12 @@ The configuration, `set_dilated_attention` and users ask here; attention itself 
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from .dilated_pattern import Branch, DilatedPattern, clip
 
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # How many positions are searched for queries without keys and for keys that only the first branch keeps. Where there
 # are any, some are among the first few multiples of the dilation rates.
@@ -157,9 +154,13 @@ class PatternDescription:
             entry["blind"] = [[run[0], run[-1]] for run in entry["blind"]]
         return fields | {"pairs_per_token": self.pairs_per_token, "cache_keys": self.cache_keys}
 
-    def draw(self) -> "Figure":
-        """A picture, which needs matplotlib: the share of all heads that join a query to a key, and for every head, to
-        which share of the keys at a distance its queries attend. Shares are of pairs drawn at random."""
+    def draw(self):
+        """A picture: the share of all heads that join a query to a key, and for every head, to which share of the keys
+        at a distance its queries attend. Shares are of pairs drawn at random.
+
+        Returns:
+            A figure of matplotlib, which must be installed.
+        """
         try:
             from matplotlib.colors import LogNorm
             from matplotlib.figure import Figure

@@ -12,6 +12,7 @@ from models import build, random_ids
 from processes import HANG_LIMIT
 from safetensors import safe_open
 from test_slides import batch_of, build_slide, random_slides
+from transformers.dynamic_module_utils import get_imports
 
 from longnet_hf import (
     LongNetForCausalLM,
@@ -61,6 +62,16 @@ def run(code, hub, cache, package=False):
     done = subprocess.run(command, env=environment, cwd=cache, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_code_that_travels_asks_for_nothing_but_dependencies(tmp_path):
+    """Transformers refuses code from the Hub if it imports, outside of `try`, what is not installed."""
+    build(LongNetForCausalLM).save_pretrained(tmp_path / "language")
+    build_slide().save_pretrained(tmp_path / "slide")
+    files = [file for folder in tmp_path.iterdir() for file in folder.glob("*.py")]
+    needed = {name for file in files for name in get_imports(file)} - set(sys.stdlib_module_names)
+    assert {file.name for file in files} > CODE
+    assert needed <= {"torch", "transformers", "accelerate", "safetensors", "numpy", "huggingface_hub", "tqdm"}
 
 
 @pytest.mark.parametrize("model_class", [LongNetForCausalLM, LongNetModel, LongNetForSequenceClassification])
