@@ -141,14 +141,15 @@ def model_card(config, auto_class: str, repo_id: str, has_picture: bool = False)
 
 def describe_config(config) -> PatternDescription:
     """The description in the card: of sequences as long as what is seen, up to a limit."""
+    length = min(_context(config)[0], DESCRIBED_LENGTH)
+    return describe_patterns(config.layer_patterns, config.num_key_value_heads, length, is_causal=config.is_causal)
+
+
+def _context(config) -> tuple[int, bool]:
+    """How many tokens back a layer sees, and whether that is everything."""
     lengths = [length for length in config.segment_lengths if length is not None]
     unbounded = len(lengths) < len(config.segment_lengths) or bool(config.full_attention_layers)
-    return describe_patterns(
-        config.layer_patterns,
-        config.num_key_value_heads,
-        min(config.max_position_embeddings if unbounded else max(lengths), DESCRIBED_LENGTH),
-        is_causal=config.is_causal,
-    )
+    return config.max_position_embeddings if unbounded else max(lengths), unbounded
 
 
 def write_picture(config, folder: Path) -> bool:
@@ -186,9 +187,7 @@ def _metadata(auto_class: str) -> ModelCardData:
 def _sections(config, auto_class: str, repo_id: str, has_picture: bool) -> str:
     types = config.branch_types or ["segment"] * len(config.segment_lengths)
     rows = zip(types, config.segment_lengths, config.dilation_rates, strict=True)
-    lengths = [length for length in config.segment_lengths if length is not None]
-    unbounded = len(lengths) < len(config.segment_lengths) or bool(config.full_attention_layers)
-    context = config.max_position_embeddings if unbounded else max(lengths)
+    context, unbounded = _context(config)
     return _SECTIONS.format(
         begin=_BEGIN,
         end=_END,
