@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -750,6 +751,38 @@ def test_associative_recall_goes_on_with_what_is_not_done(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("is done already") == 2
     assert re.search(r"\| `shifted`: the same, shifted in the second layer \| 2 \| 10 \| 8 \|", done.stdout)
+
+
+def test_models_are_trained_from_scratch_and_training_goes_on_where_it_was_stopped(tiny_llama, tmp_path):
+    data = f"code={ROOT / 'longnet_hf' / 'dilated_*.py'}", f"docs={ROOT / 'docs' / '*.md'}"
+    common = (
+        *("--tokenizer", tiny_llama, "--data", *data, "--context_length", 512, "--held_out", 2, "--hidden_size", 16),
+        *("--head_dim", 4, "--num_hidden_layers", 2, "--max_steps", 5, "--eval_steps", 2, "--save_steps", 2),
+        *("--save_total_limit", 99, "--output_dir", "run", "--use_cpu", "--disable_tqdm", "true"),
+    )
+    train = functools.partial(run, "from_scratch.py", *common, of="benchmarks", folder=tmp_path)
+    done = train("--arms", "paper", "window-heads")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "run" / "paper" / "result.json").read_text())
+    assert [(point["step"], point["tokens"]) for point in result["curve"]] == [(2, 1024), (4, 2048), (5, 2560)]
+    assert set(result["curve"][0]["loss"]) == {"code", "docs"} and (tmp_path / "run" / "curves.png").exists()
+
+    # as if it had been stopped after its third step
+    folder = tmp_path / "run" / "paper"
+    shutil.rmtree(folder / "checkpoint-4"), shutil.rmtree(folder / "checkpoint-5")
+    (folder / "result.json").write_text(json.dumps({"curve": result["curve"][:2]}))
+    done = train("--arms", "paper", "window-heads", "full")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Going on from run/paper/checkpoint-2" in done.stdout and "window-heads is done already." in done.stdout
+    again = json.loads((folder / "result.json").read_text())
+    for ours, theirs in zip(again["curve"], result["curve"], strict=True):
+        assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    times = [point["seconds"] for point in again["curve"]]
+    assert times == sorted(times)
+    assert done.stdout.count("| `") == 3 and "after 2560 tokens" in done.stdout
+
+    done = train("--arms", "full", "--save_steps", 3)
+    assert "`--save_steps` must be 2, as `--eval_steps` is" in done.stderr
 
 
 def test_a_pretrained_model_is_converted_by_its_heads(tiny_llama, tmp_path):

@@ -1,0 +1,317 @@
+"""What attention is worth to models that are trained with it from the start: curves at equal tokens and equal time.
+
+    python benchmarks/from_scratch.py --data code='src/**/*.c' book='books/*.txt' --bf16 --max_steps 4000
+
+The models have the size of the paper's base model (12 layers, 768 wide), and contexts of 32 768 tokens.
+
+Every arm starts from the same seed and sees the same contexts in the same order: the paper's pattern, the same shifted
+in odd layers, a sliding window of its work with a sink, that with full attention in one of four heads, and full
+attention; and a recurrent model of equal width and depth, gated DeltaNet (`pip install flash-linear-attention`; a GPU
+is needed). Texts are held out of every kind; their loss is measured as training goes on, whose time is counted
+without these measurements. By default the learning rate is constant after its warm-up, so that any point of a curve is
+as good as the end of a shorter run.
+
+Ends with a table, a picture of the curves, and a record in JSON. The models stay in `--output_dir`, for the report on
+what they make of long texts (`examples/evaluate.py --model ...`). Stopped, the same command goes on where it was.
+"""
+
+import copy
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from longnet_hf import DilatedPattern, LongNetConfig, LongNetForCausalLM, describe
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # whose measurements and records it shares
+from measurements import papers_pattern, read_texts, token_losses, window_of_equal_work  # noqa: E402
+from record import Results, environment, peak_gibibytes, write  # noqa: E402
+from report import table  # noqa: E402
+from training import RESUME_WITH_SAME, check_settings, checkpoint_step, train_on  # noqa: E402
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+ARMS = {
+    "paper": "the paper's pattern",
+    "shifted": "the same, shifted in odd layers",
+    "window": "a sliding window of its work, and a sink",
+    "window-heads": "the same, and full attention in one of four heads",
+    "full": "full attention",
+    "gated-deltanet": "gated DeltaNet (arXiv 2412.06464)",
+}
+SINK_TOKENS = 4
+
+
+@dataclass
+class Arguments:
+    """What is trained, on what."""
+
+    tokenizer: str = field(default="HuggingFaceTB/SmolLM2-135M", metadata={"help": "Whose tokenizer is used."})
+    data: list[str] = field(default_factory=list, metadata={"help": "KIND=FILES, a pattern, for every kind of text."})
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
+    context_length: int = field(default=32768, metadata={"help": "Tokens of a context."})
+    held_out: int = field(default=4, metadata={"help": "Contexts of every kind that are not trained on."})
+    hidden_size: int = field(default=768, metadata={"help": "Width of the models."})
+    num_hidden_layers: int = field(default=12, metadata={"help": "Layers."})
+    head_dim: int = field(default=64, metadata={"help": "Of an attention head."})
+
+    def __post_init__(self):
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        if unknown or not self.arms:
+            raise ValueError(f"`--arms` must be of {list(ARMS)}, got {self.arms}.")
+        if self.held_out < 1:
+            raise ValueError(f"`--held_out` must be at least 1, got {self.held_out}.")
+        if self.hidden_size % self.head_dim:
+            raise ValueError(f"`--head_dim` must divide {self.hidden_size} (`--hidden_size`), got {self.head_dim}.")
+
+
+DEFAULTS = dict(
+    output_dir="runs/from_scratch",
+    max_steps=4000,
+    per_device_train_batch_size=1,
+    learning_rate=6e-4,
+    lr_scheduler_type="constant_with_warmup",
+    warmup_steps=100,
+    adam_beta2=0.98,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    gradient_checkpointing=True,
+    logging_steps=10,
+    eval_strategy="steps",
+    eval_steps=200,
+    save_steps=200,
+    save_total_limit=1,
+    report_to="none",
+)
+
+
+def read_contexts(args: Arguments, tokenizer, folder: Path) -> dict[str, torch.Tensor]:
+    """Contexts `[contexts, N]` of every kind, tokenized once."""
+    file = folder / "contexts.safetensors"
+    if not file.exists():
+        contexts = read_texts(args.data, tokenizer, args.context_length, args.held_out + 1)
+        save_file({kind: ids.to(torch.int32) for kind, ids in contexts.items()}, file)
+    return load_file(file)
+
+
+def attention_of(arm: str, args: Arguments) -> dict:
+    """The fields of a LongNet for an arm."""
+    paper = papers_pattern(args.context_length)
+    if arm in ("paper", "shifted"):
+        return paper | {"segment_shift": arm == "shifted"}
+    width = None if arm == "full" else window_of_equal_work(DilatedPattern(**paper), args.context_length)
+    fields = dict(segment_lengths=[width], dilation_rates=[1], branch_types=["window"])
+    if arm == "full":
+        return fields
+    fields["sink_tokens"] = SINK_TOKENS
+    if arm == "window-heads":
+        heads = args.hidden_size // args.head_dim
+        full = list(range(0, heads, 4))
+        fields["full_attention_heads"] = dict.fromkeys(range(args.num_hidden_layers), full)
+    return fields
+
+
+def make_model(arm: str, args: Arguments, vocabulary: int) -> PreTrainedModel:
+    shape = dict(
+        vocab_size=vocabulary,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        max_position_embeddings=args.context_length,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    if arm != "gated-deltanet":
+        heads = args.hidden_size // args.head_dim
+        fields = dict(num_attention_heads=heads, intermediate_size=4 * args.hidden_size, **attention_of(arm, args))
+        return LongNetForCausalLM(LongNetConfig(**shape, **fields))
+    try:
+        from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+    except ImportError as error:
+        raise ImportError("The arm `gated-deltanet` needs `pip install flash-linear-attention`.") from error
+    # Keys of half the width and values of all of it: as many weights as the attention of the others
+    heads = max(1, args.hidden_size // 192)
+    return GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**shape, num_heads=heads, head_dim=96, expand_v=2))
+
+
+class Contexts(Dataset):
+    """Contexts as Trainer takes them."""
+
+    def __init__(self, contexts: list[torch.Tensor]):
+        self.contexts = contexts
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self.contexts[index].long()
+        return {"input_ids": ids, "labels": ids}
+
+
+class CurveTrainer(Trainer):
+    """Measures the loss of held-out contexts, and keeps it with the tokens and the seconds of training until then.
+
+    Args:
+        held_out: contexts `[contexts, N]` by kind.
+        results: takes the curve: steps, tokens, seconds, and losses by kind, whole and of the last quarter.
+    """
+
+    def __init__(self, *args, held_out: dict[str, torch.Tensor], results: Results, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.held_out, self.results = held_out, results
+        self.seconds, self.begin = 0.0, None
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        step = checkpoint_step(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
+        curve = [point for point in self.results.get("curve", []) if point["step"] <= step]
+        self.results.save(curve=curve)
+        self.seconds, self.begin = (curve[-1]["seconds"] if curve else 0.0), time.perf_counter()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self.begin
+        self.model.eval()
+        step = self.state.global_step
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        length = next(iter(self.held_out.values())).shape[1]
+        point = {"step": step, "tokens": step * batch_size * length, "seconds": round(self.seconds, 1)}
+        point |= {"loss": {}, "end": {}}
+        for kind, contexts in self.held_out.items():
+            losses = torch.stack([token_losses(self.model, ids.long(), 1)[0] for ids in contexts])
+            point["loss"][kind] = losses.mean().item()
+            point["end"][kind] = losses[:, -contexts.shape[1] // 4 :].mean().item()
+        before = [point for point in self.results["curve"] if point["step"] < step]  # Trainer may ask twice at its end
+        self.results.save(curve=[*before, point])
+        metrics = {f"eval_loss_{kind}": loss for kind, loss in point["loss"].items()}
+        self.log(metrics)
+        self.model.train()
+        self.begin = time.perf_counter()
+        return metrics
+
+
+def run_arm(arm: str, args: Arguments, training_args: TrainingArguments, contexts: dict, tokenizer) -> None:
+    """Train an arm, into a folder of its own."""
+    folder = Path(training_args.output_dir) / arm
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(folder / "result.json")
+    if "parameters" in results:
+        print(f"{arm} is done already.")
+        return
+    print(f"\n{arm}: {ARMS[arm]}", flush=True)
+    set_seed(training_args.seed)
+    model = make_model(arm, args, vocabulary=math.ceil(len(tokenizer) / 64) * 64)
+    to_train = [ids for of_kind in contexts.values() for ids in of_kind[args.held_out :]]
+    training_args = copy.copy(training_args)
+    training_args.output_dir = str(folder)
+    trainer = CurveTrainer(
+        model,
+        training_args,
+        default_data_collator,
+        Contexts(to_train),
+        eval_dataset=[{}],  # `evaluate` has its own
+        processing_class=tokenizer,
+        held_out={kind: of_kind[: args.held_out] for kind, of_kind in contexts.items()},
+        results=results,
+    )
+    train_on(trainer, folder)
+    if not results["curve"] or results["curve"][-1]["step"] < trainer.state.global_step:
+        trainer.evaluate()
+    trainer.save_model(str(folder))
+    pairs = None if arm == "gated-deltanet" else round(describe(model, args.context_length).pairs_per_token)
+    results.save(
+        parameters=model.num_parameters(),
+        pairs=pairs,
+        peak_gibibytes=peak_gibibytes(training_args.device.type),
+        **environment(training_args.device.type),
+    )
+
+
+def at_time(curve: list[dict], seconds: float, which: str, kind: str) -> float:
+    """A loss of a curve after so many seconds of training, between the points around it."""
+    times, losses = [point["seconds"] for point in curve], [point[which][kind] for point in curve]
+    return float(np.interp(seconds, times, losses))
+
+
+def write_results(results: dict[str, dict], kinds: list[str], folder: Path) -> None:
+    """A table and a picture of all arms, at equal tokens and at equal time."""
+    tokens = min(result["curve"][-1]["tokens"] for result in results.values())
+    seconds = min(result["curve"][-1]["seconds"] for result in results.values())
+    rows = []
+    for arm, result in results.items():
+        end = next(point for point in result["curve"] if point["tokens"] >= tokens)
+        losses = [f"{x[which][kind]:.3f}" for kind in kinds for which in ("loss", "end") for x in [end]]
+        in_time = [f"{at_time(result['curve'], seconds, 'loss', kind):.3f}" for kind in kinds]
+        speed = end["tokens"] / max(end["seconds"], 1e-9)
+        about = (f"{result['parameters'] / 1e6:.0f} M", result["pairs"] or "", f"{speed:.0f}")
+        rows.append([f"`{arm}`: {ARMS[arm]}", *about, f"{result['peak_gibibytes']:.1f}", *losses, *in_time])
+    head = ["attention", "parameters", "pairs per token", "tokens/s", "GiB"]
+    head += [f"{kind}{what}" for kind in kinds for what in ("", ", last quarter")]
+    head += [f"{kind} after {seconds:.0f} s" for kind in kinds]
+    print(f"\nHeld-out loss in nats per token after {tokens} tokens, and after {seconds:.0f} s of training\n")
+    print(table(head, rows), flush=True)
+
+    figure, panels = plt.subplots(len(kinds), 2, figsize=(10, 4 * len(kinds)), squeeze=False, layout="constrained")
+    for kind, (by_tokens, by_time) in zip(kinds, panels, strict=True):
+        for arm, result in results.items():
+            losses = [point["loss"][kind] for point in result["curve"]]
+            by_tokens.plot([point["tokens"] / 1e6 for point in result["curve"]], losses, label=arm)
+            by_time.plot([point["seconds"] / 60 for point in result["curve"]], losses, label=arm)
+        by_tokens.set(xlabel="million tokens", ylabel=f"held-out loss (nats), {kind}")
+        by_time.set(xlabel="minutes of training")
+        by_tokens.legend()
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def main():
+    parser = HfArgumentParser((Arguments, TrainingArguments))
+    parser.set_defaults(**DEFAULTS)
+    args, training_args = parser.parse_args_into_dataclasses()
+    folder = Path(training_args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if training_args.save_steps != training_args.eval_steps:
+        raise ValueError(
+            f"`--save_steps` must be {training_args.eval_steps}, as `--eval_steps` is, so that a run which goes on "
+            f"knows what it has measured; got {training_args.save_steps}."
+        )
+    names = (*RESUME_WITH_SAME, "eval_steps")
+    settings = asdict(args) | {name: getattr(training_args, name) for name in names} | {"arms": None}
+    check_settings(folder / "settings.json", settings)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    contexts = read_contexts(args, tokenizer, folder)
+    for arm in args.arms:
+        run_arm(arm, args, training_args, contexts, tokenizer)
+        if training_args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+    results = {arm: Results(folder / arm / "result.json") for arm in ARMS}
+    results = {arm: result for arm, result in results.items() if "parameters" in result}
+    write(folder / "record.json", {"settings": settings, "results": results})
+    write_results(results, list(contexts), folder)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command goes on where it was.")
