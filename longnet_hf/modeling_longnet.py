@@ -246,10 +246,8 @@ class LongNetMLP(nn.Module):
         """Chunks cost nothing unless compiled, when a checkpoint computes them a third time."""
         if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
             return False
-        numbers = x.shape[:-1].numel() * self.up_proj.out_features
-        return has_room_for(
-            4 * numbers * x.element_size(), x.device
-        )  # inputs and outputs of the activation, gradients
+        num_bytes = x.shape[:-1].numel() * self.intermediate_size * x.element_size()
+        return has_room_for(4 * num_bytes, x.device)  # what comes into the activation and out of it, and gradients
 
     def forward_chunk(self, x: torch.Tensor) -> torch.Tensor:
         gate = None if self.gate_proj is None else self.gate_proj(x)
