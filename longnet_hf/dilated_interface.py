@@ -25,6 +25,7 @@ from .context_parallel import ActiveSplit, SplitDocuments, active_split
 from .dilated_pattern import DilatedPattern, layer_patterns
 from .documents import find_documents, is_packed, running_max
 from .hub_longnet import forget_name, with_parts
+from .input_checks import check_flag
 from .pattern_report import DESCRIBED_LENGTH, PatternDescription, describe_patterns, pattern_warnings
 
 
@@ -89,8 +90,7 @@ def set_dilated_attention(
     ```"""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"`model` must be a model of Transformers, got {type(model).__name__}.")
-    if not isinstance(segment_shift, bool):
-        raise ValueError(f"`segment_shift` must be True or False, got {segment_shift!r}.")
+    check_flag("segment_shift", segment_shift)
     config = model.config.get_text_config()
     check_model(model, config)
     fields = dict(
@@ -106,8 +106,22 @@ def set_dilated_attention(
     patterns = _patterns_of(config, fields)
     fields = json.loads(json.dumps(fields))  # as a saved configuration has them
 
-    before, old = config._attn_implementation, getattr(config, "dilated_attention", None)
-    mixing = None
+    old = getattr(config, "dilated_attention", None)
+    _exchange(model, config, old, probe)
+    _set_pattern(config, fields)
+    if old is None or _patterns_of(config, old) != patterns:
+        forget_name(model)
+        for adapter in getattr(model, "peft_config", {}).values():
+            adapter.base_model_name_or_path = None
+    for text in pattern_warnings(patterns, num_key_value_heads(config)):
+        logger.warning(text)
+    return model
+
+
+def _exchange(model: PreTrainedModel, config: PreTrainedConfig, old: dict | None, probe: bool) -> None:
+    """Let the layers of a model call our attention, and refuse packed rows if it mixes their documents; or leave it
+    with the pattern that it had, `old`, if that fails."""
+    before, mixing = config._attn_implementation, None
     try:
         if probe:
             mixing = _probe(model, config)
@@ -118,21 +132,13 @@ def set_dilated_attention(
         set_implementation(model, config, before)
         _set_pattern(config, old)
         raise
-    _set_pattern(config, fields)
     if mixing:
         config.dilated_attention_mixes = mixing
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                _guard_packing(module)
     elif probe:
         vars(config).pop("dilated_attention_mixes", None)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and mixing:
-            _guard_packing(module)
-    if old is None or _patterns_of(config, old) != patterns:
-        forget_name(model)
-        for adapter in getattr(model, "peft_config", {}).values():
-            adapter.base_model_name_or_path = None
-    for text in pattern_warnings(patterns, num_key_value_heads(config)):
-        logger.warning(text)
-    return model
 
 
 def describe(model: PreTrainedModel, length: int | None = None) -> PatternDescription:
