@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, load_dataset
+from measurements import token_losses
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
@@ -130,24 +130,16 @@ def split_contexts(
     return contexts, held_out.shuffle(seed=0).select(range(min(len(held_out), args.max_held_out_contexts)))
 
 
-@torch.no_grad()
-def token_losses(model: PreTrainedModel, held_out: Dataset, args: TrainingArguments, name: str) -> torch.Tensor:
+def bits_of_tokens(model: PreTrainedModel, held_out: Dataset, args: TrainingArguments, name: str) -> torch.Tensor:
     """Cross-entropy in bits of every held-out token but the first of each context: `[contexts, N - 1]`."""
-    losses = []
-    for row in tqdm(held_out.with_format("torch"), desc=f"Evaluate {name}"):
-        input_ids = row["input_ids"].to(args.device)
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            hidden_states = model.model(input_ids[None], use_cache=False).last_hidden_state[0, :-1]
-            # In pieces, so that no [N, vocabulary] matrix exists
-            pieces = zip(hidden_states.split(1024), input_ids[1:].split(1024), strict=True)
-            loss = [F.cross_entropy(model.lm_head(h).float(), y, reduction="none") for h, y in pieces]
-        losses.append(torch.cat(loss).cpu())
+    rows = tqdm(held_out.with_format("torch"), desc=f"Evaluate {name}")
+    losses = [token_losses(model, row["input_ids"], 1, in_bf16=args.bf16)[0] for row in rows]
     return torch.stack(losses).double() / math.log(2)
 
 
 def count_bytes(held_out: Dataset, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """UTF-8 bytes that the tokens of `token_losses` stand for: byte-level BPE writes a byte as one character. The end
-    of a document costs bits, and has no bytes."""
+    """UTF-8 bytes that the tokens of `bits_of_tokens` stand for: byte-level BPE writes a byte as one character. The
+    end of a document costs bits, and has no bytes."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     sizes = torch.tensor([0 if token in tokenizer.all_special_tokens else len(token) for token in tokens])
     return sizes[torch.tensor(held_out["input_ids"][:])][:, 1:]

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from corpus import DataArguments, load_documents, split_contexts, split_documents, token_losses
+from corpus import DataArguments, bits_of_tokens, load_documents, split_contexts, split_documents
 from peft import LoraConfig, PeftModel, get_peft_model
 from training import stretched_positions, train_on
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
@@ -67,7 +67,7 @@ def main():
         )
         model.save_pretrained(folder / "converted")
     model = AutoModelForCausalLM.from_pretrained(folder / "converted").to(training_args.device).eval()
-    before = token_losses(model, held_out, training_args, "before").mean()
+    before = bits_of_tokens(model, held_out, training_args, "before").mean()
 
     lora = LoraConfig(task_type="CAUSAL_LM", r=args.lora_rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     trainer = Trainer(get_peft_model(model, lora), training_args, collate, contexts)
@@ -76,7 +76,7 @@ def main():
 
     model = AutoModelForCausalLM.from_pretrained(folder / "converted").to(training_args.device)
     model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().eval()
-    after = token_losses(model, held_out, training_args, "after").mean()
+    after = bits_of_tokens(model, held_out, training_args, "after").mean()
     print(f"Held-out loss: {before:.3f} bits per token, {after:.3f} after {training_args.max_steps} steps.")
 
 

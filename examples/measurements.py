@@ -178,15 +178,19 @@ def make_needles(texts: torch.Tensor, tokenizer, number: int, seed: int) -> list
 
 
 @torch.no_grad()
-def token_losses(model: PreTrainedModel, ids: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats of the tokens from column `start` on, and whether each is the likeliest.
+def token_losses(
+    model: PreTrainedModel, ids: torch.Tensor, start: int, in_bf16: bool | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of the tokens from column `start` on, and whether each is the likeliest; under bf16 autocast, by default on
+    a GPU.
 
     The logits of a few positions exist at a time, but for a model that makes more of its last hidden states than its
     output embedding does (such as a soft cap), whose own logits are taken, all at once.
     """
     device = model.device
     input_ids, labels = ids[None].to(device), ids[start:].to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    in_bf16 = device.type == "cuda" if in_bf16 is None else in_bf16
+    with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
         if _head_is_all(model):
             states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0, start - 1 : -1]
             head = model.get_output_embeddings()

@@ -30,12 +30,12 @@ from pathlib import Path
 import torch
 from corpus import (
     DataArguments,
+    bits_of_tokens,
     bits_per_byte,
     count_bytes,
     load_documents,
     split_contexts,
     split_documents,
-    token_losses,
     train_tokenizer,
 )
 from matplotlib.figure import Figure
@@ -188,7 +188,7 @@ def main():
     results = {}
     for name in configs:
         model = LongNetForCausalLM.from_pretrained(output_dir / name).to(training_args.device)
-        losses = token_losses(model, held_out, training_args, name)
+        losses = bits_of_tokens(model, held_out, training_args, name)
         training = read(output_dir / name / "train_results.json")
         results[name] = {"bits_per_byte": bits_per_byte(losses, num_bytes), "training": training}
     write(output_dir / "results.json", results)
