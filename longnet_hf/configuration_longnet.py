@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .dilated_pattern import DilatedPattern, check_segment_padding, heads_of_layers, layer_patterns
-from .input_checks import check_number
+from .input_checks import check_integer, check_number
 from .pattern_report import pattern_warnings
 
 
@@ -246,11 +246,7 @@ class LongNetConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("vocab_size", "chunk_size_feed_forward"):
-            value = getattr(self, name)
-            if type(value) is not int:
-                raise ValueError(f"`{name}` must be an integer, got {value!r}.")
-            if value < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {value}.")
+            check_integer(name, getattr(self, name), at_least=0)
         check_number("norm_eps", self.norm_eps, above=0)
         check_number("initializer_range", self.initializer_range, at_least=0)
         if getattr(self, "classifier_dropout", None) is not None:

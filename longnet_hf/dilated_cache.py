@@ -32,6 +32,7 @@ from .dilated_past import PastTile, attend_to_past, past_tiles
 from .dilated_pattern import Branch, DilatedPattern
 from .dilated_tiles import TileKernel
 from .documents import check_padding_mask
+from .input_checks import check_integer
 
 
 # The length of a window's only segment
@@ -169,13 +170,8 @@ class DilatedCache(Cache):
     ):
         if not hasattr(config, "layer_patterns"):
             raise ValueError(f"`config` must be that of a LongNet, got {type(config).__name__}.")
-        if type(reserve) is not int or not 0 <= reserve <= _MAX_SLOTS:
-            raise ValueError(f"`reserve` must be an integer of at least 0 and at most {_MAX_SLOTS}, got {reserve!r}.")
-        if max_length is not None and (type(max_length) is not int or not 1 <= max_length <= 8 * _MAX_SLOTS):
-            raise ValueError(
-                f"`max_length` must be an integer of at least 1 and at most {8 * _MAX_SLOTS}, or None, got "
-                f"{max_length!r}."
-            )
+        check_integer("reserve", reserve, at_least=0, at_most=_MAX_SLOTS)
+        check_integer("max_length", max_length, at_least=1, at_most=8 * _MAX_SLOTS, or_none=True)
         if offloading and not torch.cuda.is_available():
             raise ValueError(
                 '`offloading` (`cache_implementation="offloaded"`) keeps on the CPU what a GPU does not need at once, '

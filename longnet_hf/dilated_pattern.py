@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .input_checks import check_integer
+
 
 BRANCH_TYPES = ("segment", "window", "sink")
 HEAD_OFFSETS = ("paper", "grouped", "rotating")
@@ -149,9 +151,7 @@ class DilatedPattern:
         if self.head_offset not in HEAD_OFFSETS:
             raise ValueError(f"`head_offset` must be one of {HEAD_OFFSETS}, got {self.head_offset!r}.")
         for name in ("layer_idx", "offset"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"`{name}` must be an integer of at least 0, got {value!r}.")
+            check_integer(name, getattr(self, name), at_least=0)
         # Written once, here: torch.compile cannot trace the json module
         fields = {name: x for name, x in asdict(self).items() if name != "branch_heads" or x is not None}
         object.__setattr__(self, "_json", json.dumps(fields))
@@ -393,8 +393,7 @@ def layer_patterns(
     twice = sorted(full & set(full_heads))
     if twice:
         raise ValueError(f"`full_attention_heads` and `full_attention_layers` both have the layers {twice}.")
-    if isinstance(sink_tokens, bool) or not isinstance(sink_tokens, int) or sink_tokens < 0:
-        raise ValueError(f"`sink_tokens` must be an integer of at least 0, got {sink_tokens!r}.")
+    check_integer("sink_tokens", sink_tokens, at_least=0)
     patterns = []
     for layer_idx in range(num_layers):
         pattern = DilatedPattern(

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .batch_layout import CACHE, one_cache
 from .context_parallel import SequenceSplit, is_distributed, split_sequence
 from .dilated_cache import DilatedCache, is_dilated_cache, is_empty
-from .input_checks import check_labels, check_mask, check_not_empty, check_tensor
+from .input_checks import check_integer, check_labels, check_mask, check_not_empty, check_tensor
 
 
 # How many tokens assisted decoding can take back
@@ -87,8 +87,7 @@ class ReadingMixin:
             check_tensor("attention_mask", attention_mask, "zeros and ones", *input_ids.shape)
         if labels is not None and self.chunked_loss is None:
             raise ValueError(f"`labels` are for causal language models, and this is a {type(self).__name__}.")
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"`chunk_size` must be an integer of at least 1, got {chunk_size!r}.")
+        check_integer("chunk_size", chunk_size, at_least=1)
         if past_key_values is None:
             past_key_values = DilatedCache.for_patterns(self.base_model.patterns)
         length, total, count = input_ids.shape[1], 0.0, 0

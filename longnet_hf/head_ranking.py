@@ -30,7 +30,7 @@ from .dilated_interface import (
 )
 from .dilated_operator import dilated_attention
 from .dilated_pattern import DilatedPattern
-from .input_checks import check_not_empty, check_tensor
+from .input_checks import check_integer, check_not_empty, check_tensor
 
 
 if TYPE_CHECKING:
@@ -162,10 +162,8 @@ def rank_heads(
         check_model(model, config)
     check_tensor("input_ids", input_ids, "integers", "B", "N")
     check_not_empty("input_ids", input_ids)
-    if type(span_length) is not int or span_length <= _LEAD + 1:
-        raise ValueError(f"`span_length` must be an integer above {_LEAD + 1}, got {span_length!r}.")
-    if num_spans is not None and (type(num_spans) is not int or num_spans < 1):
-        raise ValueError(f"`num_spans` must be an integer of at least 1, or None, got {num_spans!r}.")
+    check_integer("span_length", span_length, at_least=_LEAD + 2)
+    check_integer("num_spans", num_spans, at_least=1, or_none=True)
     batch_size, length = input_ids.shape
     num_spans = length // 4 // span_length if num_spans is None else num_spans
     text = length - num_spans * span_length

@@ -53,6 +53,15 @@ def check_number(
         raise ValueError(f"`{name}` must be a number {' and '.join([*bounds, 'finite'])}, got {x!r}.")
 
 
+def check_integer(name: str, x, *, at_least: int, at_most: int | None = None, or_none: bool = False) -> None:
+    """Refuse what is no int within bounds, bool among it."""
+    if x is None and or_none:
+        return
+    if isinstance(x, bool) or not isinstance(x, int) or x < at_least or (at_most is not None and x > at_most):
+        bounds = f"of at least {at_least}" + (f" and at most {at_most}" if at_most is not None else "")
+        raise ValueError(f"`{name}` must be an integer {bounds}{', or None' if or_none else ''}, got {x!r}.")
+
+
 def check_flag(name: str, x) -> None:
     if not isinstance(x, bool):
         raise ValueError(f"`{name}` must be True or False, got {describe(x)}.")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .dilated_pattern import Branch, DilatedPattern, clip
+from .input_checks import check_integer
 
 
 # How many positions are searched for queries without keys and for keys that only the first branch keeps. Where there
@@ -250,8 +251,7 @@ def describe_patterns(
     layers: Sequence[int] | None = None,
 ) -> PatternDescription:
     """See [`describe`]; `layers` are the indices of the layers that have `patterns`, by default 0, 1, ..."""
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"`length` must be an integer of at least 1, got {length!r}.")
+    check_integer("length", length, at_least=1)
     described = []
     for index, pattern in zip(range(len(patterns)) if layers is None else layers, patterns, strict=True):
         pairs = [0] * num_heads

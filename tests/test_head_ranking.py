@@ -116,7 +116,7 @@ def test_what_cannot_be_ranked_is_refused():
     with pytest.raises(ValueError, match="`input_ids` must hold at least one row"):
         rank_heads(tiny(LlamaConfig), ids[:0], span_length=12)
     for wrong in (9, 12.0, "12"):
-        with pytest.raises(ValueError, match="`span_length` must be an integer above 9"):
+        with pytest.raises(ValueError, match="`span_length` must be an integer of at least 10"):
             rank_heads(tiny(LlamaConfig), ids, span_length=wrong)
     for wrong in (0, 1.5, -1):
         with pytest.raises(ValueError, match="`num_spans` must be an integer of at least 1"):
