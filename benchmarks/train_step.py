@@ -7,8 +7,8 @@
 One sequence per step, bfloat16 weights, AdamW, gradient checkpointing for all. "longnet-heads" has full attention in a
 fifth of its heads, and a window and a sink in the others. Llama attends through PyTorch's scaled_dot_product_attention
 (cuDNN). A model's name says what it runs with: `+layers` compiles every layer, `+whole` all layers as one graph, as
-`TrainingArguments(torch_compile=True)` does; `+liger` is Liger's kernels and loss (`pip install liger-kernel`),
-without which Llama has this project's loss.
+`TrainingArguments(torch_compile=True)` does, `+graphs` that with CUDA graphs (`torch_compile_mode="reduce-overhead"`);
+`+liger` is Liger's kernels and loss (`pip install liger-kernel`), without which Llama has this project's loss.
 
 MFU: the operations of the matrix products and of the pairs that attend, forward and backward, recomputation not
 counted, over the 989 TFLOP/s of an H100. Needs a CUDA GPU.
@@ -33,8 +33,8 @@ SIZES = {
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000),  # for a CPU
 }
 MODELS = [
-    *("longnet", "longnet+layers", "longnet+whole", "longnet-heads", "longnet-heads+layers"),
-    *("llama", "llama+layers", "llama+whole", "llama+liger", "llama+liger+layers"),
+    *("longnet", "longnet+layers", "longnet+whole", "longnet+graphs", "longnet-heads", "longnet-heads+layers"),
+    *("llama", "llama+layers", "llama+whole", "llama+graphs", "llama+liger", "llama+liger+layers"),
 ]
 PEAK = 989e12  # bfloat16 operations a second, dense, of an H100
 # Kernels by name
@@ -146,8 +146,11 @@ def main():
             from liger_kernel.transformers import apply_liger_kernel_to_llama
 
             apply_liger_kernel_to_llama(model=model)
-        for part in model.model.layers if "layers" in added else [model.model] if "whole" in added else []:
-            part.compile(dynamic=False)
+        if "layers" in added:
+            for layer in model.model.layers:
+                layer.compile(dynamic=False)
+        if "whole" in added or "graphs" in added:
+            model.model.compile(dynamic=False, mode="reduce-overhead" if "graphs" in added else None)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         for length in options.lengths:

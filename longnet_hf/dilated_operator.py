@@ -418,10 +418,18 @@ def _gradient_flops(grad_output, query, key, value, output, lse, document_ids, p
     return _forward_flops(query, key, value, document_ids, pattern, is_causal) * 5 // 2
 
 
+# They find out where the documents lie, and the kernels keep tables of that
 _forward_op = Operator(
-    "forward", __name__, _forward, _fake_forward, _save_for_backward, _backward, flops=_forward_flops
+    "forward",
+    __name__,
+    _forward,
+    _fake_forward,
+    _save_for_backward,
+    _backward,
+    flops=_forward_flops,
+    in_cuda_graphs=False,
 )
-backward_op = Operator("backward", __name__, _gradients, _fake_gradients, flops=_gradient_flops)
+backward_op = Operator("backward", __name__, _gradients, _fake_gradients, flops=_gradient_flops, in_cuda_graphs=False)
 
 
 __all__ = ["dilated_attention", "dilated_attention_reference", "find_documents"]

@@ -24,6 +24,8 @@ class Operator:
         backward: `backward(ctx, *grads)` gives the gradients of the inputs. Without it the operator is itself a
             gradient: to take another is refused.
         flops: `flops(*inputs)` counts floating-point operations, for `torch.utils.flop_counter`.
+        in_cuda_graphs: whether CUDA graphs may hold it. Not what looks at numbers of a tensor, or keeps tensors of its
+            own between calls: `torch.compile(mode="reduce-overhead")` then makes graphs of what lies around it.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class Operator:
         save: Callable | None = None,
         backward: Callable | None = None,
         flops: Callable[..., int] | None = None,
+        in_cuda_graphs: bool = True,
     ):
         namespace = "".join(letter if letter.isalnum() else "_" for letter in module_name)
-        self.custom_op = torch.library.custom_op(f"{namespace}::{name}", function, mutates_args=())
+        tags = () if in_cuda_graphs else (torch.Tag.cudagraph_unsafe,)
+        self.custom_op = torch.library.custom_op(f"{namespace}::{name}", function, mutates_args=(), tags=tags)
         self.custom_op.register_fake(fake)
         if flops is not None:
             packet = getattr(getattr(torch.ops, namespace), name)

@@ -446,6 +446,12 @@ def test_gradients_under_dropout_are_those_of_the_same_random_draw():
         assert torch.equal(ours, theirs)
 
 
+def test_cuda_graphs_leave_out_what_looks_at_numbers():
+    """The operator asks where documents lie, and keeps tables: `mode="reduce-overhead"` makes graphs around it."""
+    for operator in (operator_module._forward_op, operator_module.backward_op):
+        assert torch.Tag.cudagraph_unsafe in operator.custom_op._opoverload.tags
+
+
 def test_compiles_into_one_graph_and_passes_pytorchs_checks_of_custom_operators():
     inputs, grad = random_tensors(2, 2, 2, 21, 21, 4)
     mask = torch.ones(2, 21)
