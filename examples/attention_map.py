@@ -131,7 +131,8 @@ def draw(weights: torch.Tensor, row: int, names: list[str], title: str) -> Figur
     panels = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
     scale = dict(norm=LogNorm(1e-4, 1, clip=True), cmap="viridis", aspect="auto", interpolation="nearest")
     panels[0].imshow(by_position.numpy(), extent=(0, row + 1, len(names) - 0.5, -0.5), **scale)
-    panels[0].set(xlabel="position in the text (tokens)", ylabel="layer.head", title=title)
+    panels[0].set(xlabel="position in the text (tokens)", ylabel="layer.head")
+    panels[0].set_title(title, parse_math=False)  # a token may be "$$"
     image = panels[1].imshow(by_distance.numpy(), **scale)
     panels[1].set(xlabel="distance (from)", title="by distance")
     panels[1].set_xticks(range(len(edges) - 1), edges[:-1], rotation=90)

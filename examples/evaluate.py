@@ -181,6 +181,15 @@ class Material:
         return [first << i for i in range(64) if first << i < self.args.lengths[-1]]
 
 
+def check_shortest(material: Material) -> None:
+    """Refuse `--lengths` into which numbers and tasks do not fit, before hours of measuring rather than after them."""
+    args, length = material.args, material.args.lengths[0]
+    texts = material.texts[:, -length:]
+    make_needles(texts, material.tokenizer, args.needle_texts, args.seed)
+    for task in TASKS if args.ruler_texts else ():
+        make_tasks(task, material.tokenizer, length, texts, args.ruler_texts, args.seed)
+
+
 # Measurements: each takes a model and gives what JSON can hold
 
 
@@ -347,10 +356,9 @@ def measure_arm(arm: str, args: Arguments, material: Material, results: Results)
         print(f"{arm} is left out: {reason}")
         results.save(**{arm: {"missing": str(reason)}})
         return
-    device = torch.device(args.device).type
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    done |= {"vocabulary": model.config.get_text_config().vocab_size} | about | environment(device)
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(torch.device(args.device))
+    done |= {"vocabulary": model.config.get_text_config().vocab_size} | about | environment(args.device)
     for name in names:
         if name not in done:
             kind, _, length = name.partition("-")
@@ -358,7 +366,7 @@ def measure_arm(arm: str, args: Arguments, material: Material, results: Results)
                 done[name] = of_lengths[kind](model, material, int(length), arm)
             else:
                 done |= of_texts[name](model, material, arm)
-            done["peak_gibibytes"] = max(done.get("peak_gibibytes", 0), peak_gibibytes(device))
+            done["peak_gibibytes"] = max(done.get("peak_gibibytes", 0), peak_gibibytes(args.device))
             results.save(**{arm: done})
 
 
@@ -370,6 +378,7 @@ def main():
     check_settings(folder / "settings.json", settings)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     material = Material(args, tokenizer)
+    check_shortest(material)
     results = Results(folder / "report.json")
     results.save(settings=settings)
     for arm in sorted(args.arms, key=list(ARMS).index):

@@ -50,9 +50,10 @@ class Results(dict):
 
 def environment(device: str) -> dict[str, str]:
     """Hardware, versions and commit."""
+    on = torch.device(device)
     cpu = f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
     return {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "hardware": torch.cuda.get_device_name(on) if on.type == "cuda" else cpu,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "longnet_hf": f"{longnet_hf.__version__}, commit {COMMIT}",
@@ -61,6 +62,7 @@ def environment(device: str) -> dict[str, str]:
 
 def peak_gibibytes(device: str) -> float:
     """Most memory so far: what PyTorch allocated on a GPU, or the whole process on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+    on = torch.device(device)
+    if on.type == "cuda":
+        return torch.cuda.max_memory_allocated(on) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -144,7 +144,7 @@ def _check_room(name: str, room: int, least: int, length: int) -> None:
     if room < least:
         raise ValueError(
             f"Texts (`--lengths`) must be longer for RULER's {name}, got {length} tokens: {length - room + least} are "
-            "the least. `--ruler_texts 0` leaves RULER out."
+            "the least for what was drawn. `--ruler_texts 0` leaves RULER out."
         )
 
 
@@ -263,16 +263,18 @@ def _common_words(writer: _Writer, source: _Source, length: int) -> int:
         first = list(dict.fromkeys(word for word in before if word in words[:COMMON]))
         example = COMMON_BEGIN + numbered(before) + COMMON_END + " " + numbered(first) + "\n"
         rest = words[count_before:]
-        room = length - writer.tokens([example, COMMON_BEGIN, COMMON_END, " ", numbered(rest[:COMMON])]) - COMMON
+        said = [piece for i, word in enumerate(rest[:COMMON], 1) for piece in (f" {i}.", f" {word}")]
+        room = length - writer.tokens([example, COMMON_BEGIN, COMMON_END, *said])
 
         def size(count: int, common=common, other=other, rest=rest) -> int:
             return len(writer.ids_of(numbered(listing(rest[: COMMON + count], common, other))))
 
-        # An entry has two tokens at least
-        count = bisect_right(range(max(0, room) // (2 * other) + 1), room, key=size) - 1
-        if count >= COMMON:
+        least = size(COMMON)
+        if room >= least:
             break
-    _check_room("common_words", min(room, count), COMMON, length)
+    _check_room("common_words", room, least, length)
+    # An entry has two tokens at least
+    count = bisect_right(range(max(COMMON, room // (2 * other)) + 1), room, lo=COMMON + 1, key=size) - 1
     entries = listing(rest[: COMMON + count], common, other)
     writer.add(example)
     writer.add(COMMON_BEGIN)
@@ -298,8 +300,10 @@ def _frequent_words(writer: _Writer, source: _Source, length: int) -> int:
 
     answers = words[1 : 1 + FREQUENT]
     room = length - writer.tokens([FREQUENT_BEGIN, FREQUENT_END, *_listed(answers)])
-    count = bisect_right(range(max(0, 2 * room)), room, key=lambda count: len(writer.ids_of(coded(count)))) - 1
-    _check_room("frequent_words", min(room, count), 100, length)  # of which each of the three stands more often
+    least = 100  # of which each of the three stands more often than the next
+    _check_room("frequent_words", room, writer.tokens([coded(least)]), length)
+    counts = range(max(least, 2 * room) + 1)
+    count = bisect_right(counts, room, lo=least + 1, key=lambda count: writer.tokens([coded(count)])) - 1
     writer.add(FREQUENT_BEGIN)
     writer.add(coded(count))
     writer.add(FREQUENT_END)

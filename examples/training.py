@@ -73,9 +73,11 @@ def stretched_positions(config: PreTrainedConfig, length: int) -> dict:
 
 
 def check_settings(path: Path, settings: dict) -> None:
-    """Refuse to go on with a run that was started with other settings."""
+    """Refuse to go on with a run that was started with other settings, and has come to anything: of one that was
+    refused for its settings there is nothing but these."""
     settings = json.loads(json.dumps(settings))
-    old = read(path) if path.exists() else settings
+    others = [file for file in path.parent.glob("*") if file != path and file.suffix != ".unfinished"]
+    old = read(path) if others and path.exists() else settings
     changed = [f"{name} was {old.get(name)}, is {new}" for name, new in settings.items() if old.get(name) != new]
     if changed:
         raise ValueError(

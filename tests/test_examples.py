@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import io
 import json
 import math
 import os
@@ -130,6 +131,9 @@ def test_files_are_whole_or_named(monkeypatch, tmp_path):
             with pytest.raises(ZeroDivisionError):
                 write()
     assert record.read(file) == settings
+    training.check_settings(file, settings | {"seed": 3})  # of a run that was refused for its settings
+    training.check_settings(file, settings)
+    (file.parent / "results.json").write_text("{}")
     training.check_settings(file, settings)
     with pytest.raises(ValueError, match="seed was 1, is 2"):
         training.check_settings(file, settings | {"seed": 2})
@@ -414,14 +418,35 @@ def test_a_report_asks_the_tasks_of_ruler(evaluation, tiny_llama, monkeypatch):
 def test_tasks_of_ruler_that_do_not_fit_are_refused(evaluation, tiny_llama):
     material = small_material(evaluation, tiny_llama)
     for name in evaluation.ruler.TASKS:
-        with pytest.raises(ValueError, match="must be longer for RULER's .*, got 300 tokens"):
+        with pytest.raises(ValueError, match="must be longer for RULER's .*, got 300 tokens") as refused:
             evaluation.ruler.make_tasks(name, material.tokenizer, 300, material.texts, 1, seed=0)
+        least = int(re.search(r"(\d+) are the least", str(refused.value))[1])
+        with pytest.raises(ValueError, match=f": {least} are the least"):
+            evaluation.ruler.make_tasks(name, material.tokenizer, least - 1, material.texts, 1, seed=0)
+        (task,) = evaluation.ruler.make_tasks(name, material.tokenizer, least, material.texts, 1, seed=0)
+        assert least - 100 < len(task.ids) <= least
     with pytest.raises(ValueError, match="`name` must be one of .*multi_key.*, got 'qa'"):
         evaluation.ruler.make_tasks("qa", material.tokenizer, 6000, material.texts, 1, seed=0)
     numbers = torch.tensor([material.tokenizer("0123456789" * 600)["input_ids"]])  # no words: they are made up
     for name in evaluation.ruler.TASKS:
         (task,) = evaluation.ruler.make_tasks(name, material.tokenizer, 6000, numbers, 1, seed=0)
         assert len(task.ids) > 5900
+
+
+def test_tasks_of_ruler_are_no_longer_than_asked_if_words_are_tokens_with_what_is_around_them(evaluation):
+    """Answers take more tokens than the same words in a list."""
+    pair = "|".join(rf"{i}\. [a-z]+" for i in range(1, 11))
+
+    class Tokenizer:
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [len(token) for token in re.findall(rf" ?(?:{pair})|\S|\s", text)]}
+
+        def decode(self, ids):
+            return ""
+
+    for name in evaluation.ruler.TASKS:
+        (task,) = evaluation.ruler.make_tasks(name, Tokenizer(), 4000, torch.ones(1, 4000).long(), 1, seed=0)
+        assert 3900 < len(task.ids) <= 4000, name
 
 
 def test_perplexity_of_tokens_that_need_a_long_context(evaluation):
@@ -584,6 +609,36 @@ def test_what_a_report_cannot_be_made_of_is_refused(evaluation, tiny_llama, tmp_
             small_material(evaluation, tiny_llama, **changes)
 
 
+def test_a_report_that_is_refused_is_asked_for_again_with_other_settings(
+    evaluation, tiny_llama, monkeypatch, tmp_path
+):
+    """What does not fit is said before anything is measured, and is not taken for settings of a run."""
+
+    def measure(arm, *_):
+        raise InterruptedError(arm)
+
+    monkeypatch.setattr(evaluation.report, "measure_arm", measure)
+    for length, error, words in ((2500, ValueError, "40 numbers take"), (3500, InterruptedError, "model")):
+        command = ("evaluate.py", "--model", tiny_llama, "--data", ROOT / "longnet_hf", ROOT / "docs", "--texts", 2)
+        command += ("--lengths", length, 4096, "--ruler_texts", 1, "--output_dir", tmp_path / "run")
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        with pytest.raises(error, match=words):
+            evaluation.report.main()
+    monkeypatch.setattr(evaluation.report, "make_needles", lambda *_: None)
+    with pytest.raises(ValueError, match="RULER's .*, got 700 tokens"):
+        evaluation.report.check_shortest(small_material(evaluation, tiny_llama, lengths=[700, 6000], ruler_texts=1))
+    evaluation.report.check_shortest(small_material(evaluation, tiny_llama, lengths=[700, 6000], ruler_texts=0))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_record_is_of_the_gpu_that_was_used(evaluation, device, monkeypatch):
+    record, gpu = importlib.import_module("record"), torch.device(device)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"the GPU {device}")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 2**30 if device == gpu else 0)
+    assert record.environment(device)["hardware"] == f"the GPU {device}"
+    assert record.peak_gibibytes(device) == 1.0
+
+
 def test_maps_of_attention_show_that_of_the_dense_formula(evaluation, tmp_path):
     maps = importlib.import_module("attention_map")
     shape = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
@@ -637,6 +692,14 @@ def test_the_passage_that_is_attended_to_is_found(evaluation, tiny_llama):
     assert "&lt;title&gt;" in page and page.count("<span") == len(ids) and "<mark>" not in page and ">&amp;<" in page
     assert f'rgba(255,140,0,1.00)" title="token {text.index("!")}:' in page
     assert maps.quoted("<b>\n*x*") == "&lt;b&gt;⏎&#42;x&#42;"
+
+
+def test_names_of_tokens_are_no_formulas(evaluation):
+    maps = importlib.import_module("attention_map")
+    for token in ("$$", "$\\frac$", "\n", "<b>"):
+        figure = maps.draw(torch.rand(2, 20), 10, ["0.0", "0.1"], f"attention of token 10, {token!r}")
+        figure.savefig(io.BytesIO())
+        assert figure.axes[0].get_title() == f"attention of token 10, {token!r}"
 
 
 def test_maps_of_attention_are_written_and_refused(evaluation, tiny_llama, tmp_path):
