@@ -77,7 +77,8 @@ def dilated_attention(
             that fill up the last segment: see [`~DilatedPattern.padding_keys`]. Not causal, without windows or shift.
         return_lse: also return the log-sum-exp of the scores, with which the softmax can be continued over other keys.
         kept: for layers whose backward pass computes them again: a dict that takes the result of the first call, and
-            gives it to the second one, of the same inputs, which need not compute it.
+            gives it to the second one, of the same inputs, which need not compute it. Without dropout; and left
+            empty where something looks at operators (compilers, tracers, modes of dispatch).
 
     Returns:
         `[B, H, Nq, D]` in the dtype of `query`. Queries that no branch joins to any key, and padding, give zeros.
@@ -90,6 +91,8 @@ def dilated_attention(
         check_tensor(name, x, "numbers")
     query, key, value = autocast_inputs(query, key, value)
     _check_inputs(query, key, value, pattern, scale, dropout, is_causal)
+    if kept is not None and (not isinstance(kept, dict) or dropout > 0):
+        raise ValueError(f"`kept` must be a dict, with a `dropout` of 0, or None, got {kept!r} and {dropout}.")
     refuse_forward_mode(query, key, value)
     check_segment_padding(pattern, segment_padding, is_causal)
     given = dict(attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens)

@@ -87,8 +87,8 @@ model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
 {end}
 """
-# Beside the card, where matplotlib is installed
-PICTURE = "pattern.png"
+# Beside the card, where matplotlib is installed; of a name that no picture of a user's own has
+PICTURE = "longnet_pattern.png"
 _LINK = f"\n![Which queries attend to which keys, in all heads and in every head]({PICTURE})\n"
 # Around our part of a card, other parts of which Trainer writes
 _BEGIN, _END = "<!-- longnet: begin -->", "<!-- longnet: end -->"

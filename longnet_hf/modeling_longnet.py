@@ -508,6 +508,8 @@ class LongNetModel(LongNetPreTrainedModel):
         is_checkpointed = any(layer.gradient_checkpointing and layer.training for layer in self.running_layers)
         if torch.compiler.is_compiling() or not (is_checkpointed and torch.is_grad_enabled()):
             return False
+        if len({layer.self_attn.layer_idx for layer in self.running_layers}) < len(self.running_layers):
+            return False  # a layer that runs twice: by its index, its second result would be taken for the first
         width = self.config.num_attention_heads * self.config.head_dim
         tokens = hidden_states.shape[0] * hidden_states.shape[1] * len(self.running_layers)
         return has_room_for(tokens * width * hidden_states.element_size(), hidden_states.device)

@@ -446,6 +446,13 @@ def test_gradients_under_dropout_are_those_of_the_same_random_draw():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(("kept", "dropout"), [(True, 0.0), ([], 0.0), ({}, 0.5)])
+def test_what_cannot_be_kept_is_refused(kept, dropout):
+    inputs, _ = random_tensors(1, 2, 2, 8, 8, 4)
+    with pytest.raises(ValueError, match="`kept` must be a dict, with a `dropout` of 0, or None, got"):
+        dilated_attention(*inputs, PATTERN, kept=kept, dropout=dropout)
+
+
 def test_cuda_graphs_leave_out_what_looks_at_numbers():
     """The operator asks where documents lie, and keeps tables: `mode="reduce-overhead"` makes graphs around it."""
     for operator in (operator_module._forward_op, operator_module.backward_op):

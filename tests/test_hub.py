@@ -142,7 +142,7 @@ def test_push_pull_train_and_push_again(tmp_path, hub):
     files = hub.files("tester/longnet")
     assert set(files) >= CODE | {"config.json", "model.safetensors", "README.md", "generation_config.json"}
     pytest.importorskip("matplotlib")
-    assert files["pattern.png"].startswith(b"\x89PNG") and b"](pattern.png)" in files["README.md"]
+    assert files["longnet_pattern.png"].startswith(b"\x89PNG") and b"](longnet_pattern.png)" in files["README.md"]
     card = files["README.md"].decode()
     for said in (
         "library_name: transformers",
@@ -227,9 +227,8 @@ def test_trainer_and_adapters_push_too(tmp_path, hub):
     assert "## Training procedure" in mended and "sft" in by_trl
     pytest.importorskip("matplotlib")
     for name in ("trained", "trl", "mended", "base"):
-        assert ("pattern.png" in hub.files(f"tester/{name}")) and b"](pattern.png)" in hub.files(f"tester/{name}")[
-            "README.md"
-        ]
+        pushed = hub.files(f"tester/{name}")
+        assert "longnet_pattern.png" in pushed and b"](longnet_pattern.png)" in pushed["README.md"]
     for card in (by_trl, mended):
         assert card.count("trust_remote_code=True") == 1 and "dilated-attention" in card
     assert set(hub.files("tester/trained")) >= CODE and set(hub.files("tester/base")) >= CODE
@@ -258,6 +257,7 @@ def test_trainer_and_adapters_push_too(tmp_path, hub):
 def test_branches_and_pull_requests_keep_their_cards(tmp_path, hub):
     run(
         """
+        from pathlib import Path
         from huggingface_hub import HfApi
         from models import build
         model, api = build(longnet_hf.LongNetForCausalLM), HfApi()
@@ -270,6 +270,9 @@ def test_branches_and_pull_requests_keep_their_cards(tmp_path, hub):
         api.create_repo("tester/hand")
         api.upload_file(path_or_fileobj=b"by hand", path_in_repo="README.md", repo_id="tester/hand")
         model.push_to_hub("tester/hand")
+        Path("hand").mkdir()
+        Path("hand/pattern.png").write_bytes(b"by hand")
+        model.save_pretrained("hand", push_to_hub=True, repo_id="tester/hand")
         """,
         hub,
         tmp_path,
@@ -279,5 +282,7 @@ def test_branches_and_pull_requests_keep_their_cards(tmp_path, hub):
     assert hub.files("tester/branched", "dev")["README.md"] == b"by hand"
     assert b"ding2023longnet" in hub.files("tester/branched", "refs/pr/1")["README.md"]
     pytest.importorskip("matplotlib")
-    assert "pattern.png" in hub.files("tester/branched", "refs/pr/1")
-    assert hub.files("tester/hand")["README.md"].endswith(b"by hand") and "pattern.png" not in hub.files("tester/hand")
+    assert "longnet_pattern.png" in hub.files("tester/branched", "refs/pr/1")
+    by_hand = hub.files("tester/hand")
+    assert by_hand["README.md"].endswith(b"by hand") and "longnet_pattern.png" not in by_hand
+    assert (tmp_path / "hand" / "pattern.png").read_bytes() == b"by hand"

@@ -129,8 +129,8 @@ def test_a_picture_of_the_pattern_lies_beside_the_card(tmp_path, monkeypatch):
     model = build(LongNetForCausalLM)
     for step in (1, 2):
         model.save_pretrained(tmp_path / f"checkpoint-{step}")
-        assert (tmp_path / f"checkpoint-{step}" / "pattern.png").read_bytes().startswith(b"\x89PNG")
-        assert "](pattern.png)" in (tmp_path / f"checkpoint-{step}" / "README.md").read_text()
+        assert (tmp_path / f"checkpoint-{step}" / "longnet_pattern.png").read_bytes().startswith(b"\x89PNG")
+        assert "](longnet_pattern.png)" in (tmp_path / f"checkpoint-{step}" / "README.md").read_text()
     assert len(drawn) == 1  # in a process, whatever number of checkpoints it saves
     assert drawn[0].patterns == tuple(model.config.layer_patterns)
     build(LongNetModel, is_causal=False).save_pretrained(tmp_path / "other")
@@ -138,7 +138,7 @@ def test_a_picture_of_the_pattern_lies_beside_the_card(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("by hand")
     model.save_pretrained(tmp_path / "mine")
-    assert not (tmp_path / "mine" / "pattern.png").exists()
+    assert not (tmp_path / "mine" / "longnet_pattern.png").exists()
 
 
 @pytest.mark.parametrize("problem", ["no matplotlib", "broken"])
@@ -153,8 +153,9 @@ def test_a_model_is_saved_where_no_picture_can_be_drawn(problem, tmp_path, monke
         with pytest.raises(ImportError, match="`draw` needs matplotlib"):
             describe(build(LongNetForCausalLM)).draw()
     build(LongNetForCausalLM).save_pretrained(tmp_path)
-    assert not (tmp_path / "pattern.png").exists() and "pattern.png" not in (tmp_path / "README.md").read_text()
-    assert "key/value heads, a sequence of" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert not (tmp_path / "longnet_pattern.png").exists() and "longnet_pattern.png" not in card
+    assert "key/value heads, a sequence of" in card
 
 
 def test_the_model_card_is_that_of_the_model(tmp_path):

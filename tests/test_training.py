@@ -63,6 +63,20 @@ def test_two_backward_passes_of_a_checkpoint_that_keeps_attention(monkeypatch):
     assert_same_gradients(dict(zip(dict(model.named_parameters()), grads, strict=True)), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_that_share_their_weights_keep_no_attention(reentrant, monkeypatch):
+    """The second of them has an attention of its own."""
+    model, ids = build(LongNetForCausalLM).train(), random_ids(2, 30)
+    model.model.layers = torch.nn.ModuleList([model.model.layers[0]] * 3)
+    loss = model(ids, labels=ids, use_cache=False).loss
+    expected = all_gradients(model, loss)
+    monkeypatch.setattr(modeling_longnet, "has_room_for", lambda num_bytes, device: True)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    again = model(ids, labels=ids, use_cache=False).loss
+    torch.testing.assert_close(again, loss)
+    assert_same_gradients(all_gradients(model, again), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("checkpointing", [None, True, False])
 @every_kind
 def test_mlps_in_chunks_change_nothing(kind, checkpointing):
