@@ -58,6 +58,7 @@ from measurements import (  # noqa: E402
     window_of_equal_work,
 )
 from record import Results, environment, write  # noqa: E402
+from report import mean_and_error, said, signed  # noqa: E402
 from training import check_settings  # noqa: E402
 
 
@@ -138,6 +139,8 @@ class Arm:
             values[key] = 1 if is_flag else int(value)
         if kind not in ("full", "window", "all-keys", *cls.SIZED, *cls.CHOOSING):
             raise ValueError(f"`--arms` has {name!r}, which is none of the arms and scores in the description.")
+        if kind not in cls.CHOOSING and any(kind != "all-keys" or not x.startswith("share-") for x in options):
+            raise ValueError(f"`--arms` has {name!r}; options are for scores, and all-keys takes share-S alone.")
         if (kind in cls.SIZED) != bool(size) or (size and not (size.isdecimal() and int(size) > 0)):
             raise ValueError(
                 f"`--arms` has {name!r}; {', '.join(cls.SIZED)} take a size, such as slow-16, others none."
@@ -541,7 +544,7 @@ def fit_projections(model, attention: StudiedAttention, arms: list[Arm], text: t
 
 def measure(model: PreTrainedModel, data: dict, name: str, beyond: int) -> dict:
     """Of every kind of text: mean natural and copy losses of each text, and the numbers found, in all and of those
-    that were said more than `beyond` tokens ago."""
+    that were said more than `beyond` tokens ago (None: there are none)."""
     results = {}
     for kind, (texts, spans, needles) in data.items():
         natural, copy, found, far, bits = [], [], [], [], []
@@ -550,25 +553,21 @@ def measure(model: PreTrainedModel, data: dict, name: str, beyond: int) -> dict:
             loss, _ = token_losses(model, ids, half)
             natural.append(loss[: -spans * SPAN_LENGTH].mean().item())
             copy.append(loss[-spans * SPAN_LENGTH :].view(spans, SPAN_LENGTH)[:, LEAD:].mean().item())
-        for ids, answers, said in needles:
+        for ids, answers, places in needles:
             start = int(answers.min())
             loss, is_top = token_losses(model, ids, start)
             right = is_top[answers - start].all(1).float()
             found.append(right.mean().item())
-            far.append(right[answers[:, 0] - said > beyond].mean().item())
+            is_far = answers[:, 0] - places > beyond
+            far.append(right[is_far].mean().item() if is_far.any() else None)
             bits.append(loss[answers - start].mean().item())
         results[kind] = {"natural": natural, "copy": copy, "found": found, "found_far": far, "number_loss": bits}
     return results
 
 
-def with_error(values: list[float], baseline: list[float] | None = None, percent: bool = False) -> str:
-    """Mean, or mean of the differences, with its standard error."""
-    x = torch.tensor(values, dtype=torch.float64)
-    x = x if baseline is None else x - torch.tensor(baseline, dtype=torch.float64)
-    error = x.std() / len(x) ** 0.5 if len(x) > 1 else torch.tensor(math.nan)
-    if percent:
-        return f"{x.mean():.1%} ± {error:.1%}"
-    return f"{x.mean():.3f}" if baseline is None else f"{x.mean():+.3f} ± {error:.3f}"
+def above(values: list[float], baseline: list[float]) -> str:
+    """Mean of the differences, with its standard error."""
+    return signed([x - y for x, y in zip(values, baseline, strict=True)])
 
 
 def print_table(results: dict[str, dict], args: Arguments) -> None:
@@ -586,9 +585,9 @@ def print_table(results: dict[str, dict], args: Arguments) -> None:
             base = results[whole]["measured"][kind] if whole in results else None
             work, read = result["work"]
             columns = [name, f"{work:.3f}", f"{read:.3f}", f"{result['keys_chosen']:.0f}"]
-            columns += [with_error(of["natural"]), with_error(of["copy"])]
-            columns += [with_error(of[x], base[x]) if base else "" for x in ("natural", "copy", "number_loss")]
-            columns += [with_error(of["found"], percent=True), with_error(of["found_far"], percent=True)]
+            columns += [f"{mean_and_error(of[x])[0]:.3f}" for x in ("natural", "copy")]
+            columns += [above(of[x], base[x]) if base else "" for x in ("natural", "copy", "number_loss")]
+            columns += [said(of[x], "{:.1%}") for x in ("found", "found_far")]
             columns.append(keeps_the_rule(arm, work, of, base))
             print("|", " | ".join((*columns, str(result["seconds"]))), "|", flush=True)
 

@@ -236,7 +236,8 @@ def test_heads_are_compared_and_the_comparison_goes_on_where_it_was_stopped(tiny
 def test_blocks_that_are_chosen_are_compared_and_the_comparison_goes_on(tiny_llama, tmp_path):
     common = (
         *("--model", tiny_llama, "--data", f"code={ROOT / 'longnet_hf' / 'dilated_*.py'}", "--context_length", 4096),
-        *("--texts", 1, "--needle_texts", 1, "--use_cpu", "--window", 64, "--other_window", 256, "--share", 10),
+        *("--texts", 1, "--needle_texts", 1, "--use_cpu", "--window", 64, "--share", 10),
+        *("--other_window", 4096),
     )
     compare = functools.partial(run, "selected_blocks.py", *common, of="benchmarks", folder=tmp_path)
     done = compare("--output_dir", "run", "--arms", "all-keys", "learned-2/avg-2/keys-256")
@@ -244,9 +245,11 @@ def test_blocks_that_are_chosen_are_compared_and_the_comparison_goes_on(tiny_lla
     done = compare("--output_dir", "run", "--arms", "all-keys", "dilated-8")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| learned-2/avg-2/keys-256 | 0.062 |" in done.stdout and "learned-2/avg-2/keys-256\n" not in done.stdout
-    results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
-    assert list(results) == ["all-keys", "learned-2/avg-2/keys-256", "dilated-8"]
+    record = (tmp_path / "run" / "record.json").read_text()
+    results = json.loads(record, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["results"]
+    assert list(results) == ["all-keys", "learned-2/avg-2/keys-256", "dilated-8"] and "nan" not in done.stdout
     measured = results["learned-2/avg-2/keys-256"]["measured"]["code"]
+    assert measured.pop("found_far") == [None]  # there are none
     assert all(len(x) == 1 and math.isfinite(x[0]) for x in measured.values())
     assert 200 < results["learned-2/avg-2/keys-256"]["keys_chosen"] <= 256
     assert "commit" in results["all-keys"]["longnet_hf"]

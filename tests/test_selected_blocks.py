@@ -218,6 +218,9 @@ def test_arms_that_mean_nothing_are_refused(study):
         "slow-16/avg": "options are",
         "slow-16/pool-2": "options are",
         "slow-16/shared-2": "options are",
+        "full/avg-2": "options are for scores",
+        "dilated-8/share-33": "options are for scores",
+        "all-keys/keys-512": "all-keys takes share-S alone",
         "slow-16/avg-3": "avg must divide block",
         "mass/keys-100": "avg must divide block",
     }.items():
