@@ -8,7 +8,8 @@ once more, at a distance whose probability falls as a power law, and its value h
 begins with up to an eighth of its length that says nothing, and a question may stand anywhere: were they all at even
 places, as the keys, no dilated segment would ever join one to a value. Every arm is trained on
 the same rows, with all numbers of pairs mixed, and is measured on others: by number of pairs, and by whether a pair
-lies in the dense window of the query, that of the heads that see least. Chance is one of the values of the row.
+is nearer than the dense window is wide, that of the heads that see least (of segments: their length, across whose
+boundaries nothing is seen). Chance is one of the values of the row.
 
 That an attention comes upon looking things up takes thousands of steps, whichever it is. By default all arms start
 near what they have to learn, and all is trained: the first layer with a preference for the token before (for which
@@ -187,7 +188,7 @@ def start_near(model: LongNetForCausalLM) -> None:
 
 @torch.no_grad()
 def measure(model: LongNetForCausalLM, args: Arguments, window: float, seed: int) -> dict:
-    """The share of values said right: by number of pairs, in the dense window and beyond it (None: there are none)."""
+    """The share of values said right: by number of pairs, nearer than the window and beyond it (None: no pairs)."""
     model.eval()
     by_pairs, right, inside = {}, [], []
     for pairs in args.pairs:
@@ -248,7 +249,7 @@ def print_table(args: Arguments, folder: Path) -> None:
         )
         rows.append([*about, *(said(accuracy, "{:.1%}") for accuracy in accuracies)])
     head = ["attention", "seeds", "pairs per token", "dense window", *(f"{pairs} keys" for pairs in args.pairs)]
-    print(f"\n{table([*head, 'in the dense window', 'beyond it'], rows)}")
+    print(f"\n{table([*head, 'nearer than the dense window', 'beyond it'], rows)}")
 
 
 def main():

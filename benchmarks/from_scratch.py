@@ -20,6 +20,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib
@@ -79,6 +80,11 @@ class Arguments:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or not self.arms:
             raise ValueError(f"`--arms` must be of {list(ARMS)}, got {self.arms}.")
+        if "gated-deltanet" in self.arms and find_spec("fla") is None:  # said before the other arms are trained
+            raise ValueError(
+                "`--arms` has `gated-deltanet`, which needs `pip install flash-linear-attention`; without it, give "
+                f"others: {' '.join(arm for arm in ARMS if arm != 'gated-deltanet')}."
+            )
         if self.held_out < 1:
             raise ValueError(f"`--held_out` must be at least 1, got {self.held_out}.")
         if self.hidden_size % self.head_dim:
@@ -144,10 +150,8 @@ def make_model(arm: str, args: Arguments, vocabulary: int) -> PreTrainedModel:
         heads = args.hidden_size // args.head_dim
         fields = dict(num_attention_heads=heads, intermediate_size=4 * args.hidden_size, **attention_of(arm, args))
         return LongNetForCausalLM(LongNetConfig(**shape, **fields))
-    try:
-        from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
-    except ImportError as error:
-        raise ImportError("The arm `gated-deltanet` needs `pip install flash-linear-attention`.") from error
+    from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+
     # Keys of half the width and values of all of it: as many weights as the attention of the others
     heads = max(1, args.hidden_size // 192)
     return GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**shape, num_heads=heads, head_dim=96, expand_v=2))

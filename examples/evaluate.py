@@ -279,7 +279,7 @@ def answer_ruler(model: PreTrainedModel, material: Material, length: int, name: 
 
 
 def dense_width(branches: list[Branch]) -> float:
-    """How far back a head's attention has no gaps, in positions."""
+    """How far back a head's attention has no gaps, in positions; of segments, to their boundary at most."""
     dense = [branch.length for branch in branches if branch.rate == 1 and branch.type != "sink"]
     return math.inf if None in dense else max(dense, default=0)
 

@@ -50,7 +50,8 @@ def by_depth(needles: dict, what: str) -> list[list[float]]:
 
 
 def share_in_window(needles: dict, window: int | None) -> float:
-    """The share of the numbers that a question sees directly in a dense window (None: all)."""
+    """The share of the numbers that are nearer to their question than a dense window is wide (None: all). In a window
+    these are seen directly; of a segment's some lie behind its boundary."""
     distances = torch.tensor(needles["distance"])
     return 1.0 if window is None else (distances < window).double().mean().item()
 
@@ -141,7 +142,7 @@ def write_report(args, words: dict[str, str], results: Results, folder: Path) ->
             depths = [said(cell, "{:.0%}") for cell in by_depth(needles, "found")]
             rows.append([length, arm, said(found, "{:.1%}"), said(bits, "{:.1f}"), f"{inside:.0%}", *depths])
     depths = [f"depth {i / DEPTHS:.0%}" for i in range(DEPTHS)]
-    head = ["length", "arm", "found", "log-probability", "in the dense window", *depths]
+    head = ["length", "arm", "found", "log-probability", "nearer than the dense window", *depths]
     parts += [table(head, rows), "", "![Numbers found](needles.png)", ""]
     parts += ruler_of(arms, args.lengths) if args.ruler_texts else []
     (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
@@ -248,7 +249,7 @@ def context_picture(arms: dict[str, dict], path: Path) -> None:
 
 
 def needle_map(arms: dict[str, dict], lengths: list[int], path: Path) -> None:
-    """Depth by length, each arm a panel. Below the line a number is in the dense window of its question."""
+    """Depth by length, each arm a panel. Below the line a number is nearer than the dense window is wide."""
     figure, panels = plt.subplots(1, len(arms), figsize=(5 * len(arms), 4), layout="constrained")
     for axes, (arm, result) in zip([panels] if len(arms) == 1 else panels, arms.items(), strict=True):
         cells = [[mean_and_error(x)[0] for x in by_depth(result[f"needles-{n}"], "found")] for n in lengths]

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -849,6 +850,15 @@ def test_models_are_trained_from_scratch_and_training_goes_on_where_it_was_stopp
 
     done = train("--arms", "full", "--save_steps", 3)
     assert "`--save_steps` must be 2, as `--eval_steps` is" in done.stderr
+
+
+@pytest.mark.skipif(find_spec("fla") is not None, reason="flash-linear-attention is installed")
+def test_an_arm_that_cannot_be_trained_is_refused_before_the_others_are(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples"), monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study = importlib.import_module("from_scratch")
+    with pytest.raises(ValueError, match="needs `pip install flash-linear-attention`; .*: paper shifted window"):
+        study.Arguments()
+    assert study.Arguments(arms=["paper"]).arms == ["paper"]
 
 
 def test_a_pretrained_model_is_converted_by_its_heads(tiny_llama, tmp_path):
