@@ -40,7 +40,7 @@ _TEMPLATE = """---
 {sections}"""
 _SECTIONS = """{begin}
 A LongNet: a Transformers model with dilated attention ("LongNet: Scaling Transformers to 1,000,000,000 Tokens",
-[arXiv 2307.02486](https://arxiv.org/abs/2307.02486)), whose cost grows linearly with the length of the sequence.
+[arXiv 2307.02486](https://arxiv.org/abs/2307.02486)), whose cost grows linearly with the length of the sequence{but}.
 
 ## Use
 
@@ -63,6 +63,8 @@ model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 | head offset | {config.head_offset} |
 | segments shifted in odd layers | {shift} |
 | layers with full attention | {full} |
+| key/value heads with full attention in other layers | {full_heads} |
+| first tokens that all see (sink) | {sink} |
 
 | branch | type | segment length | dilation rate |
 |---|---|---|---|
@@ -148,7 +150,8 @@ def describe_config(config) -> PatternDescription:
 def _context(config) -> tuple[int, bool]:
     """How many tokens back a layer sees, and whether that is everything."""
     lengths = [length for length in config.segment_lengths if length is not None]
-    unbounded = len(lengths) < len(config.segment_lengths) or bool(config.full_attention_layers)
+    is_full = config.full_attention_layers or any((config.full_attention_heads or {}).values())
+    unbounded = len(lengths) < len(config.segment_lengths) or bool(is_full)
     return config.max_position_embeddings if unbounded else max(lengths), unbounded
 
 
@@ -188,6 +191,8 @@ def _sections(config, auto_class: str, repo_id: str, has_picture: bool) -> str:
     types = config.branch_types or ["segment"] * len(config.segment_lengths)
     rows = zip(types, config.segment_lengths, config.dilation_rates, strict=True)
     context, unbounded = _context(config)
+    full_heads = sum(map(len, (config.full_attention_heads or {}).values()))
+    beyond = f", but for the first {config.sink_tokens} tokens" if config.sink_tokens else ""
     return _SECTIONS.format(
         begin=_BEGIN,
         end=_END,
@@ -196,13 +201,16 @@ def _sections(config, auto_class: str, repo_id: str, has_picture: bool) -> str:
         context=context,
         description=describe_config(config),
         picture=_LINK if has_picture else "",
-        reach="Some layers attend to everything."
+        but=", but for what attends to everything" if unbounded else "",
+        reach="Some layers or heads attend to everything."
         if unbounded
-        else "A pair of tokens further apart than the longest segment is not seen directly.",
+        else f"A pair of tokens further apart than the longest segment is not seen directly{beyond}.",
         config=config,
         vocabulary=config.vocab_size or "none",
         shift="yes" if config.segment_shift else "no",
         full=", ".join(map(str, config.full_attention_layers or ())) or "none",
+        full_heads=full_heads or "none",
+        sink=config.sink_tokens or "none",
         branches="\n".join(
             f"| {i} | {kind} | {'all' if length is None else length} | {rate} |"
             for i, (kind, length, rate) in enumerate(rows)
