@@ -148,7 +148,7 @@ def test_push_pull_train_and_push_again(tmp_path, hub):
         "library_name: transformers",
         "text-generation",
         "64 tokens",
-        "Some layers attend to everything",
+        "Some layers or heads attend to everything",
         "| 2 | segment | 40 | 3 |",
         "ding2023longnet",
     ):
