@@ -22,7 +22,7 @@ import os
 
 import torch
 import torch.nn.functional as F
-from common import describe, milliseconds
+from common import captured, describe, milliseconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -121,16 +121,6 @@ def pattern_flops(
     num_key_value_heads = num_key_value_heads or num_heads
     pairs = pattern.pairs(length, num_key_value_heads, is_causal=is_causal) * (num_heads // num_key_value_heads)
     return pairs * head_dim * (10 if backward else 4)
-
-
-def captured(run):
-    """The work of a call on the GPU, without what the CPU does to launch it."""
-    for _ in range(3):
-        run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def peak_mebibytes(run, device: str) -> float:

@@ -30,7 +30,7 @@ from .dilated_plan import (  # isort: skip
     GRID_RATE, GRID_SHIFT, HEAD, KEY_COLUMN, LENGTH, MERGE_RATE, MERGE_SIZE, NEXT_PARTIAL, NEXT_SEGMENT, NUM_CHUNKS,
     PARTIAL_BASE, PARTIAL_ROWS, PARTIAL_START, PROGRAM_RATE, PROGRAM_SIZE, PROGRAM_WINDOW, QUERY_COLUMN, ROW,
     SEGMENT_START, SEGMENT_STOP, SINK_EXTENT, SINKS, THIS_SEGMENT, TO_BLOCK, TO_BLOCK_REST, TO_FIRST, TO_FIRST_REST,
-    TO_KEYS, TO_QUERIES, TO_STOP, TO_STOP_REST, WINDOW_LENGTH, Plan, make_head_table, make_plan, without_heads,
+    TO_KEYS, TO_QUERIES, TO_STOP, TO_STOP_REST, WINDOW_LENGTH, Plan, find_tables,
 )
 # fmt: on
 from .documents import Document
@@ -856,8 +856,7 @@ def _run_queries(
     if not is_gradient:
         grad_output = query  # not looked at
     blocks = blocks_of(query, "queries" if is_gradient else "forward")
-    plan = make_plan(without_heads(pattern), documents, blocks.own, True, is_causal, query.device)
-    head_table = make_head_table(pattern, key.shape[1], True, query.device)
+    plan, head_table = find_tables(pattern, key.shape[1], documents, blocks.own, True, is_causal, query.device)
     heads = query.shape[1]
     partial = query.new_empty((heads, plan.partial_rows, query.shape[3]))
     partial_lse = lse_or_stats if is_gradient else lse_or_stats.new_empty((heads, plan.partial_rows))
@@ -878,8 +877,7 @@ def _run_keys(
     """Write the gradients of all keys and values."""
     query, key, value, pattern, documents, is_causal, scale = attention
     blocks = blocks_of(query, "keys")
-    plan = make_plan(without_heads(pattern), documents, blocks.own, False, is_causal, query.device)
-    head_table = make_head_table(pattern, key.shape[1], False, query.device)
+    plan, head_table = find_tables(pattern, key.shape[1], documents, blocks.own, False, is_causal, query.device)
     heads = key.shape[1]
     partial_dk, partial_dv = (key.new_empty((heads, plan.partial_rows, key.shape[3])) for _ in range(2))
     strides = strides_of(query, key, value, grad_output, dk, dv)

@@ -69,6 +69,40 @@ class Plan(NamedTuple):
     sink_chunk: int
 
 
+# By identity: what CUDA graphs read whenever they are replayed, which must stay although others are forgotten
+_in_cuda_graphs: dict[int, "Plan | torch.Tensor"] = {}
+
+
+def find_tables(
+    pattern: DilatedPattern,
+    num_kv_heads: int,
+    documents: tuple[Document, ...],
+    block: int,
+    of_queries: bool,
+    is_causal: bool,
+    device: torch.device,
+) -> tuple[Plan, torch.Tensor]:
+    """The plan for blocks of queries or of keys, and the table of the heads."""
+    plan = make_plan(without_heads(pattern), documents, block, of_queries, is_causal, device)
+    head_table = make_head_table(pattern, num_kv_heads, of_queries, device)
+    if _is_captured(device):
+        _in_cuda_graphs.update((id(x), x) for x in (plan, head_table))
+    return plan, head_table
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether what happens goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _refuse_capture(device: torch.device) -> None:
+    if _is_captured(device):
+        raise RuntimeError(
+            "A CUDA graph is being captured with dilated attention of a shape that has not been computed before: run "
+            "what is captured at least once, with inputs of the same shapes, before it is captured."
+        )
+
+
 # Queries that one program takes through the sink, of up to 64 keys; through longer ones as many times more
 _SINK_CHUNK = 1024
 
@@ -95,6 +129,7 @@ def make_head_table(
 ) -> torch.Tensor:
     """A record for every key/value head, those with most to do first, with the phases in the order of the plan:
     `[heads, fields]`. A window's grid is moved by its phase alone."""
+    _refuse_capture(device)
     branches, _ = _ordered_branches(pattern, of_queries)
     sink = next((branch for branch in pattern.branches if branch.type == "sink"), None)
 
@@ -127,6 +162,7 @@ def make_plan(
     device: torch.device,
 ) -> Plan:
     """The plan for blocks of queries or of keys of the documents, for a pattern `without_heads`."""
+    _refuse_capture(device)
     table = np.array(documents, dtype=np.int64).reshape(-1, len(Document._fields))
     length, first_query = table[:, LENGTH.value], table[:, FIRST_QUERY.value]
     first = first_query * of_queries

@@ -12,7 +12,14 @@ import torch
 from patterns import random_pattern
 from test_dilated_operator import gradients, random_layout, random_tensors
 
-from longnet_hf import DilatedPattern, dilated_attention, dilated_attention_reference, full_heads
+from longnet_hf import (
+    DilatedPattern,
+    LongNetConfig,
+    LongNetForCausalLM,
+    dilated_attention,
+    dilated_attention_reference,
+    full_heads,
+)
 from longnet_hf import dilated_operator as operator_module
 from longnet_hf import dilated_past as past_module
 from longnet_hf.dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
@@ -121,6 +128,60 @@ def test_layers_share_their_plans(interpreted):
             pattern = DilatedPattern([16, 41], [1, 3], None, offset, layer_idx=layer_idx)
             gradients(dilated_attention(*inputs, pattern), inputs, grad)
     assert dilated_plan.make_plan.cache_info().misses == before + 2  # blocks of queries, blocks of keys
+
+
+def test_what_a_cuda_graph_reads_is_made_before_it_is_captured_and_stays(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(dilated_plan, "_in_cuda_graphs", {})
+    tables = "plan", "heads"
+    device, documents = torch.device("cuda", 0), ((0, 0, 0, 40, 0),)
+    with pytest.raises(RuntimeError, match="run what is captured at least once, with inputs of the same shapes"):
+        dilated_plan.find_tables(PAPER, 2, documents, 64, True, True, device)
+    with pytest.raises(RuntimeError, match="run what is captured at least once, with inputs of the same shapes"):
+        dilated_plan.make_head_table(PAPER, 2, True, device)
+    monkeypatch.setattr(dilated_plan, "make_plan", lambda *args: tables[0])
+    monkeypatch.setattr(dilated_plan, "make_head_table", lambda *args: tables[1])
+    for _ in range(2):
+        assert dilated_plan.find_tables(PAPER, 2, documents, 64, True, True, device) == tables
+        assert sorted(dilated_plan._in_cuda_graphs.values()) == ["heads", "plan"]
+
+
+@pytest.mark.gpu
+def test_a_training_step_in_a_cuda_graph():
+    config = LongNetConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, segment_lengths=[64, 512],
+        dilation_rates=[1, 4], segment_shift=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LongNetForCausalLM(config).to("cuda", torch.bfloat16).train()
+    model.gradient_checkpointing_enable({"preserve_rng_state": False})
+    ids = torch.randint(64, (1, 700), device="cuda")
+
+    def step():
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        grads = [parameter.grad for parameter in model.parameters()]
+        model.zero_grad()
+        return loss.detach(), *grads
+
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    ids.random_(64)
+    expected = step()
+    for table in (dilated_plan.make_plan, dilated_plan.make_head_table):
+        table.cache_clear()
+    _ = [torch.full((1 << 16,), 2**30, dtype=torch.int32, device="cuda") for _ in range(64)]  # where tables lay
+    graph.replay()
+    for ours, theirs in zip(captured, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-3)
+    with pytest.raises(RuntimeError, match="run what is captured at least once"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            model(ids[:, :500])
 
 
 def test_kernels_compile_for_a_gpu():
