@@ -27,11 +27,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .cache_file import open_cache, write_cache
-from .dilated_operator import dilated_attention, refuse_forward_mode
+from .dilated_operator import dilated_attention, refuse_forward_mode, uses_triton
 from .dilated_past import PastTile, attend_to_past, past_tiles
 from .dilated_pattern import Branch, DilatedPattern
 from .dilated_tiles import TileKernel
 from .documents import check_padding_mask
+from .full_heads import attend_one_token
 from .input_checks import check_integer
 
 
@@ -716,20 +717,23 @@ class LayerPart:
         count = self.slots.count
         if self.is_plain and not torch.compiler.is_compiling():  # what is filled, in whole pieces
             count = min(count, -(-tokens.max_position_after // _ROOM) * _ROOM)
-        mask, sees_any = tokens.once(LayerPart.slots_seen, self, count)
         heads, length = len(self.heads), query.shape[2]
+        keys, values = (x[:, :, :count].to(query.dtype) for x in (keys, values))
+        if self.is_plain and length == 1 and uses_triton(query, dropout):
+            return attend_one_token(query, keys, values, tokens.once(LayerPart.counts_seen, self), scale)
+        mask, sees_any = tokens.once(LayerPart.slots_seen, self, count)
         queries_per_key = query.shape[1] // heads
         q = query.unflatten(1, (heads, queries_per_key)).flatten(2, 3)
-        keys, values = (x[:, :, :count].to(query.dtype) for x in (keys, values))
-        if self.is_plain and length == 1 and query.is_cuda and dropout == 0 and count % _ROOM == 0:
-            output = _attend_in_pieces(q, keys, values, mask, scale)
-        else:
-            mask = mask if length == 1 else mask.repeat(1, 1, queries_per_key, 1)
-            output = F.scaled_dot_product_attention(q, keys, values, mask, dropout, scale=scale)
+        mask = mask if length == 1 else mask.repeat(1, 1, queries_per_key, 1)
+        output = F.scaled_dot_product_attention(q, keys, values, mask, dropout, scale=scale)
         output = output.unflatten(2, (queries_per_key, length))
         if sees_any is not None:
             output = torch.where(sees_any[:, :, None], output, 0.0)
         return output.flatten(1, 2)
+
+    def counts_seen(self, tokens: NewTokens) -> torch.Tensor:
+        """How many keys the only new token of a row sees, where its position is the slot: `[B]`."""
+        return torch.where(tokens.real[:, 0], tokens.positions[:, 0] + 1, 0)
 
     def slots_seen(self, tokens: NewTokens, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Which of the first `count` slots new queries see, `[B, heads or 1, L, count]`, and which of them see any,
@@ -770,14 +774,6 @@ class LayerPart:
             return slice(None), *np.broadcast_arrays(heads, in_ring)
 
         return past_tiles(pattern, self.num_heads, position, length, find, self.device)
-
-
-def _attend_in_pieces(query, keys, values, mask, scale: float) -> torch.Tensor:
-    """Attention of a few queries to very many keys, in pieces of `_ROOM`, which a GPU does side by side. No kernel of
-    PyTorch's does that with a mask."""
-    scores = (query @ keys.transpose(-1, -2)).float().mul(scale).masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1).to(values.dtype).unflatten(-1, (-1, _ROOM)).transpose(2, 3)
-    return (weights @ values.unflatten(2, (-1, _ROOM))).float().sum(2).to(query.dtype)
 
 
 class _Rings(NamedTuple):

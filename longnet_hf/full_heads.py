@@ -1,5 +1,6 @@
-"""Heads with full attention and nothing else, on whole rows: PyTorch's own attention, where cuDNN's kernels are faster
-than those of dilated_kernels.py. The other heads of a layer are computed by these.
+"""Heads with full attention and nothing else. On whole rows: PyTorch's own attention, where cuDNN's kernels are faster
+than those of dilated_kernels.py, by which the other heads of a layer are computed. Of one new token and what a cache
+holds: kernels that share a head's keys out among all of the GPU, which PyTorch has none of that takes a mask.
 
 Shapes as in dilated_operator.py.
 """
@@ -13,6 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from .dilated_pattern import DilatedPattern
+from .operators import Operator
+
+
+try:
+    from .full_head_kernels import triton_attend_one_token
+except ImportError:  # PyTorch without Triton: there are no GPUs to run it on
+    triton_attend_one_token = None
 
 
 # cuDNN makes a plan for every new length, and is called once per run of heads. It is faster from so many numbers in
@@ -84,6 +92,31 @@ def attend_with_full_heads(
                 enable_gqa=group > 1,
             )
     return output
+
+
+def attend_one_token(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of one query per row and head to all keys of a cache, on a GPU, without gradients.
+
+    Args:
+        query: `[B, H, 1, D]`.
+        keys, values: `[B, Hkv, S, D]`, with numbers next to each other.
+        counts: `[B]`, integers: how many keys a row has, in the first slots. With none its output is 0.
+        scale: factor of the scores.
+
+    Returns:
+        `[B, H, 1, D]` in the dtype of `query`.
+    """
+    return _one_token_op(query, keys, values, counts, scale)
+
+
+def _fake_one_token(query, keys, values, counts, scale):
+    return torch.empty_like(query)
+
+
+if triton_attend_one_token is not None:
+    _one_token_op = Operator("attend_one_token", __name__, triton_attend_one_token, _fake_one_token)
 
 
 def _keeping(kept: dict | None) -> contextlib.AbstractContextManager:

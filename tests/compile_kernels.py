@@ -16,6 +16,7 @@ from longnet_hf import (
     dilated_attention,
     dilated_kernels,
     dilated_operator,
+    full_head_kernels,
     kernel_launch,
     pointwise_kernels,
 )
@@ -89,14 +90,20 @@ def attend_to_past() -> None:
     dilated_kernels.triton_add_stored_gradients(past, query, grad_stored)
 
 
+def attend_one_token(size: int) -> None:
+    query, keys = (torch.randn(1, heads, rows, size, dtype=torch.bfloat16) for heads, rows in ((6, 1), (2, 3000)))
+    full_head_kernels.triton_attend_one_token(query, keys, keys, torch.tensor([2000]), 0.125)
+
+
 compiled: set[str] = set()
 if __name__ == "__main__":
     dilated_operator.uses_triton = lambda query, dropout: True
-    dilated_kernels.launch = pointwise_kernels.launch = check_types
+    dilated_kernels.launch = pointwise_kernels.launch = full_head_kernels.launch = check_types
     for pattern in PATTERNS:
         attend(pattern, True, 2)
     attend(MIXED, False, 1)
     attend_to_past()
+    attend_one_token(64)
     row = torch.randn(4, 96, dtype=torch.bfloat16)
     for gate, activation, norm in ((None, "gelu", "layer"), (row, "silu", "rms"), (row, "relu", "none")):
         weight = None if norm == "none" else row[0]
@@ -104,7 +111,8 @@ if __name__ == "__main__":
         pointwise_kernels.activation_gradients(row, row, gate, weight, None, stats, activation, norm)
     heads = torch.randn(1, 2, 5, 16, dtype=torch.bfloat16)
     pointwise_kernels.rotate_rows(heads, heads, heads[0, :1], heads[0, :1], False)
-    dilated_kernels.launch = check_shared_memory
+    dilated_kernels.launch = full_head_kernels.launch = check_shared_memory
     dilated_kernels.blocks_of = lambda x, kernel: kernel_launch._HOPPER_BLOCKS[256][kernel]
     attend(MIXED, True, 1, size=256)
+    attend_one_token(256)
     print(*sorted(compiled))

@@ -25,9 +25,11 @@ from longnet_hf import dilated_past as past_module
 from longnet_hf.dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
 from longnet_hf.dilated_tiles import TileKernel
 from longnet_hf.documents import BatchDocuments
+from longnet_hf.full_heads import attend_one_token
 
 
 kernels = pytest.importorskip("longnet_hf.dilated_kernels", reason="needs Triton", exc_type=ImportError)
+full_head_kernels = pytest.importorskip("longnet_hf.full_head_kernels", reason="needs Triton", exc_type=ImportError)
 dilated_plan = pytest.importorskip("longnet_hf.dilated_plan", reason="needs Triton", exc_type=ImportError)
 kernel_launch = pytest.importorskip("longnet_hf.kernel_launch", reason="needs Triton", exc_type=ImportError)
 Blocks = kernel_launch.Blocks
@@ -69,6 +71,42 @@ def test_kernels_agree_with_the_oracle(seed, interpreted):
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
     for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, exact, grad.double()), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
+
+
+def one_token_inputs(seed, device, dtype):
+    """Queries, keys, values and counts of rows, where slots behind the counts hold NaN; and what they give."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    batch, heads, group, size = rng.choice([1, 3]), rng.choice([1, 2]), rng.choice([1, 3, 20]), rng.choice([3, 16, 40])
+    slots = rng.choice([1, 37, 700, 1500])
+    counts = torch.tensor([rng.choice([0, 1, slots, rng.randint(1, slots)]) for _ in range(batch)], device=device)
+    query = torch.randn(batch, heads * group, 1, size, device=device, dtype=dtype)
+    keys, values = (torch.randn(batch, slots, heads, size, device=device, dtype=dtype).transpose(1, 2) for _ in "kv")
+    seen = (torch.arange(slots, device=device) < counts[:, None])[:, None, None]
+    exact = [x.double() for x in (query, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1))]
+    scores = (exact[0] @ exact[1].transpose(-1, -2) * 0.7).masked_fill(~seen, -torch.inf)
+    expected = scores.softmax(-1).nan_to_num(0.0) @ exact[2]
+    for x in (keys, values):
+        x.masked_fill_(~seen.transpose(-1, -2), torch.nan)
+    return query, keys, values, counts, expected
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_token_attends_to_what_a_cache_holds(seed, interpreted, monkeypatch):
+    monkeypatch.setattr(full_head_kernels, "_MIN_PIECE", 64)
+    *inputs, expected = one_token_inputs(seed, "cpu", torch.float32)
+    output = attend_one_token(*inputs, 0.7)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+    assert torch.equal(torch.compile(attend_one_token, backend="aot_eager", fullgraph=True)(*inputs, 0.7), output)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_token_attends_to_what_a_cache_holds_on_a_gpu(seed, dtype):
+    *inputs, expected = one_token_inputs(seed, "cuda", dtype)
+    atol = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(attend_one_token(*inputs, 0.7).double(), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("layout", [{}, {"attention_mask": (torch.arange(53) < torch.tensor([[53], [30]])).long()}])
@@ -192,7 +230,7 @@ def test_kernels_compile_for_a_gpu():
     program = [sys.executable, str(root / "tests" / "compile_kernels.py")]
     run = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    names = "activation_gradient activation key past_key past_query query rotary sink stats"
+    names = "activation_gradient activation join key past_key past_query piece query rotary sink stats"
     assert run.stdout.split() == [f"_{name}_kernel" for name in names.split()]
 
 

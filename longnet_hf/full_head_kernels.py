@@ -1,0 +1,100 @@
+"""Triton kernels for one new token per row, whose heads attend to all keys in a cache.
+
+The keys of a head are read once, in pieces by many programs side by side ("flash decoding"): a single query gives a
+GPU nothing else to do at a time. A second kernel joins what the pieces give.
+"""
+
+import torch
+
+from .kernel_launch import Arguments, Blocks, launch, padded, power_of_2, row_constants, strides_of
+
+
+try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("The kernels need the package triton, which comes with PyTorch for GPUs.") from error
+
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# Keys of a piece at least, pieces of a head at most, and numbers of all of them that one program joins
+_MIN_PIECE, _MAX_PIECES, _JOINED = 512, 256, 1 << 14
+
+
+@triton.jit(do_not_specialize=["piece"])
+def _piece_kernel(
+    Q, K, V, COUNTS, OUT, LSE, piece, scale,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A piece of the keys of a head, for the queries of its group: their output over these keys alone, and the base-2
+    log-sum-exp."""
+    number, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin = number.to(tl.int64) * piece
+    stop = tl.minimum(begin + piece, tl.load(COUNTS + row).to(tl.int64))
+    g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    of_group, inside_d = g < GROUP, (d < HEAD_DIM)[None, :]
+    q_rows = Q + row * q_batch + (head * GROUP + g)[:, None].to(tl.int64) * q_head
+    q = tl.load(q_rows + d[None, :], mask=of_group[:, None] & inside_d, other=0.0)
+    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    total, top = tl.zeros((BLOCK_G,), tl.float32), tl.full((BLOCK_G,), -float("inf"), tl.float32)
+    for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = n < stop
+        loaded = inside[:, None] & inside_d
+        k = tl.load(K + row * k_batch + head * k_head + n[:, None] * k_row + d[None, :], mask=loaded, other=0.0)
+        v = tl.load(V + row * v_batch + head * v_head + n[:, None] * v_row + d[None, :], mask=loaded, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E)
+        scores = tl.where(inside[None, :], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights, before = tl.exp2(scores - new_top[:, None]), tl.exp2(top - new_top)
+        total = total * before + tl.sum(weights, 1)
+        acc = acc * before[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        top = new_top
+    at = ((row * tl.num_programs(1) + head) * GROUP + g) * tl.num_programs(0) + number
+    there = tl.maximum(total, 1e-30)
+    tl.store(OUT + at[:, None] * HEAD_DIM + d[None, :], acc / there[:, None], mask=of_group[:, None] & inside_d)
+    tl.store(LSE + at, top + tl.log2(there), mask=of_group)
+
+
+@triton.jit(do_not_specialize=["pieces"])
+def _join_kernel(
+    PARTS, LSE, OUT, pieces, o_batch, o_head, o_row,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The output of a query, from those over pieces of its keys. 0 if there are no keys."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = (row * tl.num_programs(0) + head) * pieces
+    p, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
+    inside, inside_d = p < pieces, d < HEAD_DIM
+    lse = tl.load(LSE + first + p, mask=inside, other=-float("inf"))
+    top = tl.max(lse)
+    weights = tl.exp2(lse - tl.where(top == -float("inf"), 0.0, top))
+    parts = PARTS + (first + p)[:, None] * HEAD_DIM + d[None, :]
+    parts = tl.load(parts, mask=inside[:, None] & inside_d[None, :], other=0.0)
+    output = tl.sum(parts * weights[:, None], 0) / tl.maximum(tl.sum(weights), 1e-30)
+    tl.store(OUT + row * o_batch + head * o_head + d, output, mask=inside_d)
+
+
+def triton_attend_one_token(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Arguments and output as in `attend_one_token`."""
+    batch, heads, slots, head_dim = keys.shape
+    group = query.shape[1] // heads
+    met = 32 if query.dtype == torch.float32 else 128 if head_dim <= 64 else 64
+    blocks = Blocks(max(16, power_of_2(group)), met, 4, 2 if head_dim > 128 else 3)
+    piece = max(_MIN_PIECE, -(-slots // min(_MAX_PIECES, _JOINED // padded(head_dim))))
+    piece = -(-piece // met) * met
+    pieces = -(-slots // piece)
+    parts = query.new_empty((batch, query.shape[1], pieces, head_dim), dtype=torch.float32)
+    lse, output = parts.new_empty(parts.shape[:3]), torch.empty_like(query)
+    constants = dict(GROUP=group, BLOCK_G=blocks.own, BLOCK_N=met) | row_constants(query, blocks)
+    tensors = query, keys, values, counts, parts, lse
+    arguments = Arguments(tensors, (piece, scale), strides_of(query, keys, values), constants)
+    launch(_piece_kernel, (pieces, heads, batch), arguments, blocks)
+    constants = dict(HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_P=power_of_2(pieces))
+    arguments = Arguments((parts, lse, output), (pieces,), strides_of(output), constants)
+    launch(_join_kernel, (query.shape[1], batch, 1), arguments, Blocks(1, 0, 8, 0))
+    return output
