@@ -36,7 +36,7 @@ SIZES = {
 MODELS = [
     *("longnet", "longnet+layers", "longnet+whole", "longnet-heads", "longnet-heads+layers"),
     *("llama", "llama+layers", "llama+whole", "llama+liger", "llama+liger+layers"),
-    *("longnet+graph", "longnet+layers+graph", "longnet-heads+graph", "llama+graph", "llama+layers+graph"),
+    *("longnet+graph", "longnet-heads+graph", "llama+graph"),  # Transformers compiles anew while a graph is captured
 ]
 PEAK = 989e12  # bfloat16 operations a second, dense, of an H100
 # Kernels by name
