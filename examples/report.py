@@ -37,6 +37,11 @@ def signed(values: list) -> str:
     return said(values, "{:+.3f}").replace("± +", "± ")
 
 
+def above(values: list, others: list) -> list:
+    """Differences, text by text, where both are there."""
+    return [None if None in (x, y) else x - y for x, y in zip(values, others, strict=True)]
+
+
 def by_depth(needles: dict, what: str) -> list[list[float]]:
     """For each tenth of the text, from its start on, the mean of `what` in every text that has numbers there."""
     cells: list[list[float]] = [[] for _ in range(DEPTHS)]
@@ -104,8 +109,13 @@ def write_report(args, words: dict[str, str], results: Results, folder: Path) ->
         parts += ["Memory is the most that the process has had until then, earlier arms included.", ""]
 
     def compare(title: str, column: str, of: dict[str, dict], picture: str) -> None:
-        rows = [[key, *(said(of[arm][key]) for arm in arms)] for key in of["model"]]
-        parts.extend([f"## {title}", "", table([column, *arms], rows), "", f"![{title}]({picture})", ""])
+        others = [arm for arm in arms if arm != "model"]
+        rows = [
+            [key, *(said(of[arm][key]) for arm in arms), *(signed(above(of[arm][key], values)) for arm in others)]
+            for key, values in of["model"].items()
+        ]
+        head = [column, *arms, *(f"{arm} - model" for arm in others)]
+        parts.extend([f"## {title}", "", table(head, rows), "", f"![{title}]({picture})", ""])
 
     position = {arm: result["losses"]["position"] for arm, result in arms.items()}
     compare("Loss by position", "positions", position, "loss_by_position.png")
@@ -118,8 +128,7 @@ def write_report(args, words: dict[str, str], results: Results, folder: Path) ->
     for prefix in first["contexts"]["true"]:
         for arm, result in arms.items():
             of = {kind: result["contexts"][kind][prefix] for kind in kinds}
-            use = [foreign - true for foreign, true in zip(of["foreign"], of["true"], strict=True)]
-            rows.append([prefix, arm, *map(said, of.values()), signed(use)])
+            rows.append([prefix, arm, *map(said, of.values()), signed(above(of["foreign"], of["true"]))])
     parts += [
         f"## Loss of the same {args.target_tokens} tokens after more context",
         "",
@@ -221,7 +230,8 @@ def lines(of_arms: dict[str, dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for arm, of in of_arms.items():
         errorbar(axes, [int(key.partition("-")[0]) for key in of], list(of.values()), arm)
-    axes.set(xscale="log", xlabel="position (from)", ylabel="loss (nats)", title="loss by position")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="position (from)", ylabel="loss (nats)", title="loss by position")
     axes.legend()
     save(figure, path)
 
@@ -239,11 +249,16 @@ def bars(of_arms: dict[str, dict], path: Path) -> None:
 
 
 def context_picture(arms: dict[str, dict], path: Path) -> None:
+    """Each arm a panel. Texts differ by more than contexts do: what is drawn is how a text's loss changes."""
     figure, panels = plt.subplots(1, len(arms), figsize=(5 * len(arms), 4), sharey=True, layout="constrained")
     for axes, (arm, result) in zip([panels] if len(arms) == 1 else panels, arms.items(), strict=True):
+        shortest, start = next(iter(result["contexts"]["true"].items()))
         for kind, of in result["contexts"].items():
-            errorbar(axes, list(map(int, of)), list(of.values()), kind)
-        axes.set(xscale="log", xlabel="tokens of context", ylabel="loss (nats)", title=arm)
+            errorbar(axes, list(map(int, of)), [above(values, start) for values in of.values()], kind)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(map(int, of)), list(of))
+        axes.set(xlabel="tokens of context", title=arm)
+        axes.set(ylabel=f"loss above that after {shortest} true tokens (nats)")
         axes.legend()
     save(figure, path)
 
