@@ -16,6 +16,7 @@ An arm is `full`, `window`, `all-keys`, `random`, `dilated-B`, or a score of blo
     /avg-T               mean keys of T neighbours in place of keys; T of the block size: block means
     /shared              one query for the query heads of a group, their sum
     /int8                queries and keys of the score in 8 bits, a scale per token
+    /max                 a block weighs as much as its best key: one exponential per block in place of one per key
     /coarse-C            only in the C best blocks of 1 024 tokens, found by mean keys of 16
     /block-B /keys-K     size of a block (64), and how many keys are chosen (2 048)
     /top-P               as few of these as have P % of the estimated mass that is eligible
@@ -113,6 +114,7 @@ class Arm:
     avg: int = 1
     shared: int = 0
     int8: int = 0
+    max: int = 0
     coarse: int = 0
     block: int = 64
     keys: int = 2048
@@ -122,6 +124,7 @@ class Arm:
 
     SIZED = ("slow", "low", "learned", "dilated")
     CHOOSING = ("mass", "random", "slow", "low", "learned")
+    FLAGS = ("shared", "int8", "max")
 
     @classmethod
     def parse(cls, name: str, args: Arguments) -> "Arm":
@@ -131,7 +134,7 @@ class Arm:
         known = {x.name for x in fields(cls)} - {"name", "kind", "size"}
         for option in options:
             key, _, value = option.partition("-")
-            is_flag = key in ("shared", "int8")
+            is_flag = key in cls.FLAGS
             if key not in known or is_flag == bool(value) or not (is_flag or value.isdecimal() and int(value) > 0):
                 raise ValueError(
                     f"`--arms` has {name!r}, with {option!r}; options are {sorted(known)}, such as avg-2."
@@ -145,6 +148,8 @@ class Arm:
             raise ValueError(
                 f"`--arms` has {name!r}; {', '.join(cls.SIZED)} take a size, such as slow-16, others none."
             )
+        if kind == "random" and not values.keys().isdisjoint((*cls.FLAGS, "avg")):
+            raise ValueError(f"`--arms` has {name!r}; random scores nothing: no avg, {', '.join(cls.FLAGS)}.")
         arm = cls(name=name, kind=kind, size=int(size or 0), **values)
         if arm.block % arm.avg or COARSE_BLOCK % arm.block or arm.keys % arm.block or arm.top > 99 or arm.share > 100:
             raise ValueError(
@@ -207,13 +212,15 @@ def block_masses(
     sinks: int = SINK_TOKENS,
     *,
     first: int = 0,
+    of_best: bool = False,
 ) -> torch.Tensor:
     """Logarithms `[S, Q, M / block]` of the share that blocks of keys have of a query's attention, the mean over the
     query heads of a group.
 
     `query` `[S, G, Q, D]`, scaled, stands at `positions` `[Q]`, none before `first`; `key` `[S, M / average, D]` are
     means of `average` keys, M a multiple of `block`. Only those whose last token is not behind the query count. The
-    sink, which every query sees anyway, counts in the whole and in no block: -inf where nothing is left.
+    sink, which every query sees anyway, counts in the whole and in no block: -inf where nothing is left. `of_best`: a
+    block, and the sink, has no more than the weight of its best key.
     """
     heads, group, rows, _ = query.shape
     # What bf16 and TF32 multiply is exact in float32
@@ -223,10 +230,10 @@ def block_masses(
     ends = torch.arange(1, logits.shape[-1] + 1, device=query.device) * average - 1
     first = first // average  # all before it are seen
     logits[..., first:].masked_fill_(ends[first:] > positions[:, None], -math.inf)
-    in_sink = -(-sinks // average)
-    of_sink = logits[..., :in_sink].clone().logsumexp(-1, keepdim=True)
+    in_sink, join = -(-sinks // average), torch.amax if of_best else torch.logsumexp
+    of_sink = join(F.pad(logits[..., :in_sink], (0, 1), value=-math.inf), -1, keepdim=True)  # of no sink, too
     logits[..., :in_sink] = -math.inf
-    masses = logits.unflatten(-1, (-1, block // average)).logsumexp(-1)
+    masses = join(logits.unflatten(-1, (-1, block // average)), -1)
     whole = torch.logaddexp(masses.logsumexp(-1, keepdim=True), of_sink)
     # Finite in between, for the gradient
     means = (masses - whole.clamp(min=-1e20)).clamp(min=-1e30).logsumexp(1) - math.log(group)
@@ -305,7 +312,7 @@ class Chooser:
     def _masses(self, key, positions, block: int, average: int, start: int, stop: int) -> torch.Tensor:
         key = key[:, : -(-stop // block) * (block // average)]
         query = self.query[:, :, start:stop]
-        return block_masses(query, key, positions, block, average, self.sinks, first=start)
+        return block_masses(query, key, positions, block, average, self.sinks, first=start, of_best=bool(self.arm.max))
 
 
 # Attention

@@ -59,6 +59,27 @@ def test_masses_of_blocks_are_sums_of_weights(study, average):
         assert (found[:, i, n // 8 + 1 :] == -math.inf).all()  # what comes later
 
 
+@pytest.mark.parametrize("average, sinks", ((1, 3), (2, 3), (8, 0)))
+def test_of_the_best_key_alone_a_block_has_its_weight(study, average, sinks):
+    query, key, _ = tensors()
+    positions = torch.tensor([8, 37, 90])
+    arguments = query[:, :, positions] * SCALING, study.mean_keys(key, average), positions, 8, average, sinks
+    found = study.block_masses(*arguments, of_best=True)
+    for i, n in enumerate(positions.tolist()):
+        for head in range(HEADS):
+            shares = []
+            for q in query[head, :, n]:
+                best = {}  # of the sink (-1) and every block
+                for at in range(0, n + 2 - average, average):
+                    place = -1 if at < sinks else at // 8
+                    weight = math.exp(q @ key[head, at : at + average].mean(0) * SCALING)
+                    best[place] = max(best.get(place, 0), weight)
+                shares.append([best.get(block, 0) / sum(best.values()) for block in range(n // 8 + 1)])
+            expected = torch.tensor(shares, dtype=torch.float64).mean(0)
+            torch.testing.assert_close(found[head, i, : n // 8 + 1].exp(), expected)
+        assert (found[:, i, n // 8 + 1 :] == -math.inf).all()
+
+
 def test_the_largest_masses_are_chosen_and_the_first_of_equal_ones(study):
     masses = torch.tensor([0.1, 0.3, 0.1, 0.2, 0.3, 0.0]).log()[None, None]
 
@@ -77,7 +98,7 @@ def test_the_largest_masses_are_chosen_and_the_first_of_equal_ones(study):
     assert not study.choose(torch.full((1, 1, 4), -math.inf), 2, 90).any()
 
 
-@pytest.mark.parametrize("name", ("mass", "slow-8", "slow-8/avg-2/shared", "random", "mass/top-50", "slow-4/int8"))
+@pytest.mark.parametrize("name", ("mass", "slow-8", "slow-8/avg-2/shared", "random", "mass/top-50", "slow-4/int8/max"))
 def test_only_blocks_older_than_the_window_are_chosen_and_tiles_do_not_matter(study, arm, name):
     query, key, _ = tensors()
     one = arm(name)
@@ -108,6 +129,16 @@ def test_the_oracle_and_products_of_full_rank_choose_what_has_most_weight(study,
     for name in ("mass", f"slow-{DIM}", f"low-{DIM}"):
         chosen = study.Chooser(arm(name), query, key, SCALING, 2, projections)(n, n + 1)
         assert torch.equal(chosen[:, 0].nonzero()[:, 1].view(HEADS, 2), best)
+
+
+def test_one_key_that_is_asked_for_outweighs_many_only_where_the_best_counts(study):
+    query = torch.zeros(1, GROUP, LENGTH, DIM, dtype=torch.float64)
+    key = torch.zeros(1, LENGTH, DIM, dtype=torch.float64)
+    query[..., -1], key[0, 16:24, -1], key[0, 43, -1] = 1 / SCALING, 2.0, 3.5
+    for options, place in {"": 2, "/max": 5}.items():
+        one = study.Arm.parse(f"slow-4/block-8/keys-8{options}", study.Arguments(window=10))
+        chosen = study.Chooser(one, query, key, SCALING, 2)(90, 91)[0, 0]
+        assert chosen.nonzero().flatten().tolist() == [place]
 
 
 def test_slow_dimensions_are_the_last_pairs(study):
@@ -218,6 +249,9 @@ def test_arms_that_mean_nothing_are_refused(study):
         "slow-16/avg": "options are",
         "slow-16/pool-2": "options are",
         "slow-16/shared-2": "options are",
+        "slow-16/max-2": "options are",
+        "random/max": "random scores nothing",
+        "random/avg-2": "random scores nothing",
         "full/avg-2": "options are for scores",
         "dilated-8/share-33": "options are for scores",
         "all-keys/keys-512": "all-keys takes share-S alone",
