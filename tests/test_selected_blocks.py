@@ -261,3 +261,19 @@ def test_arms_that_mean_nothing_are_refused(study):
         with pytest.raises(ValueError, match=words):
             study.Arm.parse(name, args)
     assert study.Arm.parse("all-keys/share-33", args).share == 33
+
+
+def test_kernels_that_are_timed_agree_with_pytorch_and_sums_have_all_parts(study):
+    pytest.importorskip("triton")
+    cost = importlib.import_module("selected_blocks_cost")
+    cost.check(cost.SCORE_SHAPES[:1], cost.CHOSEN_SHAPES[:1])
+    parts = {
+        name: 10.0**i for i, name in enumerate(("largest", "choice", "window", "window, both", "at random", "alike"))
+    }
+    assert cost.sums(parts) == {
+        "at random, sum": 10111,
+        "at random, sum of both": 31011,
+        "alike, sum": 100111,
+        "alike, sum of both": 301011,
+    }
+    assert {*cost.sums(parts), *parts} <= cost.PARTS.keys()
