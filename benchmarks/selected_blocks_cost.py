@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from attention import WINDOW_AND_SINK, captured
-from common import describe, milliseconds
+from attention import WINDOW_AND_SINK
+from common import captured, describe, milliseconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longnet_hf import dilated_attention
