@@ -1,5 +1,6 @@
-"""What a caller may give for a tensor or a number, and what it is told otherwise: the argument, what it gave, and what
-is accepted. What is wrong here would be mixed up, truncated or inverted without a word, or end deep inside.
+"""What a caller may give for a tensor or a number, which arguments a model takes, and what is said otherwise: the
+argument, what was given, and what is accepted. What is wrong here would be ignored, mixed up, truncated or inverted
+without a word, or end deep inside.
 
 Shapes are looked at always. Numbers in a tensor only where that does not wait for a GPU, or where the dtype is a rare
 one, and not under `torch.compile`.
@@ -9,6 +10,7 @@ import math
 import numbers
 
 import torch
+from transformers import PreTrainedConfig
 
 
 _KINDS = {
@@ -123,7 +125,44 @@ def _check_range(name: str, x: torch.Tensor, stop: int, meaning: str, other: int
         )
 
 
+# Arguments that models of Transformers take beside those that ours name. The first are honoured, the others say
+# nothing that is not known otherwise: what a loss is divided by (to a model without one), positions in a cache, sizes
+# of documents beside their boundaries, and what decorators of Transformers read.
+TAKEN_ARGUMENTS = {
+    *("is_causal", "output_attentions", "output_hidden_states", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"),
+    *("use_cache", "num_items_in_batch", "cache_position", "max_length_q", "max_length_k"),
+    *("debug_io", "debug_io_dir", "prune_layers"),
+}
+_INSTEAD = {
+    "cu_seqlens": " Give `cu_seq_lens_q` and `cu_seq_lens_k`.",
+    "encoder_hidden_states": " It has no cross-attention.",
+    "labels": " Only models with a head have a loss.",
+    "sliding_window": ' Say it with the pattern: `branch_types=["window"]` in the configuration.',
+    "token_type_ids": " Its tokens have no types: call the tokenizer with `return_token_type_ids=False`.",
+}
+
+
+def check_arguments(kwargs: dict, config: PreTrainedConfig, attention_rows: torch.Tensor | None = None) -> None:
+    """Refuse what a caller asks for and no LongNet does, in place of going on without it.
+
+    `None` and `False` ask for nothing, nor do token types that are all 0, which some tokenizers give with every text.
+    """
+    wants_attentions = kwargs.get("output_attentions", config.output_attentions)
+    if wants_attentions and attention_rows is None and config._attn_implementation != "eager":
+        raise ValueError(
+            "`output_attentions=True` needs the weights of attention, which the operator never holds: load the model "
+            'with `attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`; or ask for those '
+            "of some tokens with `attention_rows`."
+        )
+    for name, value in kwargs.items():
+        if value is None or value is False or name in TAKEN_ARGUMENTS:
+            continue
+        if name != "token_type_ids" or torch.compiler.is_compiling() or bool((value != 0).any()):
+            given = f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else repr(value)
+            raise ValueError(f"LongNet does not take `{name}`, got {given}.{_INSTEAD.get(name, '')}")
+
+
 __all__ = [
-    "check_embeds", "check_flag", "check_ids", "check_labels", "check_mask", "check_not_empty", "check_number",
-    "check_tensor", "describe",
+    "TAKEN_ARGUMENTS", "check_arguments", "check_embeds", "check_flag", "check_ids", "check_integer", "check_labels",
+    "check_mask", "check_not_empty", "check_number", "check_tensor", "describe",
 ]  # fmt: skip

@@ -43,7 +43,15 @@ from .dilated_pattern import DilatedPattern
 from .documents import find_documents, is_packed
 from .generation_longnet import LongNetGenerationMixin, ReadingMixin
 from .hub_longnet import MODEL_CLASSES, HubMixin, forget_name
-from .input_checks import check_embeds, check_flag, check_ids, check_labels, check_tensor
+from .input_checks import (
+    TAKEN_ARGUMENTS,
+    check_arguments,
+    check_embeds,
+    check_flag,
+    check_ids,
+    check_labels,
+    check_tensor,
+)
 from .operators import is_watched
 from .pointwise import RMSNorm, activate, is_plain, rotate
 from .recompute import has_room_for, in_chunks
@@ -285,41 +293,6 @@ class LongNetDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.drop_path(self.dropout(attn_output))
         mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + self.drop_path(self.dropout(mlp_output))
-
-
-# Arguments that models of Transformers take beside those that ours name. The first are honoured, the others say
-# nothing that is not known otherwise: what a loss is divided by (to a model without one), positions in a cache, sizes
-# of documents beside their boundaries, and what decorators of Transformers read.
-_TAKEN = {"is_causal", "output_attentions", "output_hidden_states", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
-_TAKEN |= {"use_cache", "num_items_in_batch", "cache_position", "max_length_q", "max_length_k"}
-_TAKEN |= {"debug_io", "debug_io_dir", "prune_layers"}
-_INSTEAD = {
-    "cu_seqlens": " Give `cu_seq_lens_q` and `cu_seq_lens_k`.",
-    "encoder_hidden_states": " It has no cross-attention.",
-    "labels": " Only models with a head have a loss.",
-    "sliding_window": ' Say it with the pattern: `branch_types=["window"]` in the configuration.',
-    "token_type_ids": " Its tokens have no types: call the tokenizer with `return_token_type_ids=False`.",
-}
-
-
-def check_arguments(kwargs: dict, config: LongNetConfig, attention_rows: torch.Tensor | None = None) -> None:
-    """Refuse what a caller asks for and no LongNet does, in place of going on without it.
-
-    `None` and `False` ask for nothing, nor do token types that are all 0, which some tokenizers give with every text.
-    """
-    wants_attentions = kwargs.get("output_attentions", config.output_attentions)
-    if wants_attentions and attention_rows is None and config._attn_implementation != "eager":
-        raise ValueError(
-            "`output_attentions=True` needs the weights of attention, which the operator never holds: load the model "
-            'with `attn_implementation="eager"`, or call `model.set_attn_implementation("eager")`; or ask for those '
-            "of some tokens with `attention_rows`."
-        )
-    for name, value in kwargs.items():
-        if value is None or value is False or name in _TAKEN:
-            continue
-        if name != "token_type_ids" or torch.compiler.is_compiling() or bool((value != 0).any()):
-            given = f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else repr(value)
-            raise ValueError(f"LongNet does not take `{name}`, got {given}.{_INSTEAD.get(name, '')}")
 
 
 class LongNetPreTrainedModel(HubMixin, ReadingMixin, PreTrainedModel):
@@ -612,7 +585,9 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
                 "`shift_labels`, as Trainer does."
             )
         own_loss = hasattr(self, "_loss_function")  # set by the user, who expects it to be given all logits
-        of_loss = {name: kwargs.pop(name) for name in list(kwargs) if own_loss and has_labels and name not in _TAKEN}
+        of_loss = {
+            name: kwargs.pop(name) for name in list(kwargs) if own_loss and has_labels and name not in TAKEN_ARGUMENTS
+        }
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -749,7 +724,7 @@ class LongNetForMaskedLM(TokenLossMixin, LongNetPreTrainedModel):
                 are more logits than 2**27. The loss itself never holds more.
         """
         own_loss = hasattr(self, "_loss_function")  # set by the user, who expects it to be given all logits
-        of_loss = {name: kwargs.pop(name) for name in list(kwargs) if own_loss and name not in _TAKEN}
+        of_loss = {name: kwargs.pop(name) for name in list(kwargs) if own_loss and name not in TAKEN_ARGUMENTS}
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
