@@ -274,7 +274,7 @@ class DilatedCache(Cache):
         """
         refuse_forward_mode(query, key, value)
         layer, tokens = self.layers[layer_idx], tokens.on(query.device)
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         longest_block = self.reserve + 1 if query.is_cuda else min(self.reserve + 1, _BLOCK_ON_CPU)
         if query.shape[2] > 1:
             longest_block = min(longest_block, _MAX_MASK // max((part.slots.count for part in layer.parts), default=1))

@@ -19,6 +19,9 @@ except ImportError as error:
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Keys of a piece at least, pieces of a head at most, and numbers of all of them that one program joins
 _MIN_PIECE, _MAX_PIECES, _JOINED = 512, 256, 1 << 14
+# Queries of a program: as few as tensor cores take, so that heads of 256 fit into 99 KiB of shared memory, however
+# many queries a group has
+_QUERIES = 16
 
 
 @triton.jit(do_not_specialize=["piece"])
@@ -28,14 +31,17 @@ def _piece_kernel(
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A piece of the keys of a head, for the queries of its group: their output over these keys alone, and the base-2
+    """A piece of the keys of a head, for queries of its group: their output over these keys alone, and the base-2
     log-sum-exp."""
-    number, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    PARTS: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
+    number, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    # Heads of many slots lie further apart than int32 counts
+    head, heads = (tl.program_id(1) // PARTS).to(tl.int64), tl.num_programs(1) // PARTS
     begin = number.to(tl.int64) * piece
     stop = tl.minimum(begin + piece, tl.load(COUNTS + row).to(tl.int64))
-    g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    g, d = tl.program_id(1) % PARTS * BLOCK_G + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     of_group, inside_d = g < GROUP, (d < HEAD_DIM)[None, :]
-    q_rows = Q + row * q_batch + (head * GROUP + g)[:, None].to(tl.int64) * q_head
+    q_rows = Q + row * q_batch + (head * GROUP + g)[:, None] * q_head
     q = tl.load(q_rows + d[None, :], mask=of_group[:, None] & inside_d, other=0.0)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     total, top = tl.zeros((BLOCK_G,), tl.float32), tl.full((BLOCK_G,), -float("inf"), tl.float32)
@@ -52,7 +58,7 @@ def _piece_kernel(
         total = total * before + tl.sum(weights, 1)
         acc = acc * before[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
-    at = ((row * tl.num_programs(1) + head) * GROUP + g) * tl.num_programs(0) + number
+    at = ((row * heads + head) * GROUP + g) * tl.num_programs(0) + number
     there = tl.maximum(total, 1e-30)
     tl.store(OUT + at[:, None] * HEAD_DIM + d[None, :], acc / there[:, None], mask=of_group[:, None] & inside_d)
     tl.store(LSE + at, top + tl.log2(there), mask=of_group)
@@ -84,7 +90,7 @@ def triton_attend_one_token(
     batch, heads, slots, head_dim = keys.shape
     group = query.shape[1] // heads
     met = 32 if query.dtype == torch.float32 else 128 if head_dim <= 64 else 64
-    blocks = Blocks(max(16, power_of_2(group)), met, 4, 2 if head_dim > 128 else 3)
+    blocks = Blocks(_QUERIES, met, 4, 2 if head_dim > 128 else 3)
     piece = max(_MIN_PIECE, -(-slots // min(_MAX_PIECES, _JOINED // padded(head_dim))))
     piece = -(-piece // met) * met
     pieces = -(-slots // piece)
@@ -93,7 +99,7 @@ def triton_attend_one_token(
     constants = dict(GROUP=group, BLOCK_G=blocks.own, BLOCK_N=met) | row_constants(query, blocks)
     tensors = query, keys, values, counts, parts, lse
     arguments = Arguments(tensors, (piece, scale), strides_of(query, keys, values), constants)
-    launch(_piece_kernel, (pieces, heads, batch), arguments, blocks)
+    launch(_piece_kernel, (pieces, heads * -(-group // blocks.own), batch), arguments, blocks)
     constants = dict(HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_P=power_of_2(pieces))
     arguments = Arguments((parts, lse, output), (pieces,), strides_of(output), constants)
     launch(_join_kernel, (query.shape[1], batch, 1), arguments, Blocks(1, 0, 8, 0))

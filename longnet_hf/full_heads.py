@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from .dilated_pattern import DilatedPattern
+from .dilated_tiles import adjacent_rows
 from .operators import Operator
 
 
@@ -100,7 +101,7 @@ def attend_one_token(
     """Attention of one query per row and head to all keys of a cache, on a GPU, without gradients.
 
     Args:
-        query: `[B, H, 1, D]`.
+        query: `[B, H, 1, D]`, any strides.
         keys, values: `[B, Hkv, S, D]`, with numbers next to each other.
         counts: `[B]`, integers: how many keys a row has, in the first slots. With none its output is 0.
         scale: factor of the scores.
@@ -108,7 +109,7 @@ def attend_one_token(
     Returns:
         `[B, H, 1, D]` in the dtype of `query`.
     """
-    return _one_token_op(query, keys, values, counts, scale)
+    return _one_token_op(adjacent_rows(query), keys, values, counts, scale)
 
 
 def _fake_one_token(query, keys, values, counts, scale):

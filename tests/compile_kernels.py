@@ -5,6 +5,8 @@ Triton decides when it is imported whether it interprets.
     python tests/compile_kernels.py        # prints the names of the kernels
 """
 
+import functools
+
 import torch
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
@@ -23,8 +25,8 @@ from longnet_hf import (
 from longnet_hf.dilated_past import PastTile
 
 
-HOPPER = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY = 227 << 10  # that a program may have there, in bytes
+HOPPER, AMPERE = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 86, 32)
+SHARED_MEMORY = {HOPPER: 227 << 10, AMPERE: 99 << 10}  # that a program may have there, in bytes
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 MIXED = DilatedPattern(
     [48, 300, 200, 20, None],
@@ -64,12 +66,12 @@ def check_types(kernel, grid, arguments, blocks=None) -> None:
     compiled.add(kernel.fn.__name__)
 
 
-def check_shared_memory(kernel, grid, arguments, blocks=None) -> None:
+def check_shared_memory(kernel, grid, arguments, blocks=None, target=HOPPER) -> None:
     """Likewise, of kernels in blocks."""
     if blocks is not None:
         options = dict(num_warps=blocks.warps)
-        shared = compile(source_of(kernel, arguments), target=HOPPER, options=options).metadata.shared
-        assert shared <= SHARED_MEMORY, (kernel, blocks, shared)
+        shared = compile(source_of(kernel, arguments), target=target, options=options).metadata.shared
+        assert shared <= SHARED_MEMORY[target], (kernel, blocks, target, shared)
 
 
 def attend(pattern: DilatedPattern, is_causal: bool, group: int, size: int = 64) -> None:
@@ -90,8 +92,8 @@ def attend_to_past() -> None:
     dilated_kernels.triton_add_stored_gradients(past, query, grad_stored)
 
 
-def attend_one_token(size: int) -> None:
-    query, keys = (torch.randn(1, heads, rows, size, dtype=torch.bfloat16) for heads, rows in ((6, 1), (2, 3000)))
+def attend_one_token(size: int, group: int, dtype: torch.dtype) -> None:
+    query, keys = (torch.randn(1, heads, rows, size, dtype=dtype) for heads, rows in ((2 * group, 1), (2, 3000)))
     full_head_kernels.triton_attend_one_token(query, keys, keys, torch.tensor([2000]), 0.125)
 
 
@@ -103,7 +105,7 @@ if __name__ == "__main__":
         attend(pattern, True, 2)
     attend(MIXED, False, 1)
     attend_to_past()
-    attend_one_token(64)
+    attend_one_token(64, 3, torch.bfloat16)
     row = torch.randn(4, 96, dtype=torch.bfloat16)
     for gate, activation, norm in ((None, "gelu", "layer"), (row, "silu", "rms"), (row, "relu", "none")):
         weight = None if norm == "none" else row[0]
@@ -111,8 +113,10 @@ if __name__ == "__main__":
         pointwise_kernels.activation_gradients(row, row, gate, weight, None, stats, activation, norm)
     heads = torch.randn(1, 2, 5, 16, dtype=torch.bfloat16)
     pointwise_kernels.rotate_rows(heads, heads, heads[0, :1], heads[0, :1], False)
-    dilated_kernels.launch = full_head_kernels.launch = check_shared_memory
+    dilated_kernels.launch = check_shared_memory
+    full_head_kernels.launch = functools.partial(check_shared_memory, target=AMPERE)
     dilated_kernels.blocks_of = lambda x, kernel: kernel_launch._HOPPER_BLOCKS[256][kernel]
     attend(MIXED, True, 1, size=256)
-    attend_one_token(256)
+    for dtype in (torch.bfloat16, torch.float32):
+        attend_one_token(256, 64, dtype)
     print(*sorted(compiled))

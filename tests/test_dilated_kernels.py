@@ -13,11 +13,13 @@ from patterns import random_pattern
 from test_dilated_operator import gradients, random_layout, random_tensors
 
 from longnet_hf import (
+    DilatedCache,
     DilatedPattern,
     LongNetConfig,
     LongNetForCausalLM,
     dilated_attention,
     dilated_attention_reference,
+    dilated_cache,
     full_heads,
 )
 from longnet_hf import dilated_operator as operator_module
@@ -80,7 +82,7 @@ def one_token_inputs(seed, device, dtype):
     batch, heads, group, size = rng.choice([1, 3]), rng.choice([1, 2]), rng.choice([1, 3, 20]), rng.choice([3, 16, 40])
     slots = rng.choice([1, 37, 700, 1500])
     counts = torch.tensor([rng.choice([0, 1, slots, rng.randint(1, slots)]) for _ in range(batch)], device=device)
-    query = torch.randn(batch, heads * group, 1, size, device=device, dtype=dtype)
+    query = torch.randn(batch, size, 1, heads * group, device=device, dtype=dtype).transpose(1, 3)
     keys, values = (torch.randn(batch, slots, heads, size, device=device, dtype=dtype).transpose(1, 2) for _ in "kv")
     seen = (torch.arange(slots, device=device) < counts[:, None])[:, None, None]
     exact = [x.double() for x in (query, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1))]
@@ -100,8 +102,53 @@ def test_one_token_attends_to_what_a_cache_holds(seed, interpreted, monkeypatch)
     assert torch.equal(torch.compile(attend_one_token, backend="aot_eager", fullgraph=True)(*inputs, 0.7), output)
 
 
+def test_heads_of_a_cache_may_lie_further_apart_than_int32_counts(interpreted, tmp_path):
+    size = 16  # of which 3 heads have 2 ** 30 numbers each; in a sparse file, with room for what a wrapped offset reads
+    storage = torch.from_file(str(tmp_path / "cache"), shared=True, size=2**32 + 2**10, dtype=torch.float16)
+    stored = storage.as_strided((1, 3, 8, size), (0, 2**30, size, 1), 2**31)
+    stored.copy_(torch.randn(stored.shape))
+    query, near = torch.randn(1, 3, 1, size).half(), torch.randn(stored.shape).half()
+    for keys, values in ((stored, near), (near, stored)):
+        expected = (query.double() @ keys.double().mT * 0.5).softmax(-1) @ values.double()
+        output = attend_one_token(query, keys, values, torch.tensor([8]), 0.5)
+        torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-3)
+
+
+def test_a_cache_gives_its_full_heads_to_the_kernel(interpreted, monkeypatch):
+    """Padding inside, beams, and tokens that are taken back; a scale that is an int would be another kernel."""
+    scales = []
+    attend = dilated_cache.attend_one_token
+    monkeypatch.setattr(dilated_cache, "attend_one_token", lambda *x: scales.append(x[-1]) or attend(*x))
+    monkeypatch.setattr(dilated_cache, "uses_triton", lambda query, dropout: True)
+    monkeypatch.setattr(full_head_kernels, "_MIN_PIECE", 16)
+    pattern = DilatedPattern([7, 3], [1, 1], ["window", "sink"]).with_full_heads([0, 2], 3)
+    cache = DilatedCache.for_patterns([pattern], reserve=4)
+    inputs, _ = random_tensors(3, 3, 2, 60, 60, 8, torch.float32)
+    inputs = [x.detach() for x in inputs]
+    mask = torch.rand(3, 60) < torch.tensor([[1.0], [0.7], [0.5]])
+    mask[2, :52] = False
+
+    def take(start, stop):
+        q, k, v = (x[:, :, start:stop] for x in inputs)
+        tokens = cache.count_tokens(3, stop - start, "cpu", mask[:, start:stop])
+        output = cache.attend(q, k, v, 0, tokens, scale=1)
+        expected = dilated_attention_reference(*inputs, pattern, scale=1, attention_mask=mask)[:, :, start:stop]
+        torch.testing.assert_close(output * mask[:, None, start:stop, None], expected, rtol=0, atol=1e-4)
+
+    take(0, 48)
+    for number in range(48, 54):
+        take(number, number + 1)
+    cache.crop(-3)
+    beams = torch.tensor([2, 1, 1])
+    cache.reorder_cache(beams)
+    inputs, mask = [torch.cat((x[beams, :, :51], x[:, :, 51:]), 2) for x in inputs], mask[beams]
+    for number in range(51, 58):
+        take(number, number + 1)
+    assert scales == [1.0] * 13 and {*map(type, scales)} == {float}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(4))
 def test_one_token_attends_to_what_a_cache_holds_on_a_gpu(seed, dtype):
     *inputs, expected = one_token_inputs(seed, "cuda", dtype)
