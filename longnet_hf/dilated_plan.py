@@ -14,6 +14,7 @@ import torch
 
 from .dilated_pattern import Branch, DilatedPattern
 from .documents import Document
+from .input_checks import is_captured, refuse_capture
 
 
 try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
@@ -85,23 +86,16 @@ def find_tables(
     """The plan for blocks of queries or of keys, and the table of the heads."""
     plan = make_plan(without_heads(pattern), documents, block, of_queries, is_causal, device)
     head_table = make_head_table(pattern, num_kv_heads, of_queries, device)
-    if _is_captured(device):
+    if is_captured(device):
         _in_cuda_graphs.update((id(x), x) for x in (plan, head_table))
     return plan, head_table
 
 
-def _is_captured(device: torch.device) -> bool:
-    """Whether what happens goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _refuse_capture(device: torch.device) -> None:
-    if _is_captured(device):
-        raise RuntimeError(
-            "A CUDA graph is being captured with dilated attention of a shape that has not been computed before: run "
-            "what is captured at least once, with inputs of the same shapes, before it is captured."
-        )
-
+# Of `refuse_capture`
+_NOT_YET_RUN = (
+    "of a shape that has not been computed before, or not lately: run what is captured at least once, with inputs of "
+    "the same shapes, right before it is captured."
+)
 
 # Queries that one program takes through the sink, of up to 64 keys; through longer ones as many times more
 _SINK_CHUNK = 1024
@@ -129,7 +123,7 @@ def make_head_table(
 ) -> torch.Tensor:
     """A record for every key/value head, those with most to do first, with the phases in the order of the plan:
     `[heads, fields]`. A window's grid is moved by its phase alone."""
-    _refuse_capture(device)
+    refuse_capture(device, _NOT_YET_RUN)
     branches, _ = _ordered_branches(pattern, of_queries)
     sink = next((branch for branch in pattern.branches if branch.type == "sink"), None)
 
@@ -162,7 +156,7 @@ def make_plan(
     device: torch.device,
 ) -> Plan:
     """The plan for blocks of queries or of keys of the documents, for a pattern `without_heads`."""
-    _refuse_capture(device)
+    refuse_capture(device, _NOT_YET_RUN)
     table = np.array(documents, dtype=np.int64).reshape(-1, len(Document._fields))
     length, first_query = table[:, LENGTH.value], table[:, FIRST_QUERY.value]
     first = first_query * of_queries

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .input_checks import check_mask, check_tensor
+from .input_checks import check_mask, check_tensor, refuse_capture
+
+
+# Of `refuse_capture`
+_ASKS_THE_GPU = (
+    "that was given a mask or documents: where these lie is asked of the GPU, and a graph would keep the first answer. "
+    "Capture without `attention_mask`, `position_ids`, `cu_seq_lens` and `document_ids`: rows of one document each."
+)
 
 
 class Document(NamedTuple):
@@ -44,6 +51,7 @@ def find_documents(
     if cu_seq_lens is not None:
         check_cu_seq_lens(cu_seq_lens, batch_size * length)
     device = next(x.device for x in (attention_mask, position_ids, cu_seq_lens) if x is not None)
+    refuse_capture(device, _ASKS_THE_GPU)
     if attention_mask is None:
         real = torch.ones(batch_size, length, dtype=torch.bool, device=device)
     else:
@@ -115,6 +123,7 @@ def check_cu_seq_lens(cu_seq_lens: torch.Tensor, total: int, tokens: str = "toke
         raise ValueError(f"`cu_seq_lens` must have one dimension, got shape {tuple(cu_seq_lens.shape)}.")
     if torch.compiler.is_compiling():
         return
+    refuse_capture(cu_seq_lens.device, _ASKS_THE_GPU)
     ends = cu_seq_lens[[0, -1]].tolist() if len(cu_seq_lens) else []
     if ends != [0, total] or bool((cu_seq_lens.diff() < 0).any()):
         raise ValueError(
@@ -167,6 +176,8 @@ class BatchDocuments:
     ) -> "BatchDocuments":
         """With `in_place`, documents without padding inside are left where they are. Otherwise, if `is_causal`, those
         of about the same length are rows of one length: what lies behind the end of one is not seen."""
+        if document_ids is not None:  # of which the pieces are remembered, without asking again
+            refuse_capture(document_ids.device, _ASKS_THE_GPU)
         batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
         first_column = keys - queries  # of the queries among the keys
         pieces = [(row, 0, keys) for row in range(batch)] if document_ids is None else None

@@ -20,7 +20,9 @@ from longnet_hf import (
     dilated_attention,
     dilated_attention_reference,
     dilated_cache,
+    find_documents,
     full_heads,
+    input_checks,
 )
 from longnet_hf import dilated_operator as operator_module
 from longnet_hf import dilated_past as past_module
@@ -229,6 +231,24 @@ def test_what_a_cuda_graph_reads_is_made_before_it_is_captured_and_stays(monkeyp
     for _ in range(2):
         assert dilated_plan.find_tables(PAPER, 2, documents, 64, True, True, device) == tables
         assert sorted(dilated_plan._in_cuda_graphs.values()) == ["heads", "plan"]
+
+
+def test_where_documents_lie_is_not_captured(monkeypatch):
+    """A graph would go on with the documents of the batch that was captured."""
+    query = torch.randn(1, 2, 40, 8)
+    ids = find_documents(1, 40, position_ids=torch.arange(40).remainder(25)[None])
+    dilated_attention(query, query, query, PAPER, document_ids=ids)
+    given = dict(
+        document_ids=ids,
+        attention_mask=torch.ones(1, 40, dtype=torch.int64),
+        position_ids=torch.arange(40)[None],
+        cu_seq_lens=torch.tensor([0, 25, 40]),
+    )
+    monkeypatch.setattr(input_checks, "is_captured", lambda device: True)
+    for name, x in given.items():
+        with pytest.raises(RuntimeError, match="given a mask or documents.* Capture without `attention_mask`"):
+            dilated_attention(query, query, query, PAPER, **{name: x})
+    dilated_attention(query, query, query, PAPER)
 
 
 @pytest.mark.gpu
