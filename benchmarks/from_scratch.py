@@ -5,7 +5,7 @@
 The models have the size of the paper's base model (12 layers, 768 wide), and contexts of 32 768 tokens.
 
 Every arm starts from the same seed and sees the same contexts in the same order: the paper's pattern, the same shifted
-in odd layers, a sliding window of its work with a sink, that with full attention in one of four heads, and full
+in odd layers, a sliding window of its work with a sink, that with full attention in every fourth head, and full
 attention; and a recurrent model of equal width and depth, gated DeltaNet (`pip install flash-linear-attention`; a GPU
 is needed). Texts are held out of every kind; their loss is measured as training goes on, whose time is counted
 without these measurements. By default the learning rate is constant after its warm-up, so that any point of a curve is
@@ -56,7 +56,7 @@ ARMS = {
     "paper": "the paper's pattern",
     "shifted": "the same, shifted in odd layers",
     "window": "a sliding window of its work, and a sink",
-    "window-heads": "the same, and full attention in one of four heads",
+    "window-heads": "the same, and full attention in every fourth head, from the first on",
     "full": "full attention",
     "gated-deltanet": "gated DeltaNet (arXiv 2412.06464)",
 }

@@ -13,7 +13,7 @@ from .input_checks import check_mask, check_tensor, refuse_capture
 
 # Of `refuse_capture`
 _ASKS_THE_GPU = (
-    "that was given a mask or documents: where these lie is asked of the GPU, and a graph would keep the first answer. "
+    "that was given a mask or documents: where these lie is asked of the GPU, and a graph would keep the answer. "
     "Capture without `attention_mask`, `position_ids`, `cu_seq_lens` and `document_ids`: rows of one document each."
 )
 

@@ -171,9 +171,7 @@ __all__ = [
 def is_captured(device: torch.device) -> bool:
     """Whether what happens on a GPU goes into a CUDA graph (not looked at under `torch.compile`, which would compile
     anew for the answer)."""
-    return (
-        device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
-    )
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(device: torch.device, reason: str) -> None:

@@ -105,7 +105,8 @@ def test_one_token_attends_to_what_a_cache_holds(seed, interpreted, monkeypatch)
 
 
 def test_heads_of_a_cache_may_lie_further_apart_than_int32_counts(interpreted, tmp_path):
-    size = 16  # of which 3 heads have 2 ** 30 numbers each; in a sparse file, with room for what a wrapped offset reads
+    # 3 heads of 2 ** 30 numbers each, in a sparse file, which has room for what a wrapped offset reads
+    size = 16
     storage = torch.from_file(str(tmp_path / "cache"), shared=True, size=2**32 + 2**10, dtype=torch.float16)
     stored = storage.as_strided((1, 3, 8, size), (0, 2**30, size, 1), 2**31)
     stored.copy_(torch.randn(stored.shape))

@@ -575,6 +575,11 @@ def test_a_report_is_written_and_goes_on_where_it_was_stopped(tiny_llama, tmp_pa
     for loss in plain["model"]["losses"]["position"].values():
         assert loss == pytest.approx([math.log(300)] * 2, rel=0.05)  # knows nothing, as chance
     assert f"a loss of {math.log(300):.2f} nats" in report and "nan" not in report
+    assert "| positions | model | window | window - model |" in report
+    for key, losses in plain["window"]["losses"]["position"].items():
+        x, y = (loss - own for loss, own in zip(losses, plain["model"]["losses"]["position"][key], strict=True))
+        (row,) = (line for line in report.splitlines() if line.startswith(f"| {key} |"))
+        assert row.endswith(f"| {(x + y) / 2:+.3f} ± {abs(x - y) / 2:.3f} |")  # text by text
     pictures = [name.partition(")")[0] for name in report.split("](")[1:]]
     assert len(pictures) == 5
     assert "| frequent_words | 4096 |" in report and "key tokens of 4096" in report
@@ -594,6 +599,10 @@ def test_a_report_is_written_and_goes_on_where_it_was_stopped(tiny_llama, tmp_pa
 
     refused = run("evaluate.py", *common, "--seed", 1, folder=tmp_path)
     assert refused.returncode != 0 and "seed was 0, is 1" in refused.stderr
+
+
+def test_differences_are_of_texts_that_both_have(evaluation):
+    assert evaluation.written.above([1.5, None, 3.0, 2.0], [1.0, 1.0, None, 2.5]) == [0.5, None, None, -0.5]
 
 
 def test_what_a_report_cannot_be_made_of_is_refused(evaluation, tiny_llama, tmp_path):
