@@ -238,13 +238,14 @@ def lines(of_arms: dict[str, dict], path: Path) -> None:
 
 def bars(of_arms: dict[str, dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    width = 1 / (len(of_arms) + 1)
     for i, (arm, of) in enumerate(of_arms.items()):
         means, errors = zip(*map(mean_and_error, of.values()), strict=True)
-        x = [place + i / (len(of_arms) + 1) for place in range(len(of))]
-        axes.bar(x, means, 1 / (len(of_arms) + 1), yerr=errors, label=arm)
+        x = [place + (i - (len(of_arms) - 1) / 2) * width for place in range(len(of))]
+        axes.bar(x, means, width, yerr=errors, label=arm)
     axes.set_xticks(range(len(of)), list(of), rotation=20)
     axes.set(ylabel="loss (nats)", title="loss of copies, by how far back they were seen")
-    axes.legend()
+    axes.legend(loc="upper center")
     save(figure, path)
 
 
