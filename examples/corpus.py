@@ -4,11 +4,11 @@ import glob
 import math
 import sysconfig
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from measurements import token_losses
+from text_files import find_files, standard_library_files
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
@@ -29,25 +29,6 @@ class DataArguments:
     context_length: int = field(default=8192, metadata={"help": "Tokens in a training example."})
     held_out: float = field(default=0.06, metadata={"help": "Share of the documents that is kept for evaluation."})
     max_held_out_contexts: int = field(default=24, metadata={"help": "Evaluate on at most so many contexts."})
-
-
-def standard_library_files() -> list[Path]:
-    """Python's own sources without tests, and without those that are mostly tables."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-    paths = (path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts))
-    return [path for path in paths if not path.name.startswith("_sysconfigdata")]
-
-
-def find_files(names: list[str]) -> list[Path]:
-    """The text files that `--data` names, each once."""
-    found: set[Path] = set()
-    for name in names:
-        matches = [Path(name)] if Path(name).exists() else map(Path, glob.glob(name, recursive=True))
-        for path in matches:
-            found.update(path.rglob("*") if path.is_dir() else [path])
-    # As git does: a file with a zero byte near its start is no text
-    return [path for path in found if path.is_file() and b"\0" not in path.open("rb").read(8000)]
 
 
 def load_documents(args: DataArguments) -> Dataset:

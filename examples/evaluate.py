@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from corpus import find_files, standard_library_files
 from measurements import (
     copy_distance,
     make_needles,
@@ -39,6 +38,7 @@ from measurements import (
 from record import Results, environment, peak_gibibytes
 from report import write_report
 from ruler import TASKS, make_tasks
+from text_files import find_files, standard_library_files
 from tqdm.auto import tqdm
 from training import check_settings, stretched_positions
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
@@ -79,7 +79,9 @@ class Arguments:
         default_factory=lambda: [4096, 8192, 16384, 32768], metadata={"help": "Lengths of texts, in tokens."}
     )
     texts: int = field(default=8, metadata={"help": "Texts of the longest length."})
-    needle_texts: int = field(default=10, metadata={"help": "Texts with 40 numbers each, at every length."})
+    needle_texts: int = field(
+        default=10, metadata={"help": "Texts with 40 numbers each, at every length. 0: without numbers."}
+    )
     ruler_texts: int = field(
         default=10, metadata={"help": "Texts of every task of RULER, at every length. 0: without RULER."}
     )
@@ -94,9 +96,11 @@ class Arguments:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or "model" not in self.arms:
             raise ValueError(f"`--arms` must be `model` and others of {list(ARMS)}, got {self.arms}.")
-        for name, least in (("texts", 2), ("needle_texts", 1), ("ruler_texts", 0), ("target_tokens", 1)):
+        for name, least in (("texts", 2), ("needle_texts", 0), ("ruler_texts", 0), ("target_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`--{name}` must be at least {least}, got {getattr(self, name)}.")
+        if self.lengths[0] < 2:
+            raise ValueError(f"`--lengths` must be of at least 2 tokens, got {self.lengths[0]}.")
         if 2 * self.target_tokens > self.lengths[-1]:
             raise ValueError(
                 f"`--target_tokens` must be at most half of the longest of `--lengths`, {self.lengths[-1]}, got "
@@ -185,7 +189,8 @@ def check_shortest(material: Material) -> None:
     """Refuse `--lengths` into which numbers and tasks do not fit, before hours of measuring rather than after them."""
     args, length = material.args, material.args.lengths[0]
     texts = material.texts[:, -length:]
-    make_needles(texts, material.tokenizer, args.needle_texts, args.seed)
+    if args.needle_texts:
+        make_needles(texts, material.tokenizer, args.needle_texts, args.seed)
     for task in TASKS if args.ruler_texts else ():
         make_tasks(task, material.tokenizer, length, texts, args.ruler_texts, args.seed)
 
@@ -345,7 +350,8 @@ def measure_arm(arm: str, args: Arguments, material: Material, results: Results)
     """Measure what is not in `results` yet, and save it there piece by piece."""
     done = results.get(arm, {})
     of_texts = {"losses": loss_of_texts, "contexts": loss_after_context}
-    of_lengths = {"needles": find_needles} | ({"ruler": answer_ruler} if args.ruler_texts else {})
+    asked = {"needles": (find_needles, args.needle_texts), "ruler": (answer_ruler, args.ruler_texts)}
+    of_lengths = {kind: ask for kind, (ask, texts) in asked.items() if texts}
     names = [*of_texts, *(f"{kind}-{length}" for kind in of_lengths for length in args.lengths)]
     if "missing" in done or all(name in done for name in names):
         print(f"{arm} is measured already.")

@@ -155,6 +155,13 @@ def test_data_that_is_not_there_is_named(tmp_path):
     assert done.returncode != 0 and "no/such/file.txt" in done.stderr
 
 
+def test_what_measures_needs_no_datasets():
+    """Which serves the examples that train, by corpus.py. Transformers itself imports it where it is installed."""
+    program = "import sys, attention_map, evaluate, pretrained; sys.exit('corpus' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "examples")))}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
 def test_the_picture_of_the_readme(tmp_path):
     done = run("draw_pattern.py", "--output", "pattern.png", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
