@@ -190,18 +190,23 @@ class PatternDescription:
         draw = np.random.default_rng(0)
         cells = min(_MAP, self.length)
         edges = np.arange(cells + 1) * self.length // cells
-        n, m = (draw.integers(edges[:-1, None], edges[1:, None], (cells, _PAIRS_IN_CELL)) for _ in range(2))
-        n, m = n[:, None], m[None]
+        # Sinks are few keys of many, and joined to all: drawn like any other key they would be missed here and there
+        branches = (branch for pattern in self.patterns for branch in pattern.branches)
+        sink = max((branch.length for branch in branches if branch.type == "sink"), default=0)
+        n = draw.integers(edges[:-1, None], edges[1:, None], (cells, _PAIRS_IN_CELL))[:, None]
+        m, weights = _draw_in_parts(draw, edges[:-1, None], edges[1:, None], sink, (cells, _PAIRS_IN_CELL))
         distances = [0, *(1 << i for i in range((self.length - 1).bit_length()))]
         spans = []
         for a, b in zip(distances, [*distances[1:], self.length], strict=True):
             distance = draw.integers(a, b, _PAIRS_AT_DISTANCE)
-            later = draw.integers(distance, self.length)
+            earlier, weight = _draw_in_parts(draw, 0, self.length - distance, sink, _PAIRS_AT_DISTANCE)
+            later = earlier + distance
             ahead = draw.random(_PAIRS_AT_DISTANCE) < (0 if self.is_causal else 0.5)
-            spans.append((np.where(ahead, later - distance, later), np.where(ahead, later, later - distance)))
-        at_n, at_m = np.array(spans).swapaxes(0, 1)
+            spans.append((np.where(ahead, earlier, later), np.where(ahead, later, earlier), weight))
+        at_n, at_m, weights_at = map(np.array, zip(*spans, strict=True))
         # Of cells on the diagonal, causal attention sees a half: its pairs are those that are not hidden
-        visible = np.maximum((n >= m).sum(-1), 1) if self.is_causal else _PAIRS_IN_CELL
+        visible = (weights * (n >= m if self.is_causal else np.ones_like(n))).sum(-1)
+        visible[visible == 0] = 1
         known: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}  # of heads that attend alike
         by_place, rows = np.zeros((cells, cells)), []
         for layer, pattern in zip(self.layers, self.patterns, strict=True):
@@ -213,7 +218,7 @@ class PatternDescription:
                         pattern.multiplicity(*pair, head.head, len(layer.heads), self.is_causal) > 0
                         for pair in ((n, m), (at_n, at_m))
                     ]
-                    known[key] = joined[0].sum(-1) / visible, joined[1].mean(-1)
+                    known[key] = (joined[0] * weights).sum(-1) / visible, (joined[1] * weights_at).mean(-1)
                 by_place += known[key][0]
                 rows.append(known[key][1])
         return by_place / len(rows), np.array(rows), distances
@@ -277,6 +282,17 @@ def describe_patterns(
         reached, blind = reach(patterns, position, num_heads, length=length, is_causal=is_causal)
         sight.append(SightDescription(position, sum(map(len, reached)), reached[0][0], blind))
     return PatternDescription(length, is_causal, described, sight, tuple(patterns))
+
+
+def _draw_in_parts(draw: np.random.Generator, start, stop, cut: int, shape) -> tuple[np.ndarray, np.ndarray]:
+    """Positions from `start` up to `stop`, half of them below `cut` and half not where there are both, and the weights
+    with which a mean over them is that over all positions. `start` and `stop` broadcast to `shape`."""
+    middle = np.clip(cut, start, stop)
+    share = (middle - start) / (np.asarray(stop) - start)  # of the positions that are below
+    both = (share > 0) & (share < 1)
+    below = np.where(both, np.arange(np.broadcast_to(middle, shape).shape[-1]) % 2 == 0, share == 1)
+    positions = draw.integers(np.where(below, start, middle), np.where(below, middle, stop), shape)
+    return positions, np.where(both, 2 * np.where(below, share, 1 - share), 1.0)
 
 
 def _span(branch: Branch, phase: int, length: int) -> int:

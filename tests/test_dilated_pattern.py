@@ -166,6 +166,22 @@ def test_a_picture_shows_what_the_pattern_joins(seed):
     np.testing.assert_array_equal(drawn[1].images[0].get_array().filled(0), by_distance)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_picture_shows_a_sink_at_every_distance(causal):
+    """Few keys of many: none of them may be missed, and their share is their share."""
+    length, sink = 32768, 4
+    pattern = DilatedPattern([64], [1], branch_types=["window"]).with_branch("sink", sink)
+    by_place, by_distance, distances = describe_patterns([pattern], 1, length, is_causal=causal)._shares()
+    spans = zip(distances, [*distances[1:], length], strict=True)
+    # Of the pairs at a distance d there are N - d, on either side in an encoder, where sinks are keys and no queries
+    exact = [np.mean([min(sink, length - d) / (length - d) for d in range(a, b)]) for a, b in spans]
+    exact = np.array(exact) / (1 if causal else 2)
+    far = np.array(distances) >= 64
+    np.testing.assert_allclose(by_distance[0, ~far], 1)
+    np.testing.assert_allclose(by_distance[0, far], exact[far], rtol=0.2)
+    np.testing.assert_allclose(by_place[2:, 0], sink / (length / 64), rtol=1e-6)
+
+
 def test_a_description_names_the_blind_spots_of_the_papers_pattern():
     patterns = [DilatedPattern([16, 32, 64], [1, 2, 4], layer_idx=i) for i in range(12)]
     described = describe_patterns(patterns, 4, 64)
