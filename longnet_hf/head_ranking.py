@@ -8,6 +8,7 @@ weight with which the tokens of a repeated span attend to where they stood first
 
 import contextlib
 import json
+import numbers
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -75,7 +76,7 @@ class HeadRanking:
         return sum(scores[: self._count(share)]) / max(sum(scores), 1e-30)
 
     def _count(self, share: float) -> int:
-        if not 0 < share <= 1:
+        if not isinstance(share, numbers.Real) or not 0 < share <= 1:
             raise ValueError(f"`share` must lie in (0, 1], got {share!r}.")
         return max(1, round(share * len(self.ranked)))
 
@@ -168,9 +169,11 @@ def rank_heads(
     num_spans = length // 4 // span_length if num_spans is None else num_spans
     text = length - num_spans * span_length
     if num_spans < 1 or text < 2 * span_length:
+        # By default the spans take a quarter
+        least = 4 * span_length if num_spans < 1 else (num_spans + 2) * span_length
         raise ValueError(
-            f"`input_ids` has {length} tokens per row, too few for {num_spans} spans of {span_length} (`num_spans`, "
-            "`span_length`) and the text before them."
+            f"`input_ids` must have at least {least} tokens per row for {max(1, num_spans)} spans of {span_length} "
+            f"(`num_spans`, `span_length`) and the text before them, got {length}."
         )
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(text - span_length, (num_spans,), generator=generator)

@@ -108,8 +108,16 @@ def test_a_ranking_is_saved_as_json(tmp_path):
 
 def test_what_cannot_be_ranked_is_refused():
     ids = random_ids(1, 90)
-    with pytest.raises(ValueError, match="`input_ids` has 90 tokens per row, too few for 0 spans of 64"):
-        rank_heads(tiny(LlamaConfig), ids)
+    model = tiny(LlamaConfig)
+    for spans, least in (dict(span_length=64), 256), (dict(span_length=12, num_spans=20), 264):
+        with pytest.raises(ValueError, match=f"`input_ids` must have at least {least} tokens per row.* got 90"):
+            rank_heads(model, ids, **spans)
+        with pytest.raises(ValueError, match=f"got {least - 1}"):
+            rank_heads(model, random_ids(1, least - 1), **spans)
+        rank_heads(model, random_ids(1, least), **spans)  # it is enough
+    for wrong in (0, -0.5, 2, "0.2", None):
+        with pytest.raises(ValueError, match=rf"`share` must lie in \(0, 1\], got {wrong!r}"):
+            HeadRanking({0: [0.5]}).best(wrong)
     for wrong in (ids[0], ids.tolist(), ids.float()):
         with pytest.raises(ValueError, match=r"`input_ids` must be of shape \[B, N\], a tensor of integers"):
             rank_heads(tiny(LlamaConfig), wrong)
