@@ -161,7 +161,7 @@ def make_needles(texts: torch.Tensor, tokenizer, number: int, seed: int) -> list
         if room < len(NAMES):
             raise ValueError(
                 f"The context (`--context_length`, `--lengths`) must be longer, got {len(text)}: 40 numbers take "
-                f"{len(text) - room}."
+                f"{len(text) - room + len(NAMES)}. `--needle_texts 0` leaves them out where there is such an option."
             )
         cuts = torch.randperm(room, generator=generator)[: len(NAMES)].sort().values.tolist()
         pieces, start = [], 0

@@ -80,13 +80,15 @@ def write_report(args, words: dict[str, str], results: Results, folder: Path) ->
     parts = [f"# {args.model} in long texts", ""]
     parts += [f"- `{arm}`: {what}" for arm, what in words.items() if arm in arms]
     parts += [f"- `{x}` is left out: {results[x]['missing']}" for x in words if "missing" in results.get(x, {})]
-    chance = math.log(first["vocabulary"])
+    chance, asks_numbers = math.log(first["vocabulary"]), args.needle_texts > 0
     parts += [
-        f"- chance: a loss of {chance:.2f} nats; a number is guessed with probability 1.1e-07, or log-probability "
-        f"{-math.log(9e6):.1f}, by who knows its form",
+        f"- chance: a loss of {chance:.2f} nats"
+        + f"; a number is guessed with probability 1.1e-07, or log-probability {-math.log(9e6):.1f}, by who knows "
+        "its form" * asks_numbers,
         "",
-        f"{args.texts} texts of {args.lengths[-1]} tokens, {args.needle_texts} texts with 40 numbers at each length, "
-        f"seed {args.seed}. ± is one standard error over texts. Losses in nats per token. "
+        f"{args.texts} texts of {args.lengths[-1]} tokens, "
+        + f"{args.needle_texts} texts with 40 numbers at each length, " * asks_numbers
+        + f"seed {args.seed}. ± is one standard error over texts. Losses in nats per token. "
         f"{first['hardware']}, torch {first['torch']}, transformers {first['transformers']}, longnet-hf "
         f"{first['longnet_hf']}."
         + (" Rotary positions are stretched to the longest length with YaRN, at all lengths." * first["stretched"]),
@@ -137,11 +139,20 @@ def write_report(args, words: dict[str, str], results: Results, folder: Path) ->
         "![Loss after context](context.png)",
         "",
         *long_perplexity_of(arms),
-        "## Numbers found",
-        "",
     ]
+    parts += needles_of(arms, args.lengths) if args.needle_texts else []
+    parts += ruler_of(arms, args.lengths) if args.ruler_texts else []
+    (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    lines(position, folder / "loss_by_position.png")
+    context_picture(arms, folder / "context.png")
+    if args.needle_texts:
+        needle_map(arms, args.lengths, folder / "needles.png")
+
+
+def needles_of(arms: dict[str, dict], lengths: list[int]) -> list[str]:
+    """The section of the numbers that were found, by length and depth."""
     rows = []
-    for length in args.lengths:
+    for length in lengths:
         for arm, result in arms.items():
             needles = result[f"needles-{length}"]
             inside = share_in_window(needles, result["dense_window"])
@@ -152,12 +163,7 @@ def write_report(args, words: dict[str, str], results: Results, folder: Path) ->
             rows.append([length, arm, said(found, "{:.1%}"), said(bits, "{:.1f}"), f"{inside:.0%}", *depths])
     depths = [f"depth {i / DEPTHS:.0%}" for i in range(DEPTHS)]
     head = ["length", "arm", "found", "log-probability", "nearer than the dense window", *depths]
-    parts += [table(head, rows), "", "![Numbers found](needles.png)", ""]
-    parts += ruler_of(arms, args.lengths) if args.ruler_texts else []
-    (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
-    lines(position, folder / "loss_by_position.png")
-    context_picture(arms, folder / "context.png")
-    needle_map(arms, args.lengths, folder / "needles.png")
+    return ["## Numbers found", "", table(head, rows), "", "![Numbers found](needles.png)", ""]
 
 
 def evaluator_of(arms: dict[str, dict]) -> str | None:
