@@ -8,12 +8,12 @@ Stopped, the same command goes on from the last checkpoint.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from corpus import DataArguments, bits_of_tokens, load_documents, split_contexts, split_documents
 from peft import LoraConfig, PeftModel, get_peft_model
-from training import stretched_positions, train_on
+from training import RESUME_WITH_SAME, check_settings, stretched_positions, train_on
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 from transformers import default_data_collator as collate
 
@@ -27,6 +27,12 @@ class Arguments(DataArguments):
     model: str = field(default="HuggingFaceTB/SmolLM2-135M", metadata={"help": "A Llama-family model."})
     share: float = field(default=0.2, metadata={"help": "Share of the heads that keep full attention."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
+
+    def __post_init__(self):  # before minutes of work, not after them
+        if self.context_length < 256:  # which the ranking needs
+            raise ValueError(f"`--context_length` must be at least 256, got {self.context_length}.")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"`--share` must lie in (0, 1], got {self.share}.")
 
 
 DEFAULTS = dict(
@@ -48,6 +54,8 @@ def main():
     parser.set_defaults(**DEFAULTS)
     args, training_args = parser.parse_args_into_dataclasses()
     folder = Path(training_args.output_dir)
+    settings = asdict(args) | {name: getattr(training_args, name) for name in RESUME_WITH_SAME}
+    check_settings(folder / "settings.json", settings)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     contexts, held_out = split_contexts(split_documents(load_documents(args), args.held_out), tokenizer, args)
 
@@ -65,7 +73,8 @@ def main():
             sink_tokens=4,
             full_attention_heads=ranking.best(args.share),
         )
-        model.save_pretrained(folder / "converted")
+        model.save_pretrained(folder / "converted.unfinished")
+        (folder / "converted.unfinished").rename(folder / "converted")  # whole, or not there
     model = AutoModelForCausalLM.from_pretrained(folder / "converted").to(training_args.device).eval()
     before = bits_of_tokens(model, held_out, training_args, "before").mean()
 
@@ -77,7 +86,7 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(folder / "converted").to(training_args.device)
     model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().eval()
     after = bits_of_tokens(model, held_out, training_args, "after").mean()
-    print(f"Held-out loss: {before:.3f} bits per token, {after:.3f} after {training_args.max_steps} steps.")
+    print(f"Held-out loss: {before:.3f} bits per token, {after:.3f} after {trainer.state.global_step} steps.")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from record import read, write
-from transformers import PreTrainedConfig, Trainer
+from transformers import PreTrainedConfig, Trainer, TrainerState
 
 
 # What a checkpoint cannot be continued without
@@ -108,6 +108,11 @@ def checkpoint_step(checkpoint: Path | None) -> int:
 def train_on(trainer: Trainer, folder: Path) -> tuple[dict, int]:
     """Train, from the last checkpoint on if there is one: Trainer's metrics, and the steps that they are of."""
     checkpoint = last_checkpoint(folder)
+    if checkpoint and 0 < trainer.args.max_steps <= checkpoint_step(checkpoint) and not trainer.is_fsdp_enabled:
+        # Trainer sees that all steps are done when it has done one more
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return {"train_runtime": 0.0}, 0
     if checkpoint and trainer.is_world_process_zero():
         print(f"Going on from {checkpoint}")
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics

@@ -619,6 +619,8 @@ def test_what_a_report_cannot_be_made_of_is_refused(evaluation, tiny_llama, tmp_
         (dict(arms=["model", "dense"]), "'dense'"),
         (dict(texts=1), "`--texts` must be at least 2, got 1"),
         (dict(ruler_texts=-1), "`--ruler_texts` must be at least 0, got -1"),
+        (dict(needle_texts=-1), "`--needle_texts` must be at least 0, got -1"),
+        (dict(lengths=[0, 6000]), "`--lengths` must be of at least 2 tokens, got 0"),
         (dict(target_tokens=4000), "at most half of the longest of `--lengths`, 6000, got 4000"),
         (dict(texts=500), "fills [0-9]+ texts of 6000 tokens, and 500 are needed"),
         (dict(data=[str(tmp_path / "one.txt")]), "`--data` must have more documents"),
@@ -648,6 +650,19 @@ def test_a_report_that_is_refused_is_asked_for_again_with_other_settings(
     with pytest.raises(ValueError, match="RULER's .*, got 700 tokens"):
         evaluation.report.check_shortest(small_material(evaluation, tiny_llama, lengths=[700, 6000], ruler_texts=1))
     evaluation.report.check_shortest(small_material(evaluation, tiny_llama, lengths=[700, 6000], ruler_texts=0))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="`--needle_texts 0` leaves them out"):
+        evaluation.report.check_shortest(small_material(evaluation, tiny_llama, lengths=[700, 6000], ruler_texts=0))
+
+
+def test_a_report_of_short_texts_leaves_numbers_out(tiny_llama, tmp_path):
+    command = ("--model", tiny_llama, "--data", ROOT / "longnet_hf", "--texts", 2, "--lengths", 256, 512)
+    command += ("--target_tokens", 128, "--needle_texts", 0, "--ruler_texts", 0, "--arms", "model")
+    done = run("evaluate.py", *command, "--output_dir", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "## Loss by position" in report and "40 numbers" not in report and "Numbers found" not in report
+    assert not (tmp_path / "run" / "needles.png").exists()
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
@@ -888,6 +903,26 @@ def test_a_pretrained_model_is_converted_by_its_heads(tiny_llama, tmp_path):
     done = run("lora.py", *common, "--max_steps", 2, "--use_cpu", "--report_to", "none", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "after 2 steps" in done.stdout and (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+    # What is done is not done again, nor one step more; and other settings are not ignored
+    common += ("--use_cpu", "--report_to", "none", "--max_steps", 2)
+    again = run("lora.py", *common, folder=tmp_path)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    refused = run("lora.py", *common, "--share", 0.5, folder=tmp_path)
+    assert refused.returncode > 0 and "share was 0.2, is 0.5" in refused.stderr
+
+
+@pytest.mark.parametrize("example", ["pretrained", "lora"])
+def test_a_conversion_that_must_fail_is_refused_at_once(evaluation, example):
+    arguments = importlib.import_module(example).Arguments
+    wrong = [dict(context_length=0), dict(context_length=255), dict(share=0.0), dict(share=1.5), dict(share=-1.0)]
+    for fields in wrong + [dict(window=0), dict(window=-5)] * (example == "pretrained"):
+        ((name, value),) = fields.items()
+        with pytest.raises(ValueError, match=rf"`--{name}` must .*, got {value}\."):
+            arguments(**fields)
+    arguments(context_length=256, share=1.0)
 
 
 def test_a_document_is_learned_and_asked_for(tiny_llama, tmp_path):
