@@ -433,7 +433,11 @@ class DilatedCache(Cache):
         return 0 if self.columns is None else int(self.columns)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        # LongNet makes no such mask; others would ask here before they attend to slots as if they were all keys
+        raise ValueError(
+            "A DilatedCache is that of a LongNet, and has no dense mask: other models, those with "
+            "`set_dilated_attention` too, take an ordinary cache (leave `past_key_values` out)."
+        )
 
     def save(self, file: str | os.PathLike, model: PreTrainedModel) -> None:
         """Write the cache to a safetensors file; what was there before is replaced once the new file is whole.

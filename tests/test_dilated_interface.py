@@ -27,6 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longnet_hf import (
     ContextParallelTrainerMixin,
+    DilatedCache,
+    LongNetConfig,
     LongNetForCausalLM,
     describe,
     dilated_interface,
@@ -363,6 +365,18 @@ def test_other_models_are_refused():
     for wrong in (dict(full_attention_layers=[3]), dict(full_attention_layers=1), dict(segment_shift="no")):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
             set_dilated_attention(build("llama"), **PATTERN | wrong)
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_cache_of_a_longnet_is_refused(model_type, exchanged):
+    model, ids = build(model_type), ids_of(1, 9)
+    if exchanged:
+        set_dilated_attention(model, **PATTERN)
+    config = LongNetConfig(num_hidden_layers=model.config.num_hidden_layers, **PATTERN)
+    for call in (model, lambda *x, **kwargs: model.generate(*x, max_new_tokens=2, **kwargs)):
+        with pytest.raises(ValueError, match="A DilatedCache is that of a LongNet.*ordinary cache"):
+            call(ids, past_key_values=DilatedCache(config))
 
 
 def test_what_a_call_asks_beyond_the_pattern_is_refused():
