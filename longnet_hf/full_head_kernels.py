@@ -6,6 +6,7 @@ GPU nothing else to do at a time. A second kernel joins what the pieces give.
 
 import torch
 
+from .dilated_kernels import _LOG2_E, _load, _pointers, _query_step, _store
 from .kernel_launch import Arguments, Blocks, launch, padded, power_of_2, row_constants, strides_of
 
 
@@ -16,7 +17,6 @@ except ImportError as error:
     raise ImportError("The kernels need the package triton, which comes with PyTorch for GPUs.") from error
 
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
 # Keys of a piece at least, pieces of a head at most, and numbers of all of them that one program joins
 _MIN_PIECE, _MAX_PIECES, _JOINED = 512, 256, 1 << 14
 # Queries of a program: as few as tensor cores take, so that heads of 256 fit into 99 KiB of shared memory, however
@@ -39,28 +39,25 @@ def _piece_kernel(
     head, heads = (tl.program_id(1) // PARTS).to(tl.int64), tl.num_programs(1) // PARTS
     begin = number.to(tl.int64) * piece
     stop = tl.minimum(begin + piece, tl.load(COUNTS + row).to(tl.int64))
-    g, d = tl.program_id(1) % PARTS * BLOCK_G + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    of_group, inside_d = g < GROUP, (d < HEAD_DIM)[None, :]
-    q_rows = Q + row * q_batch + (head * GROUP + g)[:, None] * q_head
-    q = tl.load(q_rows + d[None, :], mask=of_group[:, None] & inside_d, other=0.0)
+    g = tl.program_id(1) % PARTS * BLOCK_G + tl.arange(0, BLOCK_G)
+    of_group = g < GROUP
+    q_rows = _pointers(Q + row * q_batch + head * GROUP * q_head, g, q_head, BLOCK_D)
+    q = _load(q_rows, of_group, HEAD_DIM, BLOCK_D, False)
+    K += row * k_batch + head * k_head
+    V += row * v_batch + head * v_head
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     total, top = tl.zeros((BLOCK_G,), tl.float32), tl.full((BLOCK_G,), -float("inf"), tl.float32)
     for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
         inside = n < stop
-        loaded = inside[:, None] & inside_d
-        k = tl.load(K + row * k_batch + head * k_head + n[:, None] * k_row + d[None, :], mask=loaded, other=0.0)
-        v = tl.load(V + row * v_batch + head * v_head + n[:, None] * v_row + d[None, :], mask=loaded, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E)
-        scores = tl.where(inside[None, :], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights, before = tl.exp2(scores - new_top[:, None]), tl.exp2(top - new_top)
-        total = total * before + tl.sum(weights, 1)
-        acc = acc * before[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        top = new_top
+        k = _load(_pointers(K, n, k_row, BLOCK_D), inside, HEAD_DIM, BLOCK_D, False)
+        v = _load(_pointers(V, n, v_row, BLOCK_D), inside, HEAD_DIM, BLOCK_D, False)
+        acc, total, top = _query_step(
+            acc, total, top, q, q, top, top, k, v, inside[None, :], scale * _LOG2_E, True, False, PRECISION
+        )
     at = ((row * heads + head) * GROUP + g) * tl.num_programs(0) + number
     there = tl.maximum(total, 1e-30)
-    tl.store(OUT + at[:, None] * HEAD_DIM + d[None, :], acc / there[:, None], mask=of_group[:, None] & inside_d)
+    _store(_pointers(OUT, at, HEAD_DIM, BLOCK_D), acc / there[:, None], of_group, HEAD_DIM, BLOCK_D)
     tl.store(LSE + at, top + tl.log2(there), mask=of_group)
 
 
@@ -73,14 +70,13 @@ def _join_kernel(
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = (row * tl.num_programs(0) + head) * pieces
     p, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
-    inside, inside_d = p < pieces, d < HEAD_DIM
+    inside = p < pieces
     lse = tl.load(LSE + first + p, mask=inside, other=-float("inf"))
     top = tl.max(lse)
     weights = tl.exp2(lse - tl.where(top == -float("inf"), 0.0, top))
-    parts = PARTS + (first + p)[:, None] * HEAD_DIM + d[None, :]
-    parts = tl.load(parts, mask=inside[:, None] & inside_d[None, :], other=0.0)
+    parts = _load(_pointers(PARTS, first + p, HEAD_DIM, BLOCK_D), inside, HEAD_DIM, BLOCK_D, False)
     output = tl.sum(parts * weights[:, None], 0) / tl.maximum(tl.sum(weights), 1e-30)
-    tl.store(OUT + row * o_batch + head * o_head + d, output, mask=inside_d)
+    tl.store(OUT + row * o_batch + head * o_head + d, output, mask=d < HEAD_DIM)
 
 
 def triton_attend_one_token(

@@ -95,6 +95,20 @@ def attend_with_full_heads(
     return output
 
 
+def _keeping(kept: dict | None) -> contextlib.AbstractContextManager:
+    """What PyTorch's attention gives inside, the first time this is called, it gives again the second time."""
+    if kept is None:
+        return contextlib.nullcontext()
+    second = kept.pop("full_heads", None)
+    if second is not None:
+        return second
+    first, second = contextlib.nullcontext(), contextlib.nullcontext()
+    if torch.is_grad_enabled():  # or else it gives no log-sum-exp, and is asked again
+        first, second = create_selective_checkpoint_contexts(_OPERATORS)
+    kept["full_heads"] = second
+    return first
+
+
 def attend_one_token(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, scale: float
 ) -> torch.Tensor:
@@ -118,17 +132,3 @@ def _fake_one_token(query, keys, values, counts, scale):
 
 if triton_attend_one_token is not None:
     _one_token_op = Operator("attend_one_token", __name__, triton_attend_one_token, _fake_one_token)
-
-
-def _keeping(kept: dict | None) -> contextlib.AbstractContextManager:
-    """What PyTorch's attention gives inside, the first time this is called, it gives again the second time."""
-    if kept is None:
-        return contextlib.nullcontext()
-    second = kept.pop("full_heads", None)
-    if second is not None:
-        return second
-    first, second = contextlib.nullcontext(), contextlib.nullcontext()
-    if torch.is_grad_enabled():  # or else it gives no log-sum-exp, and is asked again
-        first, second = create_selective_checkpoint_contexts(_OPERATORS)
-    kept["full_heads"] = second
-    return first
