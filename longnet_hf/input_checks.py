@@ -162,12 +162,6 @@ def check_arguments(kwargs: dict, config: PreTrainedConfig, attention_rows: torc
             raise ValueError(f"LongNet does not take `{name}`, got {given}.{_INSTEAD.get(name, '')}")
 
 
-__all__ = [
-    "TAKEN_ARGUMENTS", "check_arguments", "check_embeds", "check_flag", "check_ids", "check_integer", "check_labels",
-    "check_mask", "check_not_empty", "check_number", "check_tensor", "describe",
-]  # fmt: skip
-
-
 def is_captured(device: torch.device) -> bool:
     """Whether what happens on a GPU goes into a CUDA graph (not looked at under `torch.compile`, which would compile
     anew for the answer)."""
@@ -178,3 +172,9 @@ def refuse_capture(device: torch.device, reason: str) -> None:
     """A CUDA graph would hold what was so when it was captured, whatever its tensors hold when it is replayed."""
     if is_captured(device):
         raise RuntimeError(f"A CUDA graph is being captured with dilated attention {reason}")
+
+
+__all__ = [
+    "TAKEN_ARGUMENTS", "check_arguments", "check_embeds", "check_flag", "check_ids", "check_integer", "check_labels",
+    "check_mask", "check_not_empty", "check_number", "check_tensor", "describe", "is_captured", "refuse_capture",
+]  # fmt: skip
