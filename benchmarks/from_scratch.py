@@ -182,30 +182,31 @@ class CurveTrainer(Trainer):
     def __init__(self, *args, held_out: dict[str, torch.Tensor], results: Results, **kwargs):
         super().__init__(*args, **kwargs)
         self.held_out, self.results = held_out, results
-        self.seconds, self.begin = 0.0, None
+        self.begin = None  # not in training: a run that was stopped behind its last step is not trained again
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         step = checkpoint_step(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
-        curve = [point for point in self.results.get("curve", []) if point["step"] <= step]
-        self.results.save(curve=curve)
-        self.seconds, self.begin = (curve[-1]["seconds"] if curve else 0.0), time.perf_counter()
+        self.results.save(curve=[point for point in self.results.get("curve", []) if point["step"] <= step])
+        self.begin = time.perf_counter()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         if self.args.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - self.begin
+        step, curve = self.state.global_step, self.results.get("curve", [])
+        seconds = curve[-1]["seconds"] if curve else 0.0
+        if self.begin is not None:
+            seconds += time.perf_counter() - self.begin
         self.model.eval()
-        step = self.state.global_step
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         length = next(iter(self.held_out.values())).shape[1]
-        point = {"step": step, "tokens": step * batch_size * length, "seconds": round(self.seconds, 1)}
+        point = {"step": step, "tokens": step * batch_size * length, "seconds": round(seconds, 3)}
         point |= {"loss": {}, "end": {}}
         for kind, contexts in self.held_out.items():
             losses = torch.stack([token_losses(self.model, ids.long(), 1)[0] for ids in contexts])
             point["loss"][kind] = losses.mean().item()
             point["end"][kind] = losses[:, -contexts.shape[1] // 4 :].mean().item()
-        before = [point for point in self.results["curve"] if point["step"] < step]  # Trainer may ask twice at its end
+        before = [point for point in curve if point["step"] < step]  # Trainer may ask twice at its end
         self.results.save(curve=[*before, point])
         metrics = {f"eval_loss_{kind}": loss for kind, loss in point["loss"].items()}
         self.log(metrics)

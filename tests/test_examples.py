@@ -879,6 +879,14 @@ def test_models_are_trained_from_scratch_and_training_goes_on_where_it_was_stopp
     assert times == sorted(times)
     assert done.stdout.count("| `") == 3 and "after 2560 tokens" in done.stdout
 
+    # or after its last, before that was measured
+    (folder / "result.json").write_text(json.dumps({"curve": again["curve"][:2]}))
+    done = train("--arms", "paper")
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = json.loads((folder / "result.json").read_text())["curve"]
+    assert [point["step"] for point in last] == [2, 4, 5] and last[2]["seconds"] >= last[1]["seconds"] > 0
+    assert last[2]["loss"] == pytest.approx(again["curve"][2]["loss"], abs=1e-4)
+
     done = train("--arms", "full", "--save_steps", 3)
     assert "`--save_steps` must be 2, as `--eval_steps` is" in done.stderr
 
