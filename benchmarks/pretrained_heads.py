@@ -46,6 +46,7 @@ from measurements import (  # noqa: E402
     window_of_equal_work,
 )
 from record import Results, environment, write  # noqa: E402
+from report import above, mean_and_error, said, signed  # noqa: E402
 from training import RESUME_WITH_SAME, check_settings, stretched_positions, train_on  # noqa: E402
 
 
@@ -220,12 +221,6 @@ def train_arm(arm: str, args: Arguments, training_args: TrainingArguments, data:
     result.save(after=measure(model, data, args, f"{arm}, after"), max_steps=training_args.max_steps)
 
 
-def paired(values: list[float], baseline: list[float]) -> str:
-    """Mean of the differences, with its standard error."""
-    difference = torch.tensor(values, dtype=torch.float64) - torch.tensor(baseline, dtype=torch.float64)
-    return f"{difference.mean():+.3f} ± {difference.std() / len(difference) ** 0.5:.3f}"
-
-
 def print_table(results: dict[str, dict], when: str) -> None:
     """The loss of full attention, and of every other arm by how much it is above that on the same texts."""
     full = results["full"][when]
@@ -237,15 +232,10 @@ def print_table(results: dict[str, dict], when: str) -> None:
             if when not in result:
                 continue
             measured, base = result[when][kind], full[kind]
-            losses = [paired(measured["losses"][x], base["losses"][x]) for x in ("all", "near", "far", "new")]
-            found = torch.tensor(measured["found"])
-            columns = arm, result["pairs"], f"{torch.tensor(measured['losses']['all']).mean():.3f}", *losses
-            print(
-                "|",
-                " | ".join(map(str, columns)),
-                f"| {found.mean():.1%} ± {found.std() / len(found) ** 0.5:.1%} |",
-                flush=True,
-            )
+            of, of_full = measured["losses"], base["losses"]
+            losses = [signed(above(of[x], of_full[x])) for x in ("all", "near", "far", "new")]
+            columns = arm, result["pairs"], f"{mean_and_error(of['all'])[0]:.3f}", *losses
+            print("|", " | ".join(map(str, columns)), "|", said(measured["found"], "{:.1%}"), "|", flush=True)
 
 
 def main():

@@ -59,7 +59,7 @@ from measurements import (  # noqa: E402
     window_of_equal_work,
 )
 from record import Results, environment, write  # noqa: E402
-from report import mean_and_error, said, signed  # noqa: E402
+from report import above, mean_and_error, said, signed  # noqa: E402
 from training import check_settings  # noqa: E402
 
 
@@ -572,11 +572,6 @@ def measure(model: PreTrainedModel, data: dict, name: str, beyond: int) -> dict:
     return results
 
 
-def above(values: list[float], baseline: list[float]) -> str:
-    """Mean of the differences, with its standard error."""
-    return signed([x - y for x, y in zip(values, baseline, strict=True)])
-
-
 def print_table(results: dict[str, dict], args: Arguments) -> None:
     """Every arm beside the same heads with all keys."""
     for kind in next(iter(results.values()))["measured"]:
@@ -593,7 +588,7 @@ def print_table(results: dict[str, dict], args: Arguments) -> None:
             work, read = result["work"]
             columns = [name, f"{work:.3f}", f"{read:.3f}", f"{result['keys_chosen']:.0f}"]
             columns += [f"{mean_and_error(of[x])[0]:.3f}" for x in ("natural", "copy")]
-            columns += [above(of[x], base[x]) if base else "" for x in ("natural", "copy", "number_loss")]
+            columns += [signed(above(of[x], base[x])) if base else "" for x in ("natural", "copy", "number_loss")]
             columns += [said(of[x], "{:.1%}") for x in ("found", "found_far")]
             columns.append(keeps_the_rule(arm, work, of, base))
             print("|", " | ".join((*columns, str(result["seconds"]))), "|", flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from corpus import DataArguments, bits_of_tokens, load_documents, split_contexts, split_documents
 from peft import LoraConfig, PeftModel, get_peft_model
-from training import RESUME_WITH_SAME, check_settings, stretched_positions, train_on
+from training import RESUME_WITH_SAME, check_conversion, check_settings, stretched_positions, train_on
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 from transformers import default_data_collator as collate
 
@@ -28,11 +28,8 @@ class Arguments(DataArguments):
     share: float = field(default=0.2, metadata={"help": "Share of the heads that keep full attention."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
 
-    def __post_init__(self):  # before minutes of work, not after them
-        if self.context_length < 256:  # which the ranking needs
-            raise ValueError(f"`--context_length` must be at least 256, got {self.context_length}.")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"`--share` must lie in (0, 1], got {self.share}.")
+    def __post_init__(self):
+        check_conversion(self.context_length, self.share)
 
 
 DEFAULTS = dict(

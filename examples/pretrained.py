@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from measurements import token_losses
 from text_files import standard_library_files
-from training import stretched_positions
+from training import check_conversion, stretched_positions
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from longnet_hf import LongNetForCausalLM, rank_heads
@@ -31,12 +31,10 @@ class Arguments:
     window: int | None = field(default=None, metadata={"help": "Of the other heads. Default: 1/15 of the context."})
     output_dir: str = field(default="runs/pretrained", metadata={"help": "Where the converted model is saved."})
 
-    def __post_init__(self):  # before minutes of work, not after them
-        for name, least in (("context_length", 256), ("window", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"`--{name}` must be at least {least}, got {value}.")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"`--share` must lie in (0, 1], got {self.share}.")
+    def __post_init__(self):
+        check_conversion(self.context_length, self.share)
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"`--window` must be at least 1, got {self.window}.")
 
 
 def measure(name: str, model, ids: torch.Tensor) -> None:

@@ -72,6 +72,14 @@ def stretched_positions(config: PreTrainedConfig, length: int) -> dict:
     return {"max_position_embeddings": length, "rope_parameters": yarn}
 
 
+def check_conversion(context_length: int, share: float) -> None:
+    """Refuse at once what a conversion by ranked heads would fail with after minutes."""
+    if context_length < 256:  # which the ranking needs
+        raise ValueError(f"`--context_length` must be at least 256, got {context_length}.")
+    if not 0 < share <= 1:
+        raise ValueError(f"`--share` must lie in (0, 1], got {share}.")
+
+
 def check_settings(path: Path, settings: dict) -> None:
     """Refuse to go on with a run that was started with other settings, and has come to anything: of one that was
     refused for its settings there is nothing but these."""
