@@ -723,9 +723,9 @@ class LayerPart:
             count = min(count, -(-tokens.max_position_after // _ROOM) * _ROOM)
         heads, length = len(self.heads), query.shape[2]
         keys, values = (x[:, :, :count].to(query.dtype) for x in (keys, values))
-        if self.is_plain and length == 1 and uses_triton(query, dropout):
-            return attend_one_token(query, keys, values, tokens.once(LayerPart.counts_seen, self), scale)
-        mask, sees_any = tokens.once(LayerPart.slots_seen, self, count)
+        if length == 1 and uses_triton(query, dropout):
+            return attend_one_token(query, keys, values, tokens.once(LayerPart.seen_by_one_token, self, count), scale)
+        mask, sees_any = tokens.once(LayerPart.softmax_mask, self, count)
         queries_per_key = query.shape[1] // heads
         q = query.unflatten(1, (heads, queries_per_key)).flatten(2, 3)
         mask = mask if length == 1 else mask.repeat(1, 1, queries_per_key, 1)
@@ -735,13 +735,24 @@ class LayerPart:
             output = torch.where(sees_any[:, :, None], output, 0.0)
         return output.flatten(1, 2)
 
-    def counts_seen(self, tokens: NewTokens) -> torch.Tensor:
-        """How many keys the only new token of a row sees, where its position is the slot: `[B]`."""
-        return torch.where(tokens.real[:, 0], tokens.positions[:, 0] + 1, 0)
+    def seen_by_one_token(self, tokens: NewTokens, count: int) -> torch.Tensor:
+        """Which of the first `count` slots the only new token of a row sees, `[B, heads, count]`; or how many of them,
+        `[B]`, where positions are slots."""
+        if self.is_plain:
+            return torch.where(tokens.real[:, 0], tokens.positions[:, 0] + 1, 0)
+        return self.slots_seen(tokens, count)[:, :, 0]
 
-    def slots_seen(self, tokens: NewTokens, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which of the first `count` slots new queries see, `[B, heads or 1, L, count]`, and which of them see any,
-        `[B, heads, L, 1]` (`None`: all)."""
+    def softmax_mask(self, tokens: NewTokens, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[`slots_seen`], but all of them where there are none: no softmax over nothing; and which of the queries see
+        any, `[B, heads, L, 1]` (`None`: all)."""
+        mask = self.slots_seen(tokens, count)
+        if not tokens.has_padding and self.has_key_at_hand:
+            return mask, None
+        sees_any = mask.any(-1, keepdim=True)
+        return mask | ~sees_any, sees_any
+
+    def slots_seen(self, tokens: NewTokens, count: int) -> torch.Tensor:
+        """Which of the first `count` slots new queries see, `[B, heads or 1, L, count]`."""
         if self.is_plain:
             mask = torch.arange(count, device=self.device) <= tokens.positions[:, None, :, None]
         else:
@@ -750,11 +761,7 @@ class LayerPart:
             held = self.slots.numbers_held(tokens.positions_after)[:, :, None]
             mask = (held >= first) & (held < stop)
             mask = self._without_joined_sinks(mask, held, tokens)
-        if not tokens.has_padding and self.has_key_at_hand:
-            return mask, None
-        mask = mask & tokens.real[:, None, :, None]
-        sees_any = mask.any(-1, keepdim=True)
-        return mask | ~sees_any, sees_any  # no softmax over nothing
+        return mask & tokens.real[:, None, :, None] if tokens.has_padding else mask
 
     def _without_joined_sinks(self, mask: torch.Tensor, held: torch.Tensor, tokens: NewTokens) -> torch.Tensor:
         """The sink joins what no other branch does."""

@@ -1,4 +1,4 @@
-"""Triton kernels for one new token per row, whose heads attend to all keys in a cache.
+"""Triton kernels for one new token per row, which attends to what a cache holds.
 
 The keys of a head are read once, in pieces by many programs side by side ("flash decoding"): a single query gives a
 GPU nothing else to do at a time. A second kernel joins what the pieces give.
@@ -24,21 +24,25 @@ _MIN_PIECE, _MAX_PIECES, _JOINED = 512, 256, 1 << 14
 _QUERIES = 16
 
 
-@triton.jit(do_not_specialize=["piece"])
+@triton.jit(do_not_specialize=["slots", "piece"])
 def _piece_kernel(
-    Q, K, V, COUNTS, OUT, LSE, piece, scale,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    Q, K, V, SEEN, OUT, LSE, slots, piece, scale,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, s_batch, s_head,
+    IS_MASK: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A piece of the keys of a head, for queries of its group: their output over these keys alone, and the base-2
-    log-sum-exp."""
+    """A piece of the slots of a head, for queries of its group: their output over the keys there alone, and the base-2
+    log-sum-exp. SEEN is a mask of the slots, or how many are filled."""
     PARTS: tl.constexpr = (GROUP + BLOCK_G - 1) // BLOCK_G
     number, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     # Heads of many slots lie further apart than int32 counts
     head, heads = (tl.program_id(1) // PARTS).to(tl.int64), tl.num_programs(1) // PARTS
     begin = number.to(tl.int64) * piece
-    stop = tl.minimum(begin + piece, tl.load(COUNTS + row).to(tl.int64))
+    stop = tl.minimum(begin + piece, slots)
+    if IS_MASK:
+        SEEN += row * s_batch + head * s_head
+    else:
+        stop = tl.minimum(stop, tl.load(SEEN + row).to(tl.int64))
     g = tl.program_id(1) % PARTS * BLOCK_G + tl.arange(0, BLOCK_G)
     of_group = g < GROUP
     q_rows = _pointers(Q + row * q_batch + head * GROUP * q_head, g, q_head, BLOCK_D)
@@ -49,11 +53,13 @@ def _piece_kernel(
     total, top = tl.zeros((BLOCK_G,), tl.float32), tl.full((BLOCK_G,), -float("inf"), tl.float32)
     for start in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
-        inside = n < stop
-        k = _load(_pointers(K, n, k_row, BLOCK_D), inside, HEAD_DIM, BLOCK_D, False)
-        v = _load(_pointers(V, n, v_row, BLOCK_D), inside, HEAD_DIM, BLOCK_D, False)
+        seen = n < stop
+        if IS_MASK:
+            seen = tl.load(SEEN + n, mask=seen, other=0) != 0
+        k = _load(_pointers(K, n, k_row, BLOCK_D), seen, HEAD_DIM, BLOCK_D, False)
+        v = _load(_pointers(V, n, v_row, BLOCK_D), seen, HEAD_DIM, BLOCK_D, False)
         acc, total, top = _query_step(
-            acc, total, top, q, q, top, top, k, v, inside[None, :], scale * _LOG2_E, True, False, PRECISION
+            acc, total, top, q, q, top, top, k, v, seen[None, :], scale * _LOG2_E, True, False, PRECISION
         )
     at = ((row * heads + head) * GROUP + g) * tl.num_programs(0) + number
     there = tl.maximum(total, 1e-30)
@@ -80,7 +86,7 @@ def _join_kernel(
 
 
 def triton_attend_one_token(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, scale: float
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Arguments and output as in `attend_one_token`."""
     batch, heads, slots, head_dim = keys.shape
@@ -92,9 +98,13 @@ def triton_attend_one_token(
     pieces = -(-slots // piece)
     parts = query.new_empty((batch, query.shape[1], pieces, head_dim), dtype=torch.float32)
     lse, output = parts.new_empty(parts.shape[:3]), torch.empty_like(query)
-    constants = dict(GROUP=group, BLOCK_G=blocks.own, BLOCK_N=met) | row_constants(query, blocks)
-    tensors = query, keys, values, counts, parts, lse
-    arguments = Arguments(tensors, (piece, scale), strides_of(query, keys, values), constants)
+    is_mask = seen.dtype == torch.bool
+    if is_mask:
+        seen = seen.view(torch.uint8).expand(-1, heads, -1)
+    strides = [*strides_of(query, keys, values), *(seen.stride()[:2] if is_mask else (0, 0))]
+    constants = dict(IS_MASK=is_mask, GROUP=group, BLOCK_G=blocks.own, BLOCK_N=met) | row_constants(query, blocks)
+    tensors = query, keys, values, seen, parts, lse
+    arguments = Arguments(tensors, (slots, piece, scale), strides, constants)
     launch(_piece_kernel, (pieces, heads * -(-group // blocks.own), batch), arguments, blocks)
     constants = dict(HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_P=power_of_2(pieces))
     arguments = Arguments((parts, lse, output), (pieces,), strides_of(output), constants)

@@ -110,23 +110,24 @@ def _keeping(kept: dict | None) -> contextlib.AbstractContextManager:
 
 
 def attend_one_token(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, scale: float
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention of one query per row and head to all keys of a cache, on a GPU, without gradients.
+    """Attention of one query per row and head to keys in the slots of a cache, on a GPU, without gradients.
 
     Args:
         query: `[B, H, 1, D]`, any strides.
         keys, values: `[B, Hkv, S, D]`, with numbers next to each other.
-        counts: `[B]`, integers: how many keys a row has, in the first slots. With none its output is 0.
+        seen: `[B, Hkv or 1, S]`, bool: which slots a query sees; or `[B]`, integers: how many of them, from the
+            first on. Without any the output is 0.
         scale: factor of the scores.
 
     Returns:
         `[B, H, 1, D]` in the dtype of `query`.
     """
-    return _one_token_op(adjacent_rows(query), keys, values, counts, scale)
+    return _one_token_op(adjacent_rows(query), keys, values, seen, scale)
 
 
-def _fake_one_token(query, keys, values, counts, scale):
+def _fake_one_token(query, keys, values, seen, scale):
     return torch.empty_like(query)
 
 

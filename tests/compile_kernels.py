@@ -27,7 +27,13 @@ from longnet_hf.dilated_past import PastTile
 
 HOPPER, AMPERE = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 86, 32)
 SHARED_MEMORY = {HOPPER: 227 << 10, AMPERE: 99 << 10}  # that a program may have there, in bytes
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 MIXED = DilatedPattern(
     [48, 300, 200, 20, None],
     [1, 5, 4, 1, 1],
@@ -94,7 +100,8 @@ def attend_to_past() -> None:
 
 def attend_one_token(size: int, group: int, dtype: torch.dtype) -> None:
     query, keys = (torch.randn(1, heads, rows, size, dtype=dtype) for heads, rows in ((2 * group, 1), (2, 3000)))
-    full_head_kernels.triton_attend_one_token(query, keys, keys, torch.tensor([2000]), 0.125)
+    for seen in (torch.tensor([2000]), torch.ones(1, 2, 3000, dtype=torch.bool)):
+        full_head_kernels.triton_attend_one_token(query, keys, keys, seen, 0.125)
 
 
 compiled: set[str] = set()
