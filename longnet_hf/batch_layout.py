@@ -113,6 +113,10 @@ class WholeBatch:
         """Whether later tokens could continue these rows: packed rows could continue only one of their documents."""
         return self.is_causal and not is_packed(self.document_ids)
 
+    def rows_received(self, pattern: DilatedPattern, num_heads: int, device: torch.device) -> int:
+        """How many keys of single heads come from other processes, for a layer: none."""
+        return 0
+
     def filling(self, past_key_values: Cache) -> "WholeBatch":
         """The layout of the same batch where an empty cache takes its keys."""
         if is_dilated_cache(past_key_values):
@@ -218,12 +222,16 @@ class SplitBatch:
         documents: which positions the processes hold, and where the documents lie.
         position_ids: `[B, N / P]` or `[1, N / P]`, of this process's tokens in the whole sequence.
         tokens: the whole sequence as a cache counts it, if a cache takes it.
+
+    `keeps_results` as in [`WholeBatch`]; all processes must have the same.
     """
 
     can_fill_a_cache = False  # which the model would make by itself: what follows a token does not change its output
 
     def __init__(self, documents: SplitDocuments, position_ids: torch.Tensor, tokens: NewTokens | None = None):
         self.documents, self.position_ids, self.tokens = documents, position_ids, tokens
+        self.keeps_results = False
+        self._kept: dict[int, dict] = {}
 
     @classmethod
     def of(
@@ -256,6 +264,10 @@ class SplitBatch:
     def split(self) -> SequenceSplit:
         return self.documents.split
 
+    def rows_received(self, pattern: DilatedPattern, num_heads: int, device: torch.device) -> int:
+        """How many keys of single heads come from other processes, for a layer; as many values do."""
+        return sum(self.documents.exchange(pattern, num_heads, device).receive_splits)
+
     def attend(
         self,
         module: nn.Module,
@@ -273,7 +285,8 @@ class SplitBatch:
                 "A sequence cannot be split over processes in training with `attention_dropout` above 0, got "
                 f"{options.dropout}."
             )
-        output = split_attention(query, key, value, options.pattern, self.documents, options.scale)
+        kept = self._kept.setdefault(module.layer_idx, {}) if self.keeps_results else None
+        output = split_attention(query, key, value, options.pattern, self.documents, options.scale, kept)
         if past_key_values is not None:
             past_key_values.update_collected(
                 key, value, module.layer_idx, self.tokens, self.split.length, self.split.collect

@@ -278,6 +278,12 @@ class ActiveSplit:
         dist.all_reduce(x, group=self.group)
         return x
 
+    def all_agree(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is so on all processes: what sends must be done by all, or be left by all."""
+        agreed = torch.tensor(int(flag), device=device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(agreed)
+
     def average(self, loss: torch.Tensor) -> torch.Tensor:
         """The mean over all processes, with the gradient of this one's: FSDP and DDP take the mean of gradients."""
         return loss + (self.sum(loss) / self.world_size - loss.detach())
@@ -519,6 +525,7 @@ def split_attention(
     pattern: DilatedPattern,
     batch: SplitDocuments,
     scale: float | None = None,
+    kept: dict | None = None,
 ) -> torch.Tensor:
     """Causal dilated attention of the tokens of this process to those of all processes, which all call this.
 
@@ -526,6 +533,7 @@ def split_attention(
         query: `[B, H, N / P, D]`.
         key, value: `[B, Hkv, N / P, D]`.
         batch: which positions and documents these are.
+        kept: as in `dilated_attention`. All processes give one, or none does: what is kept is not sent again.
 
     Returns:
         `[B, H, N / P, D]`: what `dilated_attention` of the whole sequence gives at these positions.
@@ -538,39 +546,51 @@ def split_attention(
         )
     query, key, value = autocast_inputs(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _SplitAttention.apply(query, key, value, pattern.canonical(), batch, scale)
+    options = pattern.canonical(), batch.exchange(pattern.canonical(), key.shape[1], query.device), batch.split, scale
+    result = None if kept is None else kept.pop("result", None)
+    if result is None:
+        with torch.no_grad():
+            result = _attend(query, key, value, *options)
+        if kept is not None:
+            kept["result"] = result
+    return _SplitAttention.apply(*result, query, key, value, options)
+
+
+def _attend(query, key, value, pattern: DilatedPattern, plan: _Exchange, split: SequenceSplit, scale: float):
+    """Output, log-sum-exp, and the keys and values that other processes sent."""
+    rows = torch.cat([x[plan.sent_keys] for x in (key, value)], dim=-1)[plan.send_order]
+    received = rows.new_empty(sum(plan.receive_splits), rows.shape[1])
+    work = dist.all_to_all_single(
+        received, rows, plan.receive_splits, plan.send_splits, group=split.group, async_op=True
+    )
+    parts = []
+    for run in plan.runs:
+        q, k, v = (x[run.index] for x in (query, key, value))
+        options = dict(scale=scale, document_ids=run.document_ids, return_lse=True)
+        parts.append(dilated_attention(q, k, v, pattern.at(run.position), **options))
+    work.wait()
+    kernel, output = TileKernel(query, scale, 0.0, None), torch.empty_like(query)
+    lse = torch.empty(query.shape[:3], dtype=parts[0][1].dtype, device=query.device)
+    stored = received.chunk(2, dim=-1)
+    for run, (new_output, new_lse) in zip(plan.runs, parts, strict=True):
+        attend_to_past(new_output, new_lse, query[run.index], *stored, run.past, key.shape[1], kernel)
+        output[run.index], lse[run.index] = new_output, new_lse
+    return output, lse, received
 
 
 class _SplitAttention(torch.autograd.Function):
+    """The output of [`_attend`], with the gradients that it has."""
+
     @staticmethod
-    def forward(ctx, query, key, value, pattern, batch, scale):
-        heads, split = key.shape[1], batch.split
-        plan = batch.exchange(pattern, heads, query.device)
-        rows = torch.cat([x[plan.sent_keys] for x in (key, value)], dim=-1)[plan.send_order]
-        received = rows.new_empty(sum(plan.receive_splits), rows.shape[1])
-        work = dist.all_to_all_single(
-            received, rows, plan.receive_splits, plan.send_splits, group=split.group, async_op=True
-        )
-        parts = []
-        for run in plan.runs:
-            q, k, v = (x[run.index] for x in (query, key, value))
-            options = dict(scale=scale, document_ids=run.document_ids, return_lse=True)
-            parts.append(dilated_attention(q, k, v, pattern.at(run.position), **options))
-        work.wait()
-        kernel, output = TileKernel(query, scale, 0.0, None), torch.empty_like(query)
-        lse = torch.empty(query.shape[:3], dtype=parts[0][1].dtype, device=query.device)
-        stored = received.chunk(2, dim=-1)
-        for run, (new_output, new_lse) in zip(plan.runs, parts, strict=True):
-            attend_to_past(new_output, new_lse, query[run.index], *stored, run.past, heads, kernel)
-            output[run.index], lse[run.index] = new_output, new_lse
+    def forward(ctx, output, lse, received, query, key, value, options):
         ctx.save_for_backward(query, key, value, output, lse, received)
-        ctx.options = plan, pattern, split, scale
-        return output
+        ctx.options = options
+        return output.view_as(output)
 
     @staticmethod
     def backward(ctx, grad_output):
         query, key, value, output, lse, received = ctx.saved_tensors
-        plan, pattern, split, scale = ctx.options
+        pattern, plan, split, scale = ctx.options
         heads, kernel = key.shape[1], TileKernel(query, scale, 0.0, None)
         add_query_gradients, stored = [], received.chunk(2, dim=-1)
         grad_received = torch.zeros(received.shape, dtype=lse.dtype, device=received.device)
@@ -596,7 +616,7 @@ class _SplitAttention(torch.autograd.Function):
         sums.index_add_(0, plan.send_order, grad_rows.to(lse.dtype))
         for grad, x in zip(grads[1:], sums.chunk(2, dim=-1), strict=True):
             grad[plan.sent_keys] = (grad[plan.sent_keys] + x).to(grad.dtype)
-        return *grads, None, None, None
+        return None, None, None, *grads, None
 
 
 __all__ = ["ActiveSplit", "SequenceSplit", "split_attention", "split_sequence"]

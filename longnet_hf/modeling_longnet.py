@@ -464,7 +464,7 @@ class LongNetModel(LongNetPreTrainedModel):
 
         hidden_states = self.embedding_dropout(inputs_embeds * self.embed_scale)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, layout.position_ids)
-        layout.keeps_results = self.can_keep_results(hidden_states)
+        layout.keeps_results = self.can_keep_results(hidden_states, layout)
         for layer in self.running_layers:
             hidden_states = layer(
                 hidden_states,
@@ -476,16 +476,20 @@ class LongNetModel(LongNetPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
-    def can_keep_results(self, hidden_states: torch.Tensor) -> bool:
+    def can_keep_results(self, hidden_states: torch.Tensor, layout: BatchLayout) -> bool:
         """Whether the attention of all layers may be kept for the backward pass, which computes all else again."""
         is_checkpointed = any(layer.gradient_checkpointing and layer.training for layer in self.running_layers)
         if torch.compiler.is_compiling() or not (is_checkpointed and torch.is_grad_enabled()):
             return False
         if len({layer.self_attn.layer_idx for layer in self.running_layers}) < len(self.running_layers):
             return False  # a layer that runs twice: by its index, its second result would be taken for the first
-        width = self.config.num_attention_heads * self.config.head_dim
-        tokens = hidden_states.shape[0] * hidden_states.shape[1] * len(self.running_layers)
-        return has_room_for(tokens * width * hidden_states.element_size(), hidden_states.device)
+        config, device = self.config, hidden_states.device
+        numbers = hidden_states.shape[:2].numel() * len(self.running_layers) * config.num_attention_heads
+        for layer in self.running_layers:
+            numbers += 2 * layout.rows_received(layer.self_attn.pattern, config.num_key_value_heads, device)
+        fits = has_room_for(numbers * config.head_dim * hidden_states.element_size(), device)
+        split = active_split()
+        return fits if split is None else split.all_agree(fits and not is_watched(hidden_states), device)
 
     def check_attention_rows(self, attention_rows, inputs_embeds, past_key_values, kwargs) -> torch.Tensor:
         """`attention_rows` as a tensor of columns from 0 on, or an error that says why they cannot be had."""

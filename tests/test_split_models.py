@@ -16,6 +16,7 @@ from longnet_hf import (
     LongNetForQuestionAnswering,
     LongNetForSequenceClassification,
     LongNetForTokenClassification,
+    modeling_longnet,
 )
 from longnet_hf.context_parallel import LAYOUTS, SequenceSplit, split_sequence
 
@@ -136,6 +137,27 @@ def assert_compiled_layers_equal_one_process(rank, world_size):
         assert_mean_gradients(model, expected, world_size)
 
 
+def assert_a_checkpoint_sends_once_where_all_have_room(rank, world_size):
+    mine, exchange, exchanges = SequenceSplit(48, world_size, rank).positions(), dist.all_to_all_single, []
+    dist.all_to_all_single = lambda *args, **options: exchanges.append(1) or exchange(*args, **options)
+    for reentrant in (True, False):
+        model, ids = build(LongNetForCausalLM, "llama", torch.float64).train(), random_ids(2, 48)
+        labels = F.pad(ids[:, 1:], (0, 1), value=-100)
+        expected = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for has_room, per_layer in ([True, True], 2), ([True, False], 3), ([False, False], 3):
+            sizes = []
+            modeling_longnet.has_room_for = lambda size, device, sizes=sizes, x=has_room: sizes.append(size) or x[rank]
+            exchanges.clear()
+            model.zero_grad()
+            with split_sequence():
+                model(ids[:, mine], shift_labels=labels[:, mine]).loss.backward()
+            assert len(exchanges) == per_layer * model.config.num_hidden_layers
+            assert_mean_gradients(model, expected, world_size)
+        outputs = 2 * 24 * model.config.hidden_size * 8 * model.config.num_hidden_layers
+        assert sizes[0] > outputs  # with what comes from others, of which this pattern asks for some
+
+
 def assert_packed_model_equals_one_process(rank, world_size):
     model = build(LongNetForCausalLM, "llama", torch.float64)
     ids, positions = random_ids(2, 48), torch.arange(48).repeat(2, 1)
@@ -178,5 +200,6 @@ def test_a_model_equals_one_process(tmp_path):
         assert_compiled_layers_equal_one_process,
         assert_parts_that_do_not_fit_are_refused,
         assert_generation_goes_on,
+        assert_a_checkpoint_sends_once_where_all_have_room,  # last, since it counts what is sent from there on
     )
     spawn(in_turn, 2, tmp_path, functions)
