@@ -32,8 +32,13 @@ from .dilated_past import PastTile, attend_to_past, past_tiles
 from .dilated_pattern import Branch, DilatedPattern
 from .dilated_tiles import TileKernel
 from .documents import check_padding_mask
-from .full_heads import attend_one_token
 from .input_checks import check_integer
+
+
+try:
+    from .one_token_kernels import attend_one_token
+except ImportError:  # PyTorch without Triton: there are no GPUs to run it on
+    pass
 
 
 # The length of a window's only segment
@@ -717,7 +722,8 @@ class LayerPart:
         return column, number >= 0
 
     def attend(self, query, keys, values, tokens: NewTokens, scale: float, dropout: float) -> torch.Tensor:
-        """Attention of new queries `[B, H, L, D]` of these heads to their slots: one masked attention."""
+        """Attention of new queries `[B, H, L, D]` of these heads to their slots: one masked attention. Of one token on
+        a GPU by kernels that share the slots of a head out: PyTorch's has one program for each."""
         count = self.slots.count
         if self.is_plain and not torch.compiler.is_compiling():  # what is filled, in whole pieces
             count = min(count, -(-tokens.max_position_after // _ROOM) * _ROOM)

@@ -27,6 +27,16 @@ SEGMENT_PADDINGS = ("none", "zeros")
 _LARGEST = 1 << 40
 
 
+@functools.lru_cache(maxsize=1024)
+def runs_of_neighbours(numbers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """The first and the last number of every run of consecutive ones."""
+    runs: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        follows = runs and number == runs[-1][1] + 1
+        runs.append((runs.pop()[0] if follows else number, number))
+    return tuple(runs)
+
+
 class Branch(NamedTuple):
     """One branch of a pattern: its type, length w (`None`: unbounded) and dilation rate r, in positions, and the
     key/value heads that have it (`None`: all)."""
@@ -40,7 +50,7 @@ class Branch(NamedTuple):
         """Whether key/value head `head` has this branch; of an integer tensor, element by element."""
         if self.heads is None:
             return head == head
-        return functools.reduce(operator.or_, (head == one for one in self.heads))
+        return functools.reduce(operator.or_, ((a <= head) & (head <= b) for a, b in runs_of_neighbours(self.heads)))
 
 
 class Tile(NamedTuple):

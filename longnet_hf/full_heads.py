@@ -1,6 +1,5 @@
-"""Heads with full attention and nothing else. On whole rows: PyTorch's own attention, where cuDNN's kernels are faster
-than those of dilated_kernels.py, by which the other heads of a layer are computed. Of one new token and what a cache
-holds: kernels that share a head's keys out among all of the GPU, which PyTorch has none of that takes a mask.
+"""Heads with full attention and nothing else, on whole rows: PyTorch's own attention, where cuDNN's kernels are faster
+than those of dilated_kernels.py, by which the other heads of a layer are computed.
 
 Shapes as in dilated_operator.py.
 """
@@ -13,15 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from .dilated_pattern import DilatedPattern
-from .dilated_tiles import adjacent_rows
-from .operators import Operator
-
-
-try:
-    from .full_head_kernels import triton_attend_one_token
-except ImportError:  # PyTorch without Triton: there are no GPUs to run it on
-    triton_attend_one_token = None
+from .dilated_pattern import DilatedPattern, runs_of_neighbours
 
 
 # cuDNN makes a plan for every new length, and is called once per run of heads. It is faster from so many numbers in
@@ -77,17 +68,12 @@ def attend_with_full_heads(
     # A copy: the output that the operator keeps for its backward pass has zeros in these heads
     output = torch.zeros_like(query) if others is None else attend(others).clone()
     with sdpa_kernel(_BACKENDS, set_priority=True), _keeping(kept):
-        for head in heads:
-            if head - 1 in heads:
-                continue
-            stop = head + 1  # of a run of neighbours, which are views of the tensors
-            while stop in heads:
-                stop += 1
-            of_query = slice(head * group, stop * group)
+        for first, last in runs_of_neighbours(heads):  # which are views of the tensors
+            of_query = slice(first * group, (last + 1) * group)
             output[:, of_query] = F.scaled_dot_product_attention(
                 query[:, of_query],
-                key[:, head:stop],
-                value[:, head:stop],
+                key[:, first : last + 1],
+                value[:, first : last + 1],
                 is_causal=is_causal,
                 scale=scale,
                 enable_gqa=group > 1,
@@ -107,29 +93,3 @@ def _keeping(kept: dict | None) -> contextlib.AbstractContextManager:
         first, second = create_selective_checkpoint_contexts(_OPERATORS)
     kept["full_heads"] = second
     return first
-
-
-def attend_one_token(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Attention of one query per row and head to keys in the slots of a cache, on a GPU, without gradients.
-
-    Args:
-        query: `[B, H, 1, D]`, any strides.
-        keys, values: `[B, Hkv, S, D]`, with numbers next to each other.
-        seen: `[B, Hkv or 1, S]`, bool: which slots a query sees; or `[B]`, integers: how many of them, from the
-            first on. Without any the output is 0.
-        scale: factor of the scores.
-
-    Returns:
-        `[B, H, 1, D]` in the dtype of `query`.
-    """
-    return _one_token_op(adjacent_rows(query), keys, values, seen, scale)
-
-
-def _fake_one_token(query, keys, values, seen, scale):
-    return torch.empty_like(query)
-
-
-if triton_attend_one_token is not None:
-    _one_token_op = Operator("attend_one_token", __name__, triton_attend_one_token, _fake_one_token)

@@ -50,15 +50,16 @@ class Operator:
         self.is_gradient = backward is None
         if self.is_gradient:
             self.custom_op.register_autograd(_refuse_second_derivatives)
-            self.unwatched = function
         else:
             self.custom_op.register_autograd(backward, setup_context=save)
-            self.unwatched = _autograd_function(function, save, backward).apply
+            self.with_gradients = _autograd_function(function, save, backward).apply
+        self.function = function
 
     def __call__(self, *inputs):
-        if is_watched(*inputs) or (self.is_gradient and torch.is_grad_enabled()):
+        needs_gradients = torch.is_grad_enabled()
+        if is_watched(*inputs) or (self.is_gradient and needs_gradients):
             return self.custom_op(*inputs)
-        return self.unwatched(*inputs)
+        return self.with_gradients(*inputs) if needs_gradients else self.function(*inputs)
 
 
 def is_watched(*inputs) -> bool:

@@ -18,8 +18,8 @@ from longnet_hf import (
     dilated_attention,
     dilated_kernels,
     dilated_operator,
-    full_head_kernels,
     kernel_launch,
+    one_token_kernels,
     pointwise_kernels,
 )
 from longnet_hf.dilated_past import PastTile
@@ -101,13 +101,13 @@ def attend_to_past() -> None:
 def attend_one_token(size: int, group: int, dtype: torch.dtype) -> None:
     query, keys = (torch.randn(1, heads, rows, size, dtype=dtype) for heads, rows in ((2 * group, 1), (2, 3000)))
     for seen in (torch.tensor([2000]), torch.ones(1, 2, 3000, dtype=torch.bool)):
-        full_head_kernels.triton_attend_one_token(query, keys, keys, seen, 0.125)
+        one_token_kernels.attend_one_token(query, keys, keys, seen, 0.125)
 
 
 compiled: set[str] = set()
 if __name__ == "__main__":
     dilated_operator.uses_triton = lambda query, dropout: True
-    dilated_kernels.launch = pointwise_kernels.launch = full_head_kernels.launch = check_types
+    dilated_kernels.launch = pointwise_kernels.launch = one_token_kernels.launch = check_types
     for pattern in PATTERNS:
         attend(pattern, True, 2)
     attend(MIXED, False, 1)
@@ -121,7 +121,7 @@ if __name__ == "__main__":
     heads = torch.randn(1, 2, 5, 16, dtype=torch.bfloat16)
     pointwise_kernels.rotate_rows(heads, heads, heads[0, :1], heads[0, :1], False)
     dilated_kernels.launch = check_shared_memory
-    full_head_kernels.launch = functools.partial(check_shared_memory, target=AMPERE)
+    one_token_kernels.launch = functools.partial(check_shared_memory, target=AMPERE)
     dilated_kernels.blocks_of = lambda x, kernel: kernel_launch._HOPPER_BLOCKS[256][kernel]
     attend(MIXED, True, 1, size=256)
     for dtype in (torch.bfloat16, torch.float32):

@@ -29,14 +29,14 @@ from longnet_hf import dilated_past as past_module
 from longnet_hf.dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
 from longnet_hf.dilated_tiles import TileKernel
 from longnet_hf.documents import BatchDocuments
-from longnet_hf.full_heads import attend_one_token
 
 
 kernels = pytest.importorskip("longnet_hf.dilated_kernels", reason="needs Triton", exc_type=ImportError)
-full_head_kernels = pytest.importorskip("longnet_hf.full_head_kernels", reason="needs Triton", exc_type=ImportError)
+one_token_kernels = pytest.importorskip("longnet_hf.one_token_kernels", reason="needs Triton", exc_type=ImportError)
 dilated_plan = pytest.importorskip("longnet_hf.dilated_plan", reason="needs Triton", exc_type=ImportError)
 kernel_launch = pytest.importorskip("longnet_hf.kernel_launch", reason="needs Triton", exc_type=ImportError)
 Blocks = kernel_launch.Blocks
+attend_one_token = one_token_kernels.attend_one_token
 
 PAPER = DilatedPattern([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 6, 12])
 MIXED = DilatedPattern(
@@ -103,7 +103,7 @@ def one_token_inputs(seed, device, dtype):
 
 @pytest.mark.parametrize("seed", range(16))
 def test_one_token_attends_to_what_a_cache_holds(seed, interpreted, monkeypatch):
-    monkeypatch.setattr(full_head_kernels, "_MIN_PIECE", 64)
+    monkeypatch.setattr(one_token_kernels, "_MIN_PIECE", 64)
     *inputs, expected = one_token_inputs(seed, "cpu", torch.float32)
     output = attend_one_token(*inputs, 0.7)
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
@@ -130,7 +130,7 @@ def test_a_cache_gives_single_tokens_to_the_kernel(interpreted, monkeypatch):
     attend = dilated_cache.attend_one_token
     monkeypatch.setattr(dilated_cache, "attend_one_token", lambda *x: scales.append(x[-1]) or attend(*x))
     monkeypatch.setattr(dilated_cache, "uses_triton", lambda query, dropout: True)
-    monkeypatch.setattr(full_head_kernels, "_MIN_PIECE", 16)
+    monkeypatch.setattr(one_token_kernels, "_MIN_PIECE", 16)
     pattern = DilatedPattern([7, 3], [1, 1], ["window", "sink"]).with_full_heads([0, 2], 3)
     cache = DilatedCache.for_patterns([pattern], reserve=4)
     inputs, _ = random_tensors(3, 3, 2, 60, 60, 8, torch.float32)

@@ -7,7 +7,9 @@ GPU nothing else to do at a time. A second kernel joins what the pieces give.
 import torch
 
 from .dilated_kernels import _LOG2_E, _load, _pointers, _query_step, _store
+from .dilated_tiles import adjacent_rows
 from .kernel_launch import Arguments, Blocks, launch, padded, power_of_2, row_constants, strides_of
+from .operators import Operator
 
 
 try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
@@ -28,8 +30,8 @@ _QUERIES = 16
 def _piece_kernel(
     Q, K, V, SEEN, OUT, LSE, slots, piece, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, s_batch, s_head,
-    IS_MASK: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    IS_MASK: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A piece of the slots of a head, for queries of its group: their output over the keys there alone, and the base-2
     log-sum-exp. SEEN is a mask of the slots, or how many are filled."""
@@ -85,10 +87,27 @@ def _join_kernel(
     tl.store(OUT + row * o_batch + head * o_head + d, output, mask=d < HEAD_DIM)
 
 
-def triton_attend_one_token(
+def attend_one_token(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Arguments and output as in `attend_one_token`."""
+    """Attention of one query per row and head to keys in the slots of a cache, on a GPU, without gradients.
+
+    Args:
+        query: `[B, H, 1, D]`, any strides.
+        keys, values: `[B, Hkv, S, D]`, with numbers next to each other.
+        seen: `[B, Hkv or 1, S]`, bool: which slots a query sees; or `[B]`, integers: how many of them, from the
+            first on. Without any the output is 0.
+        scale: factor of the scores.
+
+    Returns:
+        `[B, H, 1, D]` in the dtype of `query`.
+    """
+    return _operator(adjacent_rows(query), keys, values, seen, scale)
+
+
+def _run(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, scale: float
+) -> torch.Tensor:
     batch, heads, slots, head_dim = keys.shape
     group = query.shape[1] // heads
     met = 32 if query.dtype == torch.float32 else 128 if head_dim <= 64 else 64
@@ -110,3 +129,10 @@ def triton_attend_one_token(
     arguments = Arguments((parts, lse, output), (pieces,), strides_of(output), constants)
     launch(_join_kernel, (query.shape[1], batch, 1), arguments, Blocks(1, 0, 8, 0))
     return output
+
+
+def _fake(query, keys, values, seen, scale):
+    return torch.empty_like(query)
+
+
+_operator = Operator("attend_one_token", __name__, _run, _fake)
