@@ -549,19 +549,21 @@ class DilatedLayer(CacheLayerMixin):
     def attend_before_update(self, query, key, value, tokens: NewTokens, scale: float, dropout: float) -> torch.Tensor:
         """Attention of new queries to their own keys, and then to earlier ones in the slots, branch by branch."""
         self.prefetch()
-        result = torch.zeros_like(query)
+        result = None
         for rows, columns, position in tokens.continuations:
             q, k, v = (x[rows] if columns is None else x[rows, :, columns] for x in (query, key, value))
             pattern = self.pattern.at(position)
             output, lse = dilated_attention(q, k, v, pattern, scale=scale, dropout=dropout, return_lse=True)
-            output = output.to(lse.dtype)
             seed = torch.randint(2**62, (1,)) if dropout > 0 else None
             kernel = TileKernel(q, scale, dropout, seed)
             for part in self.parts:
                 past = tokens.once(LayerPart.past_tiles, part, part.pattern, position, q.shape[2])
                 attend_to_past(output, lse, q, part.keys[rows], part.values[rows], past, self.num_heads, kernel)
-            result[(rows,) if columns is None else (rows, slice(None), columns)] = output.to(result.dtype)
-        return result
+            if output.shape == query.shape:  # all tokens at once
+                return output
+            result = torch.zeros_like(query) if result is None else result
+            result[(rows,) if columns is None else (rows, slice(None), columns)] = output
+        return torch.zeros_like(query) if result is None else result
 
     def get_seq_length(self) -> int:
         raise NotImplementedError("Ask the DilatedCache, which counts for all layers.")

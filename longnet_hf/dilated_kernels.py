@@ -138,6 +138,15 @@ def _partial_row(first_position, last_position, offset, merge, entry, phase, fir
 
 
 @triton.jit
+def _keeps_any(first_position, last_position, merge, phase):
+    """Whether a phase keeps any of a block's positions, or may do so: in a segment that begins inside the block."""
+    r, ahead = tl.load(merge + MERGE_RATE), phase - tl.load(merge + THIS_SEGMENT + TO_BLOCK_REST)
+    ahead += tl.where(ahead < 0, r, 0)  # to the first of them
+    in_reach = (ahead <= last_position - first_position) | (last_position >= tl.load(merge + SEGMENT_STOP))
+    return (phase >= 0) & in_reach
+
+
+@triton.jit
 def _joined_by_sink(
     n, m, sinks, first_query, heads, entries,
     IS_CAUSAL: tl.constexpr, NUM_BRANCHES: tl.constexpr,
@@ -267,6 +276,30 @@ def _meet_keys(
     return acc, total, top
 
 
+@triton.jit
+def _add_part(
+    acc, total, top, PARTIAL, PARTIAL_LSE, position, valid, first_position, last_position, merge, entry, phase, first,
+    GRADIENT: tl.constexpr, SHORT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Take what a dilated branch gave a block of queries: another step of the online softmax, or another gradient."""
+    at, kept = _partial_row(
+        first_position, last_position, position - first_position, merge, entry, phase, first, SHORT
+    )
+    kept &= valid
+    part = _load(_pointers(PARTIAL, at, HEAD_DIM, BLOCK_D), kept, HEAD_DIM, BLOCK_D, False)
+    if GRADIENT:
+        acc += part
+    else:
+        part_lse = tl.load(PARTIAL_LSE + at, mask=kept, other=-float("inf"))
+        new_top = tl.maximum(top, part_lse)
+        pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
+        decay, share = tl.exp2(top - pivot), tl.exp2(part_lse - pivot)
+        acc = acc * decay[:, None] + part * share[:, None]
+        total = total * decay + share
+        top = new_top
+    return acc, total, top
+
+
 @triton.jit(do_not_specialize=["partial_rows", "num_queries", "num_heads"])
 def _query_kernel(
     Q, K, V, OUT, LSE, DO, STATS, PARTIAL, PARTIAL_LSE,
@@ -274,7 +307,7 @@ def _query_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_batch, o_head, o_row, do_batch, do_head, do_row,
     DILATED: tl.constexpr, GRADIENT: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
-    NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr,
+    NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr, SPARSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -390,30 +423,19 @@ def _query_kernel(
         _store(_pointers(PARTIAL, i, HEAD_DIM, BLOCK_D), acc, valid, HEAD_DIM, BLOCK_D)
     else:
         merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * MERGE_SIZE
-        if not GRADIENT:
-            old_top = top
-            for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
-                at, kept = _partial_row(
-                    start + first_row, start + last_row, position - start - first_row, merge + branch * MERGE_SIZE,
-                    entries + (index + branch) * ENTRY_SIZE, tl.load(phases + branch), first_query, SHORT,
-                )  # fmt: skip
-                top = tl.maximum(top, tl.load(PARTIAL_LSE + at, mask=valid & kept, other=-float("inf")))
-            pivot = tl.where(top == -float("inf"), 0.0, top)
-            decay = tl.exp2(old_top - pivot)
-            acc *= decay[:, None]
-            total *= decay
         for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
-            at, kept = _partial_row(
-                start + first_row, start + last_row, position - start - first_row, merge + branch * MERGE_SIZE,
-                entries + (index + branch) * ENTRY_SIZE, tl.load(phases + branch), first_query, SHORT,
-            )  # fmt: skip
-            part = _load(_pointers(PARTIAL, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
-            if GRADIENT:
-                acc += part
-            else:
-                share = tl.exp2(tl.load(PARTIAL_LSE + at, mask=valid & kept, other=-float("inf")) - pivot)
-                acc += part * share[:, None]
-                total += share
+            of_branch, entry = merge + branch * MERGE_SIZE, entries + (index + branch) * ENTRY_SIZE
+            phase, first, last = tl.load(phases + branch), start + first_row, start + last_row
+            if not SPARSE:
+                acc, total, top = _add_part(
+                    acc, total, top, PARTIAL, PARTIAL_LSE, position, valid, first, last, of_branch, entry, phase,
+                    first_query, GRADIENT, SHORT, HEAD_DIM, BLOCK_D,
+                )  # fmt: skip
+            elif _keeps_any(first, last, of_branch, phase):
+                acc, total, top = _add_part(
+                    acc, total, top, PARTIAL, PARTIAL_LSE, position, valid, first, last, of_branch, entry, phase,
+                    first_query, GRADIENT, SHORT, HEAD_DIM, BLOCK_D,
+                )  # fmt: skip
         if not GRADIENT:
             acc *= tl.where(total > 0, 1.0 / total, 0.0)[:, None]
             tl.store(LSE + index_of_row, (top + tl.log2(total)) / _LOG2_E, mask=valid)
@@ -490,6 +512,18 @@ def _joined_by_kept(j, start, step, window, skipped, first_query, num_queries, I
     return tl.maximum(first, 0), tl.minimum(last, num_queries - 1)
 
 
+@triton.jit
+def _add_key_parts(
+    dk, dv, PARTIAL_DK, PARTIAL_DV, position, valid, first_position, last_position, merge, entry, phase,
+    SHORT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add the gradients that a dilated branch gave a block of keys and values."""
+    at, kept = _partial_row(first_position, last_position, position - first_position, merge, entry, phase, 0, SHORT)
+    dk += _load(_pointers(PARTIAL_DK, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
+    dv += _load(_pointers(PARTIAL_DV, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
+    return dk, dv
+
+
 @triton.jit(do_not_specialize=["partial_rows", "num_queries", "num_heads", "sink_rows"])
 def _key_kernel(
     Q, K, V, DO, STATS, DK, DV, PARTIAL_DK, PARTIAL_DV, SINK_GRADS,
@@ -497,7 +531,7 @@ def _key_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     DILATED: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
-    NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr,
+    NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr, SPARSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -597,12 +631,18 @@ def _key_kernel(
     else:
         merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * MERGE_SIZE
         for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
-            at, kept = _partial_row(
-                first_row, last_row, position - first_row, merge + branch * MERGE_SIZE,
-                entries + (index + branch) * ENTRY_SIZE, tl.load(phases + branch), 0, SHORT,
-            )  # fmt: skip
-            dk += _load(_pointers(PARTIAL_DK, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
-            dv += _load(_pointers(PARTIAL_DV, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
+            of_branch, entry = merge + branch * MERGE_SIZE, entries + (index + branch) * ENTRY_SIZE
+            phase = tl.load(phases + branch)
+            if not SPARSE:
+                dk, dv = _add_key_parts(
+                    dk, dv, PARTIAL_DK, PARTIAL_DV, position, valid, first_row, last_row, of_branch, entry, phase,
+                    SHORT, HEAD_DIM, BLOCK_D,
+                )  # fmt: skip
+            elif _keeps_any(first_row, last_row, of_branch, phase):
+                dk, dv = _add_key_parts(
+                    dk, dv, PARTIAL_DK, PARTIAL_DV, position, valid, first_row, last_row, of_branch, entry, phase,
+                    SHORT, HEAD_DIM, BLOCK_D,
+                )  # fmt: skip
         if SINK:
             sinks = tl.minimum(tl.load(heads + SINKS), length)
             if first_row < sinks:
@@ -1012,8 +1052,9 @@ def _row_strides(*tensors: torch.Tensor) -> list[int]:
 
 def _constants(attention: Attention, plan: Plan, blocks: Blocks, strides: list[int]) -> dict:
     """What the kernels are compiled for."""
-    query, key = attention.query, attention.key
-    block_span = 256 * max(attention.pattern.dilation_rates) * max(strides[2::3])  # in numbers, and more than it is
+    query, key, rate = attention.query, attention.key, max(attention.pattern.dilation_rates)
+    # In numbers: more than a block of rows spans, and no more than all rows do. What lies behind these is masked
+    block_span = min(256 * rate, max(query.shape[2], key.shape[2])) * max(strides[2::3])
     return dict(
         IS_CAUSAL=attention.is_causal,
         SINK="sink" in attention.pattern.branch_types,
@@ -1022,6 +1063,7 @@ def _constants(attention: Attention, plan: Plan, blocks: Blocks, strides: list[i
         NUM_BRANCHES=plan.num_branches,
         UNIT=plan.is_unit,
         SHORT=plan.is_short,
+        SPARSE=rate > blocks.own and not plan.is_short,
         WIDE=block_span >= 2**31,
         **row_constants(query, blocks),
     )

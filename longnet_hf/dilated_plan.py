@@ -166,7 +166,7 @@ def make_plan(
     dense, document, number = _programs(table, -(-(length - first) // block), reverse)
     dense[:, BLOCK_NUMBER.value], dense[:, ENTRY_OR_BRANCH.value] = number, document * len(branches)
     entries = np.zeros((len(documents), len(branches), ENTRY_SIZE.value), dtype=np.int64)
-    merges = np.zeros((len(dense), len(branches) - num_dense, MERGE_SIZE.value), dtype=np.int64)
+    merges = np.zeros((len(dense), len(branches) - num_dense, MERGE_SIZE.value), dtype=np.int32)
     dilated, partial_rows, is_short = [], 0, False
     for index, branch in enumerate(branches):
         r = branch.rate
@@ -191,17 +191,17 @@ def make_plan(
         partial_rows += int(sum(segments * rows))
         key_begin = first if of_queries else first_query
         dilated.insert(0, _dilated_programs(table, entry, index, block, (first_segment, segments, key_begin), reverse))
-        merges[:, index - num_dense] = _merges(entry[document], first[document], number * block)
+        _write_merges(merges[:, index - num_dense], entry[document], first[document], number * block)
     sink_rows = 0 if of_queries else min(_sinks(pattern), int(length.max(initial=0)))
     sink_chunk = _SINK_CHUNK * max(1, sink_rows // 64)
-    sinks = np.zeros((0, PROGRAM_SIZE.value), dtype=np.int64)
+    sinks = np.zeros((0, PROGRAM_SIZE.value), dtype=np.int32)
     if sink_rows:
         counts = -(-(length - first_query) // sink_chunk)
         sinks, of_chunk, number = _programs(table, counts, False)
         sinks[:, BLOCK_NUMBER.value], sinks[:, ENTRY_OR_BRANCH.value] = number, of_chunk * len(branches)
         dense[:, FIRST_CHUNK.value] = (np.cumsum(counts) - counts)[document]
         dense[:, NUM_CHUNKS.value] = counts[document]
-    tables = dense, np.concatenate(dilated or [[]]), entries, merges, sinks
+    tables = dense, np.concatenate(dilated or [np.zeros(0, np.int32)]), entries.astype(np.int32), merges, sinks
     is_unit = all(branch.rate == 1 for branch in branches[:num_dense])
     dense, dilated, entries, merges, sinks = _on_device(tables, device)
     counts = num_dense, len(branches), partial_rows, is_unit, is_short
@@ -219,7 +219,7 @@ def _programs(documents: np.ndarray, counts: np.ndarray, reverse: bool) -> tuple
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
     if reverse:
         number = counts[document] - 1 - number
-    records = np.zeros((len(document), PROGRAM_SIZE.value), dtype=np.int64)
+    records = np.zeros((len(document), PROGRAM_SIZE.value), dtype=np.int32)
     records[:, : documents.shape[1]] = documents[document]
     return records, document, number
 
@@ -251,10 +251,9 @@ def _dilated_programs(
     return records
 
 
-def _merges(entry: np.ndarray, first: np.ndarray, offset: np.ndarray) -> np.ndarray:
+def _write_merges(merge: np.ndarray, entry: np.ndarray, first: np.ndarray, offset: np.ndarray) -> None:
     """Records of the dense programs for a dilated branch: with the entries and first positions of their documents, and
     the blocks' offsets from there."""
-    merge = np.zeros((len(entry), MERGE_SIZE.value), dtype=np.int64)
     w, r, g = (entry[:, field.value] for field in (GRID_LENGTH, GRID_RATE, GRID_SHIFT))
     rows, first_position = entry[:, PARTIAL_ROWS.value], first + offset
     segment = (first_position + g) // w
@@ -266,15 +265,13 @@ def _merges(entry: np.ndarray, first: np.ndarray, offset: np.ndarray) -> np.ndar
         for field, position in ((TO_BLOCK, first_position), (TO_FIRST, first)):
             at = side.value + field.value
             merge[:, at], merge[:, at + 1] = np.divmod(position - begin, r)
-    return merge
 
 
 def _on_device(tables: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Tables as int32, in one copy to the device; each begins at a multiple of 16 bytes, whatever the others hold."""
-    tables = [np.asarray(table, dtype=np.int32).ravel() for table in tables]
-    starts = np.cumsum([0] + [-(-len(table) // 4) * 4 for table in tables])
+    """Tables of int32, in one copy to the device; each begins at a multiple of 16 bytes, whatever the others hold."""
+    starts = np.cumsum([0] + [-(-table.size // 4) * 4 for table in tables])
     joined = np.zeros(starts[-1], dtype=np.int32)
     for start, table in zip(starts, tables, strict=False):
-        joined[start : start + len(table)] = table
+        joined[start : start + table.size] = table.ravel()
     joined = torch.from_numpy(joined).to(device)
-    return [joined[start : start + len(table)] for start, table in zip(starts, tables, strict=False)]
+    return [joined[start : start + table.size] for start, table in zip(starts, tables, strict=False)]

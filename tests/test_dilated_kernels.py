@@ -189,6 +189,22 @@ def test_offsets_of_64_bits_agree_too(interpreted, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_blocks_pass_over_branches_that_keep_none_of_them(is_causal, interpreted, monkeypatch):
+    """Rates beyond a block of 16 rows, segments that begin inside a block, and packed documents."""
+    constants, sparse = kernels._constants, []
+    monkeypatch.setattr(kernels, "_constants", lambda *x: sparse.append(constants(*x)["SPARSE"]) or constants(*x))
+    pattern = DilatedPattern([24, 90, 150, 300], [1, 17, 40, 90], ["segment", "segment", "window", "segment"])
+    inputs, grad = random_tensors(2, 3, 2, 190, 190, 8, torch.float32)
+    ids = torch.tensor([[0] * 190, [0] * 101 + [1] * 80 + [-1] * 9])
+    options = dict(is_causal=is_causal, document_ids=ids)
+    output, expected = (f(*inputs, pattern, **options) for f in (dilated_attention, dilated_attention_reference))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert all(sparse) and len(sparse) == 3
+
+
 def test_documents_without_padding_inside_stay_in_place_and_are_looked_for_once(monkeypatch):
     ids = torch.tensor([[-1, 0, 0, 1, 1, 1], [0, 0, 0, 0, -1, -1]])
     query, key = torch.zeros(2, 1, 4, 2), torch.zeros(2, 1, 6, 2)
