@@ -105,6 +105,7 @@ class NewTokens:
         self.positions_before = positions_before
         self.positions = (positions_before[:, None] + count - 1).clamp(min=0)  # [B, L]
         self.positions_after = positions_before + count[:, -1]  # [B]
+        self.rows = torch.arange(len(real), device=real.device)[:, None, None, None]  # their numbers
         self._found: dict[tuple, object] = {}
         self._on_device: dict[torch.device, NewTokens] = {}
 
@@ -336,7 +337,7 @@ class DilatedCache(Cache):
         for part in layer.parts:
             if part.is_growing:
                 part.make_room(length)
-            positions = part.slots.positions_held(positions_after)
+            positions = part.slots.positions_held(positions_after).expand(-1, len(part.heads), -1)
             part.keys[:, :, :-1] = collect(part.of_heads(key_states), positions)
             part.values[:, :, :-1] = collect(part.of_heads(value_states), positions)
 
@@ -625,6 +626,7 @@ class LayerPart:
         keys are kept."""
         self.device, self.room = like.device, room or 1
         self.head_numbers = torch.tensor(self.heads, device=self.device)  # a list would be copied there each time
+        self.head_index = torch.arange(len(self.heads), device=self.device)[:, None, None]
         self.slots = self._slots(self.room)
         self.keys, self.values = (
             like.new_zeros(*like.shape[:2], self.slots.count + 1, like.shape[-1]) for _ in range(2)
@@ -644,10 +646,10 @@ class LayerPart:
         """Of all heads' tensor `[B, Hkv or H, L, D]`, what belongs to these."""
         if len(self.heads) == self.num_heads:
             return x
-        x, first, last = x.unflatten(1, (self.num_heads, -1)), self.heads[0], self.heads[-1]
+        group, first, last = x.shape[1] // self.num_heads, self.heads[0], self.heads[-1]
         if len(self.heads) == last + 1 - first:  # neighbours: a view
-            return x[:, first : last + 1].flatten(1, 2)
-        return x.index_select(1, self.head_numbers).flatten(1, 2)
+            return x[:, first * group : (last + 1) * group]
+        return x.unflatten(1, (self.num_heads, group)).index_select(1, self.head_numbers).flatten(1, 2)
 
     @torch.inference_mode(False)
     def make_room(self, length: int) -> None:
@@ -697,7 +699,7 @@ class LayerPart:
             torch._assert_async(fits, "there are more tokens than `max_length` of the DilatedCache")
         pairs = (self.keys, key_states), (self.values, value_states)
         if key_states.shape[2] <= self.reserve + 1:  # no two of the new keys have one slot
-            index = tokens.once(LayerPart.slots_of_new_keys, self)
+            index = tokens.rows, self.head_index, tokens.once(LayerPart.slots_of_new_keys, self)
             for stored, new in pairs:
                 # torch.compile does this in place, unlike scatter_
                 stored.index_put_(index, new[:, :, :, None].to(stored.dtype))
@@ -707,20 +709,20 @@ class LayerPart:
             for stored, new in pairs:
                 stored[:, :, :-1] = torch.where(is_new[..., None], new.gather(2, column), stored[:, :, :-1])
 
-    def slots_of_new_keys(self, tokens: NewTokens) -> tuple[torch.Tensor, ...]:
-        """Row, head and slot of new keys, `[B, heads, L, branches]`: the last slot where a branch keeps none."""
+    def slots_of_new_keys(self, tokens: NewTokens) -> torch.Tensor:
+        """`[B, heads or 1, L, branches]`: the last slot where a branch keeps none."""
+        if self.is_plain:
+            return torch.where(tokens.real, tokens.positions, self.slots.count)[:, None, :, None]
         rings, position = self.slots.rings, tokens.positions[..., None, None]
         is_kept = rings.keeps(position) & tokens.real[..., None, None]
-        slot = torch.where(is_kept, rings.slot(position), self.slots.count).transpose(1, 2)
-        row, head = (torch.arange(size, device=slot.device) for size in slot.shape[:2])
-        return row[:, None, None, None], head[:, None, None], slot
+        return torch.where(is_kept, rings.slot(position), self.slots.count).transpose(1, 2)
 
     def new_keys_of_slots(self, tokens: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """The column of the new key that a slot takes, and whether it takes any, `[B, heads, S]` each."""
+        """The column of the new key that a slot takes, and whether it takes any, `[B, heads or 1, S]` each."""
         positions = self.slots.positions_held(tokens.positions_after)
         number = positions - tokens.positions_before[:, None, None]  # among the new tokens that are real
         real_first = torch.argsort(~tokens.real, dim=1, stable=True)
-        column = real_first[:, None].expand(-1, len(self.heads), -1).gather(2, number.clamp(min=0))
+        column = real_first[:, None].expand(-1, number.shape[1], -1).gather(2, number.clamp(min=0))
         return column, number >= 0
 
     def attend(self, query, keys, values, tokens: NewTokens, scale: float, dropout: float) -> torch.Tensor:
@@ -744,15 +746,15 @@ class LayerPart:
         return output.flatten(1, 2)
 
     def seen_by_one_token(self, tokens: NewTokens, count: int) -> torch.Tensor:
-        """Which of the first `count` slots the only new token of a row sees, `[B, heads, count]`; or how many of them,
-        `[B]`, where positions are slots."""
+        """Which of the first `count` slots the only new token of a row sees, `[B, heads or 1, count]`; or how many of
+        them, `[B]`, where positions are slots."""
         if self.is_plain:
             return torch.where(tokens.real[:, 0], tokens.positions[:, 0] + 1, 0)
         return self.slots_seen(tokens, count)[:, :, 0]
 
     def softmax_mask(self, tokens: NewTokens, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[`slots_seen`], but all of them where there are none: no softmax over nothing; and which of the queries see
-        any, `[B, heads, L, 1]` (`None`: all)."""
+        any, `[B, heads or 1, L, 1]` (`None`: all)."""
         mask = self.slots_seen(tokens, count)
         if not tokens.has_padding and self.has_key_at_hand:
             return mask, None
@@ -775,7 +777,7 @@ class LayerPart:
         """The sink joins what no other branch does."""
         for index, branch in enumerate(self.pattern.branches):
             if branch.type == "sink":
-                head = self.head_numbers[:, None, None]
+                head = self.head_numbers[: len(self.slots.rings.rate), None, None]
                 n = tokens.positions[:, None, :, None]
                 joins = self.pattern.joins(branch, n, held.clamp(min=0), head, self.num_heads)
                 return mask & ((self.slots.branch != index) | joins)
@@ -788,7 +790,8 @@ class LayerPart:
 
         def find(branch: int, heads: np.ndarray, positions: np.ndarray) -> tuple[slice, np.ndarray, np.ndarray]:
             heads = local[heads]
-            rings = _Rings(*(field[torch.from_numpy(heads), branch] for field in self.slots.rings_on_cpu))
+            of_rings = torch.from_numpy(heads).clamp(max=len(self.slots.rings_on_cpu.rate) - 1)
+            rings = _Rings(*(field[of_rings, branch] for field in self.slots.rings_on_cpu))
             in_ring = rings.slot(torch.from_numpy(positions)).numpy()
             return slice(None), *np.broadcast_arrays(heads, in_ring)
 
@@ -796,7 +799,8 @@ class LayerPart:
 
 
 class _Rings(NamedTuple):
-    """The rings of a pattern, one per key/value head and branch: integer tensors `[heads, branches]`.
+    """The rings of a pattern, one per key/value head and branch: integer tensors `[heads, branches]`, or
+    `[1, branches]` if all heads have the same.
 
     Positions are put on the grid of a branch by adding `shift`. The grids of a window and of a sink have a single
     segment. A `position` must broadcast with the fields.
@@ -839,7 +843,8 @@ class _Rings(NamedTuple):
 def _ring_records(
     pattern: DilatedPattern, heads: tuple[int, ...], num_heads: int, reserve: int, room: int
 ) -> tuple[tuple[int, ...], ...]:
-    """The fields of [`_Rings`] of every head and branch, branch by branch: plain numbers, one ring after the other."""
+    """How many rows of [`_Rings`] there are, and their fields of every branch and row, branch by branch: plain numbers,
+    one ring after the other."""
     rings, first_slot = [], 0
     for branch in pattern.branches:
         w, r, is_segment = branch.length, branch.rate, branch.type == "segment"
@@ -852,6 +857,7 @@ def _ring_records(
                 "(segment length None, branch type 'window', rate 1), whose storage grows, or use the ordinary cache "
                 '(a DynamicCache, `cache_implementation="dynamic"`).'
             )
+        rings.append([])
         for head in heads:
             phase = pattern.phase(branch, head, num_heads)
             keys_per_segment = {"segment": max(0, -(-((w or 0) - phase) // r)), "sink": w}.get(branch.type, _UNBOUNDED)
@@ -866,9 +872,11 @@ def _ring_records(
                 capacity=capacity,
                 first_slot=first_slot,
             )
-            rings.append(tuple(ring))
+            rings[-1].append(tuple(ring))
         first_slot += capacity
-    return len(heads), tuple(rings)
+    if all(len(set(of_branch)) == 1 for of_branch in rings):
+        rings = [of_branch[:1] for of_branch in rings]
+    return len(rings[0]), tuple(itertools.chain(*rings))
 
 
 def _capacity(branch: Branch, reserve: int, room: int) -> int:
@@ -906,7 +914,7 @@ class _Slots(NamedTuple):
         return self.rings.first_slot[0, smaller.branch] + smaller.number_in_ring
 
     def numbers_held(self, positions_after: torch.Tensor) -> torch.Tensor:
-        """The number of the key in every slot, `[B, heads, S]`, once all tokens below `positions_after` `[B]` are
+        """The number of the key in every slot, `[B, heads or 1, S]`, once all tokens below `positions_after` `[B]` are
         there. Below 0 where there is none."""
         last = self.rings.count_before(positions_after[:, None, None])[..., self.branch] - 1
         return last - (last - self.number_in_ring) % self.rings.capacity[:, self.branch]
@@ -927,8 +935,8 @@ _serials = itertools.count()
 @functools.lru_cache(maxsize=256)
 def _slots(records: tuple[int, tuple[tuple[int, ...], ...]], device: torch.device) -> _Slots:
     """The slots that all layers with such rings share."""
-    num_heads, rings = records
-    rings = _Rings(*(torch.tensor(field).view(-1, num_heads).T.contiguous() for field in zip(*rings, strict=True)))
+    num_rows, rings = records
+    rings = _Rings(*(torch.tensor(field).view(-1, num_rows).T.contiguous() for field in zip(*rings, strict=True)))
     capacities = rings.capacity[0]
     if len(capacities) == 1:  # one number in memory
         branch = torch.zeros(1, dtype=torch.int64, device=device).expand(int(capacities))
