@@ -843,8 +843,8 @@ class _Rings(NamedTuple):
 def _ring_records(
     pattern: DilatedPattern, heads: tuple[int, ...], num_heads: int, reserve: int, room: int
 ) -> tuple[tuple[int, ...], ...]:
-    """How many rows of [`_Rings`] there are, and their fields of every branch and row, branch by branch: plain numbers,
-    one ring after the other."""
+    """How many rows [`_Rings`] has, and its fields of every branch and row, branch by branch: plain numbers, one ring
+    after the other."""
     rings, first_slot = [], 0
     for branch in pattern.branches:
         w, r, is_segment = branch.length, branch.rate, branch.type == "segment"
