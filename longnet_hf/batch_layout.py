@@ -285,13 +285,17 @@ class SplitBatch:
                 "A sequence cannot be split over processes in training with `attention_dropout` above 0, got "
                 f"{options.dropout}."
             )
-        kept = self._kept.setdefault(module.layer_idx, {}) if self.keeps_results else None
-        output = split_attention(query, key, value, options.pattern, self.documents, options.scale, kept)
+        output = self._attend(module.layer_idx, query, key, value, options)
         if past_key_values is not None:
             past_key_values.update_collected(
                 key, value, module.layer_idx, self.tokens, self.split.length, self.split.collect
             )
         return output.transpose(1, 2), None
+
+    @torch.compiler.disable  # as `split_attention`; what is kept by then would else be another graph for every layer
+    def _attend(self, layer_idx: int, query, key, value, options: AttentionOptions) -> torch.Tensor:
+        kept = self._kept.setdefault(layer_idx, {}) if self.keeps_results else None
+        return split_attention(query, key, value, options.pattern, self.documents, options.scale, kept)
 
 
 BatchLayout = WholeBatch | SplitBatch

@@ -533,7 +533,8 @@ def split_attention(
         query: `[B, H, N / P, D]`.
         key, value: `[B, Hkv, N / P, D]`.
         batch: which positions and documents these are.
-        kept: as in `dilated_attention`. All processes give one, or none does: what is kept is not sent again.
+        kept: a dict that takes the result of the first call and gives it to the second one, as in `dilated_attention`,
+            but whatever looks at operators. All processes give one, or none does: what is kept is not sent again.
 
     Returns:
         `[B, H, N / P, D]`: what `dilated_attention` of the whole sequence gives at these positions.

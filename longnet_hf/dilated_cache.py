@@ -548,7 +548,8 @@ class DilatedLayer(CacheLayerMixin):
         return joined.unflatten(1, (self.num_heads, -1)).index_select(1, self.order).flatten(1, 2)
 
     def attend_before_update(self, query, key, value, tokens: NewTokens, scale: float, dropout: float) -> torch.Tensor:
-        """Attention of new queries to their own keys, and then to earlier ones in the slots, branch by branch."""
+        """Attention of new queries to their own keys, and then to earlier ones in the slots, branch by branch. The
+        output is not held in float32 meanwhile: few rows see earlier keys, and are rounded as often."""
         self.prefetch()
         result = None
         for rows, columns, position in tokens.continuations:
@@ -560,6 +561,7 @@ class DilatedLayer(CacheLayerMixin):
             for part in self.parts:
                 past = tokens.once(LayerPart.past_tiles, part, part.pattern, position, q.shape[2])
                 attend_to_past(output, lse, q, part.keys[rows], part.values[rows], past, self.num_heads, kernel)
+            output = output.to(query.dtype)  # autocast leaves it in another
             if output.shape == query.shape:  # all tokens at once
                 return output
             result = torch.zeros_like(query) if result is None else result

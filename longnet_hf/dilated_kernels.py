@@ -1053,7 +1053,7 @@ def _row_strides(*tensors: torch.Tensor) -> list[int]:
 def _constants(attention: Attention, plan: Plan, blocks: Blocks, strides: list[int]) -> dict:
     """What the kernels are compiled for."""
     query, key, rate = attention.query, attention.key, max(attention.pattern.dilation_rates)
-    # In numbers: more than a block of rows spans, and no more than all rows do. What lies behind these is masked
+    # A block of rows spans at most this, in numbers. Offsets behind the last row may wrap: nothing is read there
     block_span = min(256 * rate, max(query.shape[2], key.shape[2])) * max(strides[2::3])
     return dict(
         IS_CAUSAL=attention.is_causal,

@@ -489,7 +489,13 @@ class LongNetModel(LongNetPreTrainedModel):
             numbers += 2 * layout.rows_received(layer.self_attn.pattern, config.num_key_value_heads, device)
         fits = has_room_for(numbers * config.head_dim * hidden_states.element_size(), device)
         split = active_split()
-        return fits if split is None else split.all_agree(fits and not is_watched(hidden_states), device)
+        if split is None:
+            return fits
+        # A policy of the checkpoints (`context_fn`) expects to meet again what it has saved
+        checkpoints = [getattr(layer, "_gradient_checkpointing_func", None) for layer in self.running_layers]
+        has_policy = any("context_fn" in getattr(checkpoint, "keywords", ()) for checkpoint in checkpoints)
+        # Asked by all processes, since all compile or none does
+        return split.all_agree(fits and not has_policy and not is_watched(hidden_states), device)
 
     def check_attention_rows(self, attention_rows, inputs_embeds, past_key_values, kwargs) -> torch.Tensor:
         """`attention_rows` as a tensor of columns from 0 on, or an error that says why they cannot be had."""

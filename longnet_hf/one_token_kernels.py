@@ -95,8 +95,8 @@ def attend_one_token(
     Args:
         query: `[B, H, 1, D]`, any strides.
         keys, values: `[B, Hkv, S, D]`, with numbers next to each other.
-        seen: `[B, Hkv or 1, S]`, bool: which slots a query sees; or `[B]`, integers: how many of them, from the
-            first on. Without any the output is 0.
+        seen: `[B, Hkv or 1, S]`, bool, any strides: which slots a query sees; or `[B]`, integers: how many of them,
+            from the first on. Without any the output is 0.
         scale: factor of the scores.
 
     Returns:
@@ -119,7 +119,7 @@ def _run(
     lse, output = parts.new_empty(parts.shape[:3]), torch.empty_like(query)
     is_mask = seen.dtype == torch.bool
     if is_mask:
-        seen = seen.view(torch.uint8).expand(-1, heads, -1)
+        seen = adjacent_rows(seen).view(torch.uint8).expand(-1, heads, -1)
     strides = [*strides_of(query, keys, values), *(seen.stride()[:2] if is_mask else (0, 0))]
     constants = dict(IS_MASK=is_mask, GROUP=group, BLOCK_G=blocks.own, BLOCK_N=met) | row_constants(query, blocks)
     tensors = query, keys, values, seen, parts, lse

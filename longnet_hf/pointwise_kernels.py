@@ -258,7 +258,7 @@ def activation_gradients(
     strides = [up.stride(0), 0 if gate is None else gate.stride(0), grad.stride(0)]
     constants = _constants(up, gate, bias, activation, norm)
     arguments = Arguments((*there, stats, grad, grad_up, grad_gate, *sums), (len(up),), strides, constants)
-    # Fewer for a thread, which has more of each to keep
+    # Fewer places for a thread, which has more of each to keep
     launch(_activation_gradient_kernel, (programs, 1, 1), arguments, _of_threads(width, 16, gate))
     grad_weight, grad_bias = (
         up.new_empty(0) if x is None else total.sum(0).to(x.dtype)

@@ -180,6 +180,22 @@ def test_a_step_makes_no_tensors_of_lists(kind, max_length):
         torch.testing.assert_close(output, model(ids[:, :42]).logits[:, 41:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+def test_chunks_under_autocast(padding):
+    """Rotary positions leave queries and keys in float32, and values come in bf16."""
+    pattern, (q, k, v) = DilatedPattern([16, 40], [1, 3]), torch.randn(3, 2, 4, 80, 8)
+    mask = torch.ones(2, 80, dtype=torch.long)
+    mask[0, 40 : 40 + padding] = 0
+    cache = DilatedCache.for_patterns([pattern], reserve=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        for columns in (slice(40), slice(40, 80)):
+            tokens = cache.count_tokens(2, 40, "cpu", mask[:, columns] if padding else None)
+            output = cache.attend(q[:, :, columns], k[:, :, columns], v[:, :, columns].bfloat16(), 0, tokens)
+            assert output.dtype == q.dtype
+    expected = dilated_attention_reference(q, k, v, pattern, attention_mask=mask)[:, :, 40:]
+    torch.testing.assert_close(output * mask[:, None, 40:, None], expected, rtol=0, atol=0.05)
+
+
 def test_what_is_remembered_of_full_attention_does_not_grow_with_the_text():
     cache = DilatedCache.for_patterns([DilatedPattern([7], [1], ["window"]).with_full_heads([1], 3)])
     for _ in range(2):

@@ -28,7 +28,7 @@ from longnet_hf import dilated_operator as operator_module
 from longnet_hf import dilated_past as past_module
 from longnet_hf.dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
 from longnet_hf.dilated_tiles import TileKernel
-from longnet_hf.documents import BatchDocuments
+from longnet_hf.documents import BatchDocuments, Document
 
 
 kernels = pytest.importorskip("longnet_hf.dilated_kernels", reason="needs Triton", exc_type=ImportError)
@@ -91,6 +91,8 @@ def one_token_inputs(seed, device, dtype):
     argument = counts
     if seed % 2:
         argument = seen = seen & (torch.rand(batch, rng.choice([1, heads]), slots, device=device) < rng.random())
+        if seed % 4 == 3:  # whose slots do not lie side by side
+            argument = seen.transpose(1, 2).contiguous().transpose(1, 2)
     exact = [x.double() for x in (query, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1))]
     seen = seen.expand(-1, heads, -1)
     of_query = seen.repeat_interleave(group, 1)
@@ -122,6 +124,28 @@ def test_heads_of_a_cache_may_lie_further_apart_than_int32_counts(interpreted, t
         expected = (query.double() @ keys.double().mT * 0.5).softmax(-1) @ values.double()
         output = attend_one_token(query, keys, values, torch.tensor([8]), 0.5)
         torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_offsets_of_32_bits_reach_as_far_as_the_rows(is_causal, interpreted, tmp_path, monkeypatch):
+    """Rows so far apart that a block of kept ones would span more, if the sequence were as long."""
+    constants, wide = kernels._constants, []
+    monkeypatch.setattr(kernels, "_constants", lambda *x: wide.append(constants(*x)["WIDE"]) or constants(*x))
+    length, size = 190, 8
+    step, tensors = (2**31 - 1) // length, []
+    for name in "qkv":  # sparse files
+        storage = torch.from_file(str(tmp_path / name), shared=True, size=length * step + size, dtype=torch.float32)
+        x = storage.as_strided((1, 1, length, size), (0, 0, step, 1))
+        tensors.append(x.copy_(torch.randn(x.shape)))
+    pattern = DilatedPattern([24, 90, 150, 300], [1, 40, 90, 17], ["segment", "segment", "segment", "window"])
+    output = kernels.triton_forward(
+        kernels.Attention(*tensors, pattern, (Document(0, 0, 0, length, 0),), is_causal, 0.3)
+    )[0]
+    near = [x.contiguous() for x in tensors]
+    expected = dilated_attention_reference(*near, pattern, is_causal=is_causal, scale=0.3)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    assert wide == [False]
 
 
 def test_a_cache_gives_single_tokens_to_the_kernel(interpreted, monkeypatch):

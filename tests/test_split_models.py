@@ -1,5 +1,7 @@
 """Models that are given parts of sequences give what one process gives, and generate from there."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -138,24 +140,38 @@ def assert_compiled_layers_equal_one_process(rank, world_size):
 
 
 def assert_a_checkpoint_sends_once_where_all_have_room(rank, world_size):
-    mine, exchange, exchanges = SequenceSplit(48, world_size, rank).positions(), dist.all_to_all_single, []
-    dist.all_to_all_single = lambda *args, **options: exchanges.append(1) or exchange(*args, **options)
+    mine = SequenceSplit(48, world_size, rank).positions()
     for reentrant in (True, False):
         model, ids = build(LongNetForCausalLM, "llama", torch.float64).train(), random_ids(2, 48)
         labels = F.pad(ids[:, 1:], (0, 1), value=-100)
         expected = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         for has_room, per_layer in ([True, True], 2), ([True, False], 3), ([False, False], 3):
-            sizes = []
-            modeling_longnet.has_room_for = lambda size, device, sizes=sizes, x=has_room: sizes.append(size) or x[rank]
-            exchanges.clear()
             model.zero_grad()
-            with split_sequence():
+            counted = patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single)
+            room = patch.object(modeling_longnet, "has_room_for", return_value=has_room[rank])
+            with split_sequence(), counted as exchange, room as is_asked:
                 model(ids[:, mine], shift_labels=labels[:, mine]).loss.backward()
-            assert len(exchanges) == per_layer * model.config.num_hidden_layers
+            assert exchange.call_count == per_layer * model.config.num_hidden_layers
             assert_mean_gradients(model, expected, world_size)
         outputs = 2 * 24 * model.config.hidden_size * 8 * model.config.num_hidden_layers
-        assert sizes[0] > outputs  # with what comes from others, of which this pattern asks for some
+        assert is_asked.call_args.args[0] > outputs  # with what comes from others, of which this pattern asks for some
+
+
+def assert_kept_results_are_no_reason_to_compile_again(rank, world_size):
+    ids = random_ids(2, 48)[:, SequenceSplit(48, world_size, rank).positions()]
+    model = build(LongNetForCausalLM, "llama", num_hidden_layers=12)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.layers:
+        layer.self_attn.compile(backend="aot_eager", dynamic=False)
+    compilations = []
+    for has_room in (False, True):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        with split_sequence(), patch.object(modeling_longnet, "has_room_for", return_value=has_room):
+            model(ids, shift_labels=ids).loss.backward()
+        compilations.append(torch._dynamo.utils.counters["frames"]["ok"])
+    assert compilations[0] == compilations[1]
 
 
 def assert_packed_model_equals_one_process(rank, world_size):
@@ -200,6 +216,7 @@ def test_a_model_equals_one_process(tmp_path):
         assert_compiled_layers_equal_one_process,
         assert_parts_that_do_not_fit_are_refused,
         assert_generation_goes_on,
-        assert_a_checkpoint_sends_once_where_all_have_room,  # last, since it counts what is sent from there on
+        assert_a_checkpoint_sends_once_where_all_have_room,
+        assert_kept_results_are_no_reason_to_compile_again,
     )
     spawn(in_turn, 2, tmp_path, functions)
