@@ -84,7 +84,26 @@ class AttentionOptions(NamedTuple):
     segment_padding: str = "none"
 
 
-class WholeBatch:
+class BatchLayout:
+    """How the tokens of a batch lie in their documents, and which keys are at hand.
+
+    With `keeps_results`, layers that a checkpoint computes twice attend once: what they gave is kept here.
+    """
+
+    def __init__(self):
+        self.keeps_results = False
+        self._kept: dict[int, dict] = {}
+
+    def kept_by(self, layer_idx: int) -> dict | None:
+        """For the `kept` of a layer's attention."""
+        return self._kept.setdefault(layer_idx, {}) if self.keeps_results else None
+
+    def rows_received(self, pattern: DilatedPattern, num_heads: int, device: torch.device) -> int:
+        """How many keys of single heads, and as many values, come from other processes, for a layer."""
+        return 0
+
+
+class WholeBatch(BatchLayout):
     """A batch whose keys are all at hand: those of the new tokens, after those that an ordinary cache holds.
 
     Args:
@@ -92,8 +111,6 @@ class WholeBatch:
         is_causal: hide later keys.
         inputs: what the caller said of the new tokens, where a model goes on to use it.
         position_ids: `[B, N]` or `[1, N]`, for rotary positions.
-
-    With `keeps_results`, layers that a checkpoint computes twice attend once: what they gave is kept here.
     """
 
     def __init__(
@@ -103,19 +120,14 @@ class WholeBatch:
         inputs: BatchInputs | None = None,
         position_ids: torch.Tensor | None = None,
     ):
+        super().__init__()
         self.document_ids, self.is_causal = document_ids, is_causal
         self.inputs, self.position_ids = inputs, position_ids
-        self.keeps_results = False
-        self._kept: dict[int, dict] = {}
 
     @property
     def can_fill_a_cache(self) -> bool:
         """Whether later tokens could continue these rows: packed rows could continue only one of their documents."""
         return self.is_causal and not is_packed(self.document_ids)
-
-    def rows_received(self, pattern: DilatedPattern, num_heads: int, device: torch.device) -> int:
-        """How many keys of single heads come from other processes, for a layer: none."""
-        return 0
 
     def filling(self, past_key_values: Cache) -> "WholeBatch":
         """The layout of the same batch where an empty cache takes its keys."""
@@ -150,8 +162,8 @@ class WholeBatch:
             arguments["return_weights"] = True
             output, weights = dilated_attention_reference(query, key, value, options.pattern, **arguments)
             return output.transpose(1, 2), weights
-        if self.keeps_results and options.dropout == 0 and not torch.compiler.is_compiling():
-            arguments["kept"] = self._kept.setdefault(module.layer_idx, {})
+        if options.dropout == 0 and not torch.compiler.is_compiling():
+            arguments["kept"] = self.kept_by(module.layer_idx)
         return dilated_attention(query, key, value, options.pattern, **arguments).transpose(1, 2), None
 
     def weights(
@@ -215,7 +227,7 @@ class CachedBatch(WholeBatch):
     _attend_uncompiled = torch.compiler.disable(_attend)
 
 
-class SplitBatch:
+class SplitBatch(BatchLayout):
     """A batch of sequences of which this process holds a part, and other processes the others.
 
     Args:
@@ -223,15 +235,14 @@ class SplitBatch:
         position_ids: `[B, N / P]` or `[1, N / P]`, of this process's tokens in the whole sequence.
         tokens: the whole sequence as a cache counts it, if a cache takes it.
 
-    `keeps_results` as in [`WholeBatch`]; all processes must have the same.
+    All processes must have the same `keeps_results`.
     """
 
     can_fill_a_cache = False  # which the model would make by itself: what follows a token does not change its output
 
     def __init__(self, documents: SplitDocuments, position_ids: torch.Tensor, tokens: NewTokens | None = None):
+        super().__init__()
         self.documents, self.position_ids, self.tokens = documents, position_ids, tokens
-        self.keeps_results = False
-        self._kept: dict[int, dict] = {}
 
     @classmethod
     def of(
@@ -265,7 +276,6 @@ class SplitBatch:
         return self.documents.split
 
     def rows_received(self, pattern: DilatedPattern, num_heads: int, device: torch.device) -> int:
-        """How many keys of single heads come from other processes, for a layer; as many values do."""
         return sum(self.documents.exchange(pattern, num_heads, device).receive_splits)
 
     def attend(
@@ -294,11 +304,8 @@ class SplitBatch:
 
     @torch.compiler.disable  # as `split_attention`; what is kept by then would else be another graph for every layer
     def _attend(self, layer_idx: int, query, key, value, options: AttentionOptions) -> torch.Tensor:
-        kept = self._kept.setdefault(layer_idx, {}) if self.keeps_results else None
+        kept = self.kept_by(layer_idx)
         return split_attention(query, key, value, options.pattern, self.documents, options.scale, kept)
-
-
-BatchLayout = WholeBatch | SplitBatch
 
 
 def lay_out_batch(inputs: BatchInputs, is_causal: bool, past_key_values: Cache | None = None) -> BatchLayout:

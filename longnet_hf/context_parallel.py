@@ -25,6 +25,7 @@ from .dilated_past import PastTile, attend_to_past, past_gradients, past_tiles
 from .dilated_pattern import DilatedPattern, clip
 from .dilated_tiles import TileKernel
 from .documents import check_cu_seq_lens
+from .recompute import keep_for_second
 
 
 LAYOUTS = ("head_tail", "contiguous")
@@ -547,13 +548,9 @@ def split_attention(
         )
     query, key, value = autocast_inputs(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    options = pattern.canonical(), batch.exchange(pattern.canonical(), key.shape[1], query.device), batch.split, scale
-    result = None if kept is None else kept.pop("result", None)
-    if result is None:
-        with torch.no_grad():
-            result = _attend(query, key, value, *options)
-        if kept is not None:
-            kept["result"] = result
+    pattern = pattern.canonical()
+    options = pattern, batch.exchange(pattern, key.shape[1], query.device), batch.split, scale
+    result = keep_for_second(kept, lambda: _attend(query, key, value, *options))
     return _SplitAttention.apply(*result, query, key, value, options)
 
 

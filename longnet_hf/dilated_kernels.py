@@ -426,12 +426,7 @@ def _query_kernel(
         for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
             of_branch, entry = merge + branch * MERGE_SIZE, entries + (index + branch) * ENTRY_SIZE
             phase, first, last = tl.load(phases + branch), start + first_row, start + last_row
-            if not SPARSE:
-                acc, total, top = _add_part(
-                    acc, total, top, PARTIAL, PARTIAL_LSE, position, valid, first, last, of_branch, entry, phase,
-                    first_query, GRADIENT, SHORT, HEAD_DIM, BLOCK_D,
-                )  # fmt: skip
-            elif _keeps_any(first, last, of_branch, phase):
+            if not SPARSE or _keeps_any(first, last, of_branch, phase):
                 acc, total, top = _add_part(
                     acc, total, top, PARTIAL, PARTIAL_LSE, position, valid, first, last, of_branch, entry, phase,
                     first_query, GRADIENT, SHORT, HEAD_DIM, BLOCK_D,
@@ -633,12 +628,7 @@ def _key_kernel(
         for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
             of_branch, entry = merge + branch * MERGE_SIZE, entries + (index + branch) * ENTRY_SIZE
             phase = tl.load(phases + branch)
-            if not SPARSE:
-                dk, dv = _add_key_parts(
-                    dk, dv, PARTIAL_DK, PARTIAL_DV, position, valid, first_row, last_row, of_branch, entry, phase,
-                    SHORT, HEAD_DIM, BLOCK_D,
-                )  # fmt: skip
-            elif _keeps_any(first_row, last_row, of_branch, phase):
+            if not SPARSE or _keeps_any(first_row, last_row, of_branch, phase):
                 dk, dv = _add_key_parts(
                     dk, dv, PARTIAL_DK, PARTIAL_DV, position, valid, first_row, last_row, of_branch, entry, phase,
                     SHORT, HEAD_DIM, BLOCK_D,

@@ -29,6 +29,7 @@ from .full_heads import attend_with_full_heads, find_full_heads
 from .input_checks import check_flag, check_number, check_tensor
 from .kernel_launch import runs_in_triton
 from .operators import Operator, is_watched
+from .recompute import keep_for_second
 
 
 try:
@@ -108,10 +109,7 @@ def dilated_attention(
         inputs = query, key, value, document_ids, *options
         if kept is None or is_watched(query, key, value):
             return _forward_op(*inputs)
-        result = kept.pop("result", None)
-        if result is None:
-            with torch.no_grad():
-                result = kept["result"] = _forward_op(*inputs)
+        result = keep_for_second(kept, lambda: _forward_op(*inputs))
         return _Recall.apply(*result, *inputs), result[1]
 
     if document_ids is None and dropout == 0 and not return_lse:

@@ -20,6 +20,18 @@ def has_room_for(num_bytes: int, device: torch.device) -> bool:
     return num_bytes <= _SHARE * _memory(device)
 
 
+def keep_for_second(kept: dict | None, compute: Callable[[], tuple]) -> tuple:
+    """What `compute` gives, without gradients: computed by the first of two calls, which leaves it in `kept`, and
+    taken from there by the second. Computed each time if `kept` is None."""
+    result = None if kept is None else kept.pop("result", None)
+    if result is None:
+        with torch.no_grad():
+            result = compute()
+        if kept is not None:
+            kept["result"] = result
+    return result
+
+
 def in_chunks(
     function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, size: int, weights: Sequence[torch.Tensor]
 ) -> torch.Tensor:

@@ -121,13 +121,18 @@ def assert_ddp_takes_the_gradient_of_the_whole_sequence(rank, world_size):
     torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)
 
 
+def model_with_gradients():
+    """A model in training, rows of ids, their shifted labels, and the gradients of its weights on one process."""
+    model, ids = build(LongNetForCausalLM, "llama", torch.float64).train(), random_ids(2, 48)
+    labels = F.pad(ids[:, 1:], (0, 1), value=-100)
+    return model, ids, labels, torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+
+
 def assert_compiled_layers_equal_one_process(rank, world_size):
     """Attention is a break in the graph. In a checkpoint there can be none: such layers run as they are."""
     mine = SequenceSplit(48, world_size, rank).positions()
     for is_checkpointed in (False, True):
-        model, ids = build(LongNetForCausalLM, "llama", torch.float64).train(), random_ids(2, 48)
-        labels = F.pad(ids[:, 1:], (0, 1), value=-100)
-        expected = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+        model, ids, labels, expected = model_with_gradients()
         if is_checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch._dynamo.utils.counters.clear()
@@ -142,9 +147,7 @@ def assert_compiled_layers_equal_one_process(rank, world_size):
 def assert_a_checkpoint_sends_once_where_all_have_room(rank, world_size):
     mine = SequenceSplit(48, world_size, rank).positions()
     for reentrant in (True, False):
-        model, ids = build(LongNetForCausalLM, "llama", torch.float64).train(), random_ids(2, 48)
-        labels = F.pad(ids[:, 1:], (0, 1), value=-100)
-        expected = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+        model, ids, labels, expected = model_with_gradients()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         for has_room, per_layer in ([True, True], 2), ([True, False], 3), ([False, False], 3):
             model.zero_grad()
