@@ -311,6 +311,10 @@ class DilatedCache(Cache):
         """
         if tokens is None:
             tokens = self.count_tokens(key_states.shape[0], key_states.shape[2], key_states.device)
+        if self.offloading:
+            # Before a layer is fetched into memory that attention to another may still read, or from where it is still
+            # being written to: Transformers 5.17 does not wait, 5.24 does
+            self.prefetch_stream.wait_stream(torch.cuda.default_stream(key_states.device))
         return super().update(key_states.detach(), value_states.detach(), layer_idx, tokens.on(key_states.device))
 
     def update_collected(
