@@ -422,9 +422,10 @@ def _query_kernel(
             tl.store(PARTIAL_LSE + i, top + tl.log2(total), mask=valid)
         _store(_pointers(PARTIAL, i, HEAD_DIM, BLOCK_D), acc, valid, HEAD_DIM, BLOCK_D)
     else:
-        merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * MERGE_SIZE
+        merge = merges + (tl.program_id(0) - NUM_DENSE * tl.num_programs(0)) * MERGE_SIZE
         for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
-            of_branch, entry = merge + branch * MERGE_SIZE, entries + (index + branch) * ENTRY_SIZE
+            of_branch = merge + branch * tl.num_programs(0) * MERGE_SIZE
+            entry = entries + (index + branch) * ENTRY_SIZE
             phase, first, last = tl.load(phases + branch), start + first_row, start + last_row
             if not SPARSE or _keeps_any(first, last, of_branch, phase):
                 acc, total, top = _add_part(
@@ -624,9 +625,10 @@ def _key_kernel(
         _store(_pointers(PARTIAL_DK, j, HEAD_DIM, BLOCK_D), dk, valid, HEAD_DIM, BLOCK_D)
         _store(_pointers(PARTIAL_DV, j, HEAD_DIM, BLOCK_D), dv, valid, HEAD_DIM, BLOCK_D)
     else:
-        merge = merges + (tl.program_id(0) * (NUM_BRANCHES - NUM_DENSE) - NUM_DENSE) * MERGE_SIZE
+        merge = merges + (tl.program_id(0) - NUM_DENSE * tl.num_programs(0)) * MERGE_SIZE
         for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
-            of_branch, entry = merge + branch * MERGE_SIZE, entries + (index + branch) * ENTRY_SIZE
+            of_branch = merge + branch * tl.num_programs(0) * MERGE_SIZE
+            entry = entries + (index + branch) * ENTRY_SIZE
             phase = tl.load(phases + branch)
             if not SPARSE or _keeps_any(first_row, last_row, of_branch, phase):
                 dk, dv = _add_key_parts(

@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     """Which programs to launch, as tables of int32 on the device, whose records are described at the top.
 
     `dense` and `dilated` have a program's record for every program of a launch, `entries` one for every document and
-    branch, the dense branches first, and `merges` one for every dense program and dilated branch. What differs from
+    branch, the dense branches first, and `merges` one for every dilated branch and dense program. What differs from
     head to head, and so from layer to layer, stands in a table of its own (`make_head_table`).
     """
 
@@ -166,7 +166,8 @@ def make_plan(
     dense, document, number = _programs(table, -(-(length - first) // block), reverse)
     dense[:, BLOCK_NUMBER.value], dense[:, ENTRY_OR_BRANCH.value] = number, document * len(branches)
     entries = np.zeros((len(documents), len(branches), ENTRY_SIZE.value), dtype=np.int64)
-    merges = np.zeros((len(dense), len(branches) - num_dense, MERGE_SIZE.value), dtype=np.int32)
+    merges = _on_host((len(branches) - num_dense, len(dense), MERGE_SIZE.value), device)
+    block_document = document if len(documents) > 1 else slice(1)  # one number divides many much faster than its copies
     dilated, partial_rows, is_short = [], 0, False
     for index, branch in enumerate(branches):
         r = branch.rate
@@ -191,7 +192,8 @@ def make_plan(
         partial_rows += int(sum(segments * rows))
         key_begin = first if of_queries else first_query
         dilated.insert(0, _dilated_programs(table, entry, index, block, (first_segment, segments, key_begin), reverse))
-        _write_merges(merges[:, index - num_dense], entry[document], first[document], number * block)
+        merge = merges[index - num_dense].numpy()
+        _write_merges(merge, entry[block_document], first[block_document], number * block)
     sink_rows = 0 if of_queries else min(_sinks(pattern), int(length.max(initial=0)))
     sink_chunk = _SINK_CHUNK * max(1, sink_rows // 64)
     sinks = np.zeros((0, PROGRAM_SIZE.value), dtype=np.int32)
@@ -201,9 +203,10 @@ def make_plan(
         sinks[:, BLOCK_NUMBER.value], sinks[:, ENTRY_OR_BRANCH.value] = number, of_chunk * len(branches)
         dense[:, FIRST_CHUNK.value] = (np.cumsum(counts) - counts)[document]
         dense[:, NUM_CHUNKS.value] = counts[document]
-    tables = dense, np.concatenate(dilated or [np.zeros(0, np.int32)]), entries.astype(np.int32), merges, sinks
+    tables = dense, np.concatenate(dilated or [np.zeros(0, np.int32)]), entries.astype(np.int32), sinks
     is_unit = all(branch.rate == 1 for branch in branches[:num_dense])
-    dense, dilated, entries, merges, sinks = _on_device(tables, device)
+    dense, dilated, entries, sinks = _on_device(tables, device)
+    merges = merges.to(device, non_blocking=True).flatten()
     counts = num_dense, len(branches), partial_rows, is_unit, is_short
     return Plan(dense, dilated, entries, merges, *counts, sinks, sink_rows, sink_chunk)
 
@@ -263,15 +266,22 @@ def _write_merges(merge: np.ndarray, entry: np.ndarray, first: np.ndarray, offse
     merge[:, NEXT_PARTIAL.value], merge[:, MERGE_RATE.value] = rows, r
     for side, begin in ((THIS_SEGMENT, start), (NEXT_SEGMENT, start + w)):
         for field, position in ((TO_BLOCK, first_position), (TO_FIRST, first)):
-            at = side.value + field.value
-            merge[:, at], merge[:, at + 1] = np.divmod(position - begin, r)
+            at, distance = side.value + field.value, position - begin
+            merge[:, at] = quotient = distance // r
+            merge[:, at + 1] = distance - quotient * r
 
 
 def _on_device(tables: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Tables of int32, in one copy to the device; each begins at a multiple of 16 bytes, whatever the others hold."""
     starts = np.cumsum([0] + [-(-table.size // 4) * 4 for table in tables])
-    joined = np.zeros(starts[-1], dtype=np.int32)
+    joined = _on_host((int(starts[-1]),), device)
     for start, table in zip(starts, tables, strict=False):
-        joined[start : start + table.size] = table.ravel()
-    joined = torch.from_numpy(joined).to(device)
+        joined.numpy()[start : start + table.size] = table.ravel()
+    joined = joined.to(device, non_blocking=True)
     return [joined[start : start + table.size] for start, table in zip(starts, tables, strict=False)]
+
+
+def _on_host(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where a table of int32 is made that goes to a device. PyTorch uses pinned memory again: of long documents the
+    first touch of new memory takes longer than what is written there."""
+    return torch.empty(shape, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
