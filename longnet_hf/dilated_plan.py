@@ -167,7 +167,7 @@ def make_plan(
     dense[:, BLOCK_NUMBER.value], dense[:, ENTRY_OR_BRANCH.value] = number, document * len(branches)
     entries = np.zeros((len(documents), len(branches), ENTRY_SIZE.value), dtype=np.int64)
     merges = _on_host((len(branches) - num_dense, len(dense), MERGE_SIZE.value), device)
-    block_document = document if len(documents) > 1 else slice(1)  # one number divides many much faster than its copies
+    block_document = document if len(documents) > 1 else slice(1)  # one number divides many faster than its copies
     dilated, partial_rows, is_short = [], 0, False
     for index, branch in enumerate(branches):
         r = branch.rate
