@@ -85,7 +85,13 @@ class Arguments:
     ruler_texts: int = field(
         default=10, metadata={"help": "Texts of every task of RULER, at every length. 0: without RULER."}
     )
-    target_tokens: int = field(default=2048, metadata={"help": "Tokens whose loss is measured after more context."})
+    target_tokens: int = field(
+        default=2048,
+        metadata={
+            "help": "Tokens whose loss is measured after more context. For patterns with segments, as many as these "
+            "have: a segment's first tokens see little, and fewer would be just these."
+        },
+    )
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
     seed: int = field(default=0, metadata={"help": "Of numbers, their places and the order of shuffled parts."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to run."})
