@@ -28,9 +28,9 @@ from .dilated_pattern import DilatedPattern
 from .dilated_plan import (  # isort: skip
     BLOCK_NUMBER, ENTRY_OR_BRANCH, ENTRY_SIZE, FIRST_CHUNK, FIRST_PARTIAL, FIRST_PHASE, FIRST_QUERY, GRID_LENGTH,
     GRID_RATE, GRID_SHIFT, HEAD, KEY_COLUMN, LENGTH, MERGE_RATE, MERGE_SIZE, NEXT_PARTIAL, NEXT_SEGMENT, NUM_CHUNKS,
-    PARTIAL_BASE, PARTIAL_ROWS, PARTIAL_START, PROGRAM_RATE, PROGRAM_SIZE, PROGRAM_WINDOW, QUERY_COLUMN, ROW,
-    SEGMENT_START, SEGMENT_STOP, SINK_EXTENT, SINKS, THIS_SEGMENT, TO_BLOCK, TO_BLOCK_REST, TO_FIRST, TO_FIRST_REST,
-    TO_KEYS, TO_QUERIES, TO_STOP, TO_STOP_REST, WINDOW_LENGTH, Plan, find_tables,
+    PARTIAL_START, PROGRAM_RATE, PROGRAM_SIZE, PROGRAM_WINDOW, QUERY_COLUMN, ROW, SEGMENT_START, SINK_EXTENT, SINKS,
+    TO_BLOCK, TO_BLOCK_REST, TO_FIRST, TO_FIRST_REST, TO_KEYS, TO_QUERIES, TO_STOP, TO_STOP_REST, WINDOW_LENGTH, Plan,
+    find_tables,
 )
 # fmt: on
 from .documents import Document
@@ -100,50 +100,30 @@ def _joined(
 
 
 @triton.jit
-def _number(offset, phase, r, distances):
-    """Of positions `offset` behind a block's first one: their numbers among those that a phase keeps of a segment, and
-    whether they are kept. `distances` are those of a merge's segment."""
-    distance, distance_rest = tl.load(distances + TO_BLOCK), tl.load(distances + TO_BLOCK_REST)
-    first, first_rest = tl.load(distances + TO_FIRST), tl.load(distances + TO_FIRST_REST)
-    rest = distance_rest - phase
-    number = distance - tl.where(rest < 0, 1, 0)
-    rest += tl.where(rest < 0, r, 0) + offset
-    more = ((rest.to(tl.float32) + 0.5) * (1.0 / r.to(tl.float32))).to(tl.int32)  # exact below 2 ** 21
-    skipped = tl.maximum(0, first + tl.where(first_rest > phase, 1, 0))
-    return number + more - skipped, (more * r == rest) & (number + more >= 0)
-
-
-@triton.jit
-def _partial_row(first_position, last_position, offset, merge, entry, phase, first, SHORT: tl.constexpr):
-    """Where the partial results of the positions `first_position + offset` are stored, and whether there are any."""
-    if SHORT:  # any number of segments in a block
-        w, r, g = tl.load(entry + GRID_LENGTH), tl.load(entry + GRID_RATE), tl.load(entry + GRID_SHIFT)
-        position = first_position + offset
-        segment = (position + g) // w
-        start = segment * w - g + phase
-        number = (position - start) // r
-        kept = (position >= start) & (number * r == position - start)
-        row = tl.load(entry + PARTIAL_BASE) + segment * tl.load(entry + PARTIAL_ROWS)
-        row += number - tl.maximum(0, tl.cdiv(first - start, r))
-    else:  # one or two
-        edge, base, r = tl.load(merge + SEGMENT_STOP), tl.load(merge + FIRST_PARTIAL), tl.load(merge + MERGE_RATE)
-        number, kept = _number(offset, phase, r, merge + THIS_SEGMENT)
-        row = base + number
-        if last_position >= edge:
-            number, kept_there = _number(offset, phase, r, merge + NEXT_SEGMENT)
-            is_there = first_position + offset >= edge
-            row = tl.where(is_there, base + tl.load(merge + NEXT_PARTIAL) + number, row)
-            kept = tl.where(is_there, kept_there, kept)
-    return row, kept & (phase + 0 * offset >= 0)  # added, since the interpreter broadcasts no conditions
-
-
-@triton.jit
-def _keeps_any(first_position, last_position, merge, phase):
-    """Whether a phase keeps any of a block's positions, or may do so: in a segment that begins inside the block."""
-    r, ahead = tl.load(merge + MERGE_RATE), phase - tl.load(merge + THIS_SEGMENT + TO_BLOCK_REST)
-    ahead += tl.where(ahead < 0, r, 0)  # to the first of them
-    in_reach = (ahead <= last_position - first_position) | (last_position >= tl.load(merge + SEGMENT_STOP))
-    return (phase >= 0) & in_reach
+def _find_parts(p, size, merges, merges_step, entries, phases, NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr):
+    """The partial results of a block of `size` positions, numbered through all dilated branches. Of those with numbers
+    `p`: in which rows they are stored, and which positions of the block they are of (-1: there are not so many). And
+    how many there are."""
+    rows, positions, total = p * 0, p * 0 - 1, 0
+    for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
+        merge, phase = merges + branch * merges_step, tl.load(phases + branch)
+        w, r = tl.load(entries + branch * ENTRY_SIZE + GRID_LENGTH), tl.load(merge + MERGE_RATE)
+        skipped = tl.maximum(0, tl.load(merge + TO_FIRST) + tl.where(tl.load(merge + TO_FIRST_REST) > phase, 1, 0))
+        first = phase - tl.load(merge + TO_BLOCK_REST)  # kept position
+        row = tl.load(merge + FIRST_PARTIAL) + tl.load(merge + TO_BLOCK) + tl.where(first < 0, 1, 0) - skipped
+        first += tl.where(first < 0, r, 0)
+        segment, next_segment, next_row = 0, tl.load(merge + NEXT_SEGMENT), tl.load(merge + FIRST_PARTIAL)
+        while segment < size:  # mostly one of them
+            last = tl.minimum(next_segment, size) - 1
+            more = ((last - first).to(tl.float32) + 0.5) * (1.0 / r.to(tl.float32))  # exact to integers below 2 ** 21
+            count = tl.where((phase >= 0) & (first <= last), more.to(tl.int32) + 1, 0)
+            is_here = (p >= total) & (p < total + count)
+            rows = tl.where(is_here, row + p - total, rows)
+            positions = tl.where(is_here, first + (p - total) * r, positions)
+            total += count
+            next_row += tl.load(merge + NEXT_PARTIAL)
+            segment, next_segment, first, row = next_segment, next_segment + w, next_segment + phase, next_row
+    return rows, positions, total
 
 
 @triton.jit
@@ -213,6 +193,20 @@ def _store(pointers, rows, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
+def _softmax_step(acc, total, top, scores, v, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """A step of the online softmax (of base 2): output, sum and maximum so far go on over further values."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    pivot = new_top
+    if MASKED:  # a row may not have met any key yet
+        pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weights = tl.exp2(scores * scale - pivot[:, None])
+    decay = tl.exp2(top - pivot)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, total, new_top
+
+
+@triton.jit
 def _query_step(
     acc, total, top, q, do, lse, delta, k, v, joined, scale,
     MASKED: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
@@ -229,15 +223,7 @@ def _query_step(
     else:
         if MASKED:
             scores = tl.where(joined, scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        pivot = new_top
-        if MASKED:  # a row may not have met any key yet
-            pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(scores * scale - pivot[:, None])
-        decay = tl.exp2(top - pivot)
-        total = total * decay + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        top = new_top
+        acc, total, top = _softmax_step(acc, total, top, scores, v, scale, MASKED, PRECISION)
     return acc, total, top
 
 
@@ -276,30 +262,6 @@ def _meet_keys(
     return acc, total, top
 
 
-@triton.jit
-def _add_part(
-    acc, total, top, PARTIAL, PARTIAL_LSE, position, valid, first_position, last_position, merge, entry, phase, first,
-    GRADIENT: tl.constexpr, SHORT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Take what a dilated branch gave a block of queries: another step of the online softmax, or another gradient."""
-    at, kept = _partial_row(
-        first_position, last_position, position - first_position, merge, entry, phase, first, SHORT
-    )
-    kept &= valid
-    part = _load(_pointers(PARTIAL, at, HEAD_DIM, BLOCK_D), kept, HEAD_DIM, BLOCK_D, False)
-    if GRADIENT:
-        acc += part
-    else:
-        part_lse = tl.load(PARTIAL_LSE + at, mask=kept, other=-float("inf"))
-        new_top = tl.maximum(top, part_lse)
-        pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
-        decay, share = tl.exp2(top - pivot), tl.exp2(part_lse - pivot)
-        acc = acc * decay[:, None] + part * share[:, None]
-        total = total * decay + share
-        top = new_top
-    return acc, total, top
-
-
 @triton.jit(do_not_specialize=["partial_rows", "num_queries", "num_heads"])
 def _query_kernel(
     Q, K, V, OUT, LSE, DO, STATS, PARTIAL, PARTIAL_LSE,
@@ -307,7 +269,7 @@ def _query_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_batch, o_head, o_row, do_batch, do_head, do_row,
     DILATED: tl.constexpr, GRADIENT: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
-    NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr, SPARSE: tl.constexpr,
+    NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -422,16 +384,29 @@ def _query_kernel(
             tl.store(PARTIAL_LSE + i, top + tl.log2(total), mask=valid)
         _store(_pointers(PARTIAL, i, HEAD_DIM, BLOCK_D), acc, valid, HEAD_DIM, BLOCK_D)
     else:
-        merge = merges + (tl.program_id(0) - NUM_DENSE * tl.num_programs(0)) * MERGE_SIZE
-        for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
-            of_branch = merge + branch * tl.num_programs(0) * MERGE_SIZE
-            entry = entries + (index + branch) * ENTRY_SIZE
-            phase, first, last = tl.load(phases + branch), start + first_row, start + last_row
-            if not SPARSE or _keeps_any(first, last, of_branch, phase):
-                acc, total, top = _add_part(
-                    acc, total, top, PARTIAL, PARTIAL_LSE, position, valid, first, last, of_branch, entry, phase,
-                    first_query, GRADIENT, SHORT, HEAD_DIM, BLOCK_D,
+        if NUM_BRANCHES > NUM_DENSE:
+            # What the dilated branches gave is taken up like keys, whose scores are log-sum-exps: each has one query
+            merges_step = tl.num_programs(0) * MERGE_SIZE
+            merges += tl.program_id(0) * MERGE_SIZE - NUM_DENSE * merges_step
+            taken, parts = 0, 1
+            while taken < parts:  # mostly once
+                p = taken + tl.arange(0, BLOCK_N)
+                at, owner, parts = _find_parts(
+                    p, last_row + 1 - first_row, merges, merges_step, entries + index * ENTRY_SIZE, phases,
+                    NUM_DENSE, NUM_BRANCHES,
                 )  # fmt: skip
+                part = _load(_pointers(PARTIAL, at, HEAD_DIM, BLOCK_D), owner >= 0, HEAD_DIM, BLOCK_D, False)
+                is_own = (owner[None, :] == (i - first_row)[:, None]).to(part.dtype)
+                if GRADIENT:
+                    acc = tl.dot(is_own, part, acc, input_precision=PRECISION)
+                else:
+                    part_lse = tl.load(PARTIAL_LSE + at, mask=owner >= 0, other=-float("inf"))
+                    # Times one: a product lies in registers as the steps over keys have it, what is compared does not
+                    one = (p[:, None] == p[None, :]).to(part.dtype)
+                    is_own = tl.dot(is_own, one, input_precision=PRECISION) > 0
+                    scores = tl.where(is_own, part_lse[None, :], -float("inf"))
+                    acc, total, top = _softmax_step(acc, total, top, scores, part, 1.0, True, PRECISION)
+                taken += BLOCK_N
         if not GRADIENT:
             acc *= tl.where(total > 0, 1.0 / total, 0.0)[:, None]
             tl.store(LSE + index_of_row, (top + tl.log2(total)) / _LOG2_E, mask=valid)
@@ -508,18 +483,6 @@ def _joined_by_kept(j, start, step, window, skipped, first_query, num_queries, I
     return tl.maximum(first, 0), tl.minimum(last, num_queries - 1)
 
 
-@triton.jit
-def _add_key_parts(
-    dk, dv, PARTIAL_DK, PARTIAL_DV, position, valid, first_position, last_position, merge, entry, phase,
-    SHORT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Add the gradients that a dilated branch gave a block of keys and values."""
-    at, kept = _partial_row(first_position, last_position, position - first_position, merge, entry, phase, 0, SHORT)
-    dk += _load(_pointers(PARTIAL_DK, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
-    dv += _load(_pointers(PARTIAL_DV, at, HEAD_DIM, BLOCK_D), valid & kept, HEAD_DIM, BLOCK_D, False)
-    return dk, dv
-
-
 @triton.jit(do_not_specialize=["partial_rows", "num_queries", "num_heads", "sink_rows"])
 def _key_kernel(
     Q, K, V, DO, STATS, DK, DV, PARTIAL_DK, PARTIAL_DV, SINK_GRADS,
@@ -527,7 +490,7 @@ def _key_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     DILATED: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
-    NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr, SPARSE: tl.constexpr,
+    NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -625,16 +588,22 @@ def _key_kernel(
         _store(_pointers(PARTIAL_DK, j, HEAD_DIM, BLOCK_D), dk, valid, HEAD_DIM, BLOCK_D)
         _store(_pointers(PARTIAL_DV, j, HEAD_DIM, BLOCK_D), dv, valid, HEAD_DIM, BLOCK_D)
     else:
-        merge = merges + (tl.program_id(0) - NUM_DENSE * tl.num_programs(0)) * MERGE_SIZE
-        for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
-            of_branch = merge + branch * tl.num_programs(0) * MERGE_SIZE
-            entry = entries + (index + branch) * ENTRY_SIZE
-            phase = tl.load(phases + branch)
-            if not SPARSE or _keeps_any(first_row, last_row, of_branch, phase):
-                dk, dv = _add_key_parts(
-                    dk, dv, PARTIAL_DK, PARTIAL_DV, position, valid, first_row, last_row, of_branch, entry, phase,
-                    SHORT, HEAD_DIM, BLOCK_D,
+        if NUM_BRANCHES > NUM_DENSE:
+            merges_step = tl.num_programs(0) * MERGE_SIZE
+            merges += tl.program_id(0) * MERGE_SIZE - NUM_DENSE * merges_step
+            taken, parts = 0, 1
+            while taken < parts:
+                p = taken + tl.arange(0, BLOCK_M)
+                at, owner, parts = _find_parts(
+                    p, last_row + 1 - first_row, merges, merges_step, entries + index * ENTRY_SIZE, phases,
+                    NUM_DENSE, NUM_BRANCHES,
                 )  # fmt: skip
+                part_dk = _load(_pointers(PARTIAL_DK, at, HEAD_DIM, BLOCK_D), owner >= 0, HEAD_DIM, BLOCK_D, False)
+                part_dv = _load(_pointers(PARTIAL_DV, at, HEAD_DIM, BLOCK_D), owner >= 0, HEAD_DIM, BLOCK_D, False)
+                is_own = (owner[None, :] == (j - first_row)[:, None]).to(part_dk.dtype)
+                dk = tl.dot(is_own, part_dk, dk, input_precision=PRECISION)
+                dv = tl.dot(is_own, part_dv, dv, input_precision=PRECISION)
+                taken += BLOCK_M
         if SINK:
             sinks = tl.minimum(tl.load(heads + SINKS), length)
             if first_row < sinks:
@@ -1055,7 +1024,6 @@ def _constants(attention: Attention, plan: Plan, blocks: Blocks, strides: list[i
         NUM_BRANCHES=plan.num_branches,
         UNIT=plan.is_unit,
         SHORT=plan.is_short,
-        SPARSE=rate > blocks.own and not plan.is_short,
         WIDE=block_span >= 2**31,
         **row_constants(query, blocks),
     )

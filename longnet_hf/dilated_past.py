@@ -115,15 +115,11 @@ def past_tiles(
             heads = heads[:, None]
             # Of one shape and layout, or indexing on a GPU would copy them each time
             indices = *np.broadcast_arrays(heads, queries), *find(branch, heads, keys)
-            heads, queries, *stored = (x if isinstance(x, slice) else _on_device(x, device) for x in indices)
+            heads, queries, *stored = (
+                x if isinstance(x, slice) else torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in indices
+            )
             past.append(PastTile(mask, heads, queries, tuple(stored)))
     return past
-
-
-def _on_device(x: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy, for which nobody waits for what a GPU still has to do."""
-    x = torch.from_numpy(np.ascontiguousarray(x))
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _tiles_of_past(

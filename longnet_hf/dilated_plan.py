@@ -39,13 +39,12 @@ HEAD, SINKS, SINK_EXTENT, FIRST_PHASE = map(tl.constexpr, range(4))
 # length, 0 for a segment; where partial results begin, and how many there may be in a segment.
 GRID_LENGTH, GRID_RATE, GRID_SHIFT, WINDOW_LENGTH, PARTIAL_BASE, PARTIAL_ROWS = map(tl.constexpr, range(6))
 ENTRY_SIZE = tl.constexpr(6)
-# A merge, for a dense program and a dilated branch: where the segment of the block's first position ends, where its
-# partial results begin, how many rows further those of the next segment do, and the rate; then for each of the two
-# segments, the distances from its start to the block's first position and to where numbers begin.
-SEGMENT_STOP, FIRST_PARTIAL, NEXT_PARTIAL, MERGE_RATE = map(tl.constexpr, range(4))
-THIS_SEGMENT, NEXT_SEGMENT = tl.constexpr(4), tl.constexpr(8)
-TO_BLOCK, TO_BLOCK_REST, TO_FIRST, TO_FIRST_REST = map(tl.constexpr, range(4))
-MERGE_SIZE = tl.constexpr(12)
+# A merge, for a dense program and a dilated branch, about the segment of the block's first position: how far behind
+# that the next segment begins; where the segment's partial results begin, and how many rows further those of the next
+# one do; the rate; the distances from the segment's start to the block's first position and to where numbers begin.
+NEXT_SEGMENT, FIRST_PARTIAL, NEXT_PARTIAL, MERGE_RATE = map(tl.constexpr, range(4))
+TO_BLOCK, TO_BLOCK_REST, TO_FIRST, TO_FIRST_REST = map(tl.constexpr, range(4, 8))
+MERGE_SIZE = tl.constexpr(8)
 
 
 class Plan(NamedTuple):
@@ -167,7 +166,7 @@ def make_plan(
     dense[:, BLOCK_NUMBER.value], dense[:, ENTRY_OR_BRANCH.value] = number, document * len(branches)
     entries = np.zeros((len(documents), len(branches), ENTRY_SIZE.value), dtype=np.int64)
     merges = _on_host((len(branches) - num_dense, len(dense), MERGE_SIZE.value), device)
-    block_document = document if len(documents) > 1 else slice(1)  # one number divides many faster than its copies
+    block_document = document if len(documents) > 1 else slice(1)  # NumPy divides faster by one number than by many
     dilated, partial_rows, is_short = [], 0, False
     for index, branch in enumerate(branches):
         r = branch.rate
@@ -206,7 +205,7 @@ def make_plan(
     tables = dense, np.concatenate(dilated or [np.zeros(0, np.int32)]), entries.astype(np.int32), sinks
     is_unit = all(branch.rate == 1 for branch in branches[:num_dense])
     dense, dilated, entries, sinks = _on_device(tables, device)
-    merges = merges.to(device, non_blocking=True).flatten()
+    merges = merges.to(device).flatten()
     counts = num_dense, len(branches), partial_rows, is_unit, is_short
     return Plan(dense, dilated, entries, merges, *counts, sinks, sink_rows, sink_chunk)
 
@@ -261,14 +260,13 @@ def _write_merges(merge: np.ndarray, entry: np.ndarray, first: np.ndarray, offse
     rows, first_position = entry[:, PARTIAL_ROWS.value], first + offset
     segment = (first_position + g) // w
     start = segment * w - g
-    merge[:, SEGMENT_STOP.value] = start + w
+    merge[:, NEXT_SEGMENT.value] = start + w - first_position
     merge[:, FIRST_PARTIAL.value] = entry[:, PARTIAL_BASE.value] + segment * rows
     merge[:, NEXT_PARTIAL.value], merge[:, MERGE_RATE.value] = rows, r
-    for side, begin in ((THIS_SEGMENT, start), (NEXT_SEGMENT, start + w)):
-        for field, position in ((TO_BLOCK, first_position), (TO_FIRST, first)):
-            at, distance = side.value + field.value, position - begin
-            merge[:, at] = quotient = distance // r
-            merge[:, at + 1] = distance - quotient * r
+    for field, position in ((TO_BLOCK, first_position), (TO_FIRST, first)):
+        distance = position - start
+        merge[:, field.value] = quotient = distance // r
+        merge[:, field.value + 1] = distance - quotient * r
 
 
 def _on_device(tables: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
@@ -277,11 +275,11 @@ def _on_device(tables: Sequence[np.ndarray], device: torch.device) -> list[torch
     joined = _on_host((int(starts[-1]),), device)
     for start, table in zip(starts, tables, strict=False):
         joined.numpy()[start : start + table.size] = table.ravel()
-    joined = joined.to(device, non_blocking=True)
+    joined = joined.to(device)
     return [joined[start : start + table.size] for start, table in zip(starts, tables, strict=False)]
 
 
 def _on_host(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Where a table of int32 is made that goes to a device. PyTorch uses pinned memory again: of long documents the
-    first touch of new memory takes longer than what is written there."""
+    """Where a table of int32 is made that goes to a device. PyTorch gives pinned memory out again: of long documents,
+    the page faults of fresh memory take longer than what is written there."""
     return torch.empty(shape, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")

@@ -214,19 +214,26 @@ def test_offsets_of_64_bits_agree_too(interpreted, monkeypatch):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_blocks_pass_over_branches_that_keep_none_of_them(is_causal, interpreted, monkeypatch):
-    """Rates beyond a block of 16 rows, segments that begin inside a block, and packed documents."""
-    constants, sparse = kernels._constants, []
-    monkeypatch.setattr(kernels, "_constants", lambda *x: sparse.append(constants(*x)["SPARSE"]) or constants(*x))
-    pattern = DilatedPattern([24, 90, 150, 300], [1, 17, 40, 90], ["segment", "segment", "window", "segment"])
-    inputs, grad = random_tensors(2, 3, 2, 190, 190, 8, torch.float32)
-    ids = torch.tensor([[0] * 190, [0] * 101 + [1] * 80 + [-1] * 9])
-    options = dict(is_causal=is_causal, document_ids=ids)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        DilatedPattern([24, 50, 70, 90], [1, 17, 20, 40], ["segment", "segment", "window", "segment"]),
+        DilatedPattern(
+            [20, 30, 40, 50, 70], [1, 2, 2, 2, 3], ["segment"] * 2 + ["window"] + ["segment"] * 2, shift=True
+        ),
+        DilatedPattern([3, 5, 9, 60], [1, 2, 3, 2], head_offset="rotating"),
+    ],
+    ids=["hardly any", "many", "short segments"],
+)
+def test_partial_results_of_a_block(pattern, is_causal, interpreted):
+    """Rates beyond a block of 16 rows; more results than are taken up in a step; many segments in a block. Of packed
+    documents, too, and after a past: the last queries alone."""
+    inputs, grad = random_tensors(1, 3, 1, 70, 90, 8, torch.float32)
+    options = dict(is_causal=is_causal, document_ids=torch.tensor([[0] * 57 + [1] * 30 + [-1] * 3]))
     output, expected = (f(*inputs, pattern, **options) for f in (dilated_attention, dilated_attention_reference))
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
     for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-    assert all(sparse) and len(sparse) == 3
 
 
 def test_documents_without_padding_inside_stay_in_place_and_are_looked_for_once(monkeypatch):
