@@ -28,7 +28,8 @@ class LongNetConfig(PreTrainedConfig):
     Args:
         segment_lengths (`list[int | None]`): segment length w of every branch, in tokens. A sequence longer than the
             longest is not seen across its boundaries.
-        dilation_rates (`list[int]`): dilation rate r of every branch. Cost per token grows with the sum of w / r².
+        dilation_rates (`list[int]`): dilation rate r of every branch. Cost per token grows with the sum of w / r²
+            of segments, and of w / r of windows.
         branch_types (`list[str]`, *optional*): `"segment"` (the paper's; default) or `"window"` (every query attends
             to the kept keys of the last w tokens; w = `None` with r = 1 is full attention) for every branch.
         head_offset (`str`): which rows a head keeps: `"paper"` (head mod r), `"grouped"` (torchscale's, contiguous
@@ -43,7 +44,8 @@ class LongNetConfig(PreTrainedConfig):
         segment_padding (`str`): `"zeros"` for encoders whose weights were trained with torchscale (see
             [`LongNetModel.from_torchscale`]), which attend to the zeros that fill up the last segment; `"none"` for
             all others.
-        is_causal (`bool`): `False` makes an encoder, for the classification heads.
+        is_causal (`bool`): `False` makes an encoder, which the model for masked tokens asks for, and others
+            but the causal one may be.
         vocab_size (`int`): by default the size of the paper's tokenizer, cl100k_base, rounded up to a multiple of 64.
             0: a model without embeddings of tokens, which takes `inputs_embeds` only.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`): sizes, as in Llama.

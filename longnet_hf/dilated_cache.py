@@ -66,6 +66,14 @@ def _tensor_name(layer_idx: int, name: str, part: int) -> str:
     return f"layers.{layer_idx}.{name}" + (f".{part}" if part else "")
 
 
+def _check_room(length: int, max_length: int) -> None:
+    if length > max_length:
+        raise ValueError(
+            f"`max_length` of the DilatedCache is {max_length}, and its heads with full attention are to keep "
+            f"{length} tokens."
+        )
+
+
 def is_dilated_cache(past_key_values: Cache | None) -> bool:
     """Whether a model was given a [`DilatedCache`], be it of this module or of the copy in code from the Hub."""
     return getattr(past_key_values, "is_dilated_cache", False)
@@ -210,6 +218,7 @@ class DilatedCache(Cache):
         # [B, 2 * reserve], which of the last tokens are real: `reserve` of them are known after `crop`, too
         self.last_real: torch.Tensor | None = None
         self.known: torch.Tensor | None = None  # [], of how many of the last tokens that is known
+        self.unfinished = 0  # tokens of a forward pass that is under way, or was interrupted: some layers have them
 
     @torch.inference_mode(False)  # what is made in inference mode could not be written to outside of it
     def _start(self, batch_size: int, device: torch.device | str) -> None:
@@ -221,6 +230,19 @@ class DilatedCache(Cache):
         if not torch.compiler.is_compiling():  # CUDA graphs may write to these in place
             for name in _STATE.values():
                 torch._dynamo.mark_static_address(getattr(self, name))
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether no head keeps all keys."""
+        return all(pattern.max_live_keys() is not None for pattern in self.patterns)
+
+    def _refuse_unfinished(self) -> None:
+        if self.unfinished:
+            raise ValueError(
+                f"`past_key_values` was left in the middle of a forward pass: some layers hold its {self.unfinished} "
+                f"tokens, others do not. Take them back with `crop(-{self.unfinished})`, which a DilatedCache can do "
+                f"with the last `reserve` ({self.reserve}) tokens, or with all; or go on from a cache that was saved."
+            )
 
     def fits(self, patterns: list[DilatedPattern]) -> bool:
         """Whether the layers of a model have the patterns (`canonical()`) of the cache, or of its first layers: a
@@ -237,6 +259,7 @@ class DilatedCache(Cache):
         Args:
             real: `[B, L]`, nonzero where there is no padding; default: everywhere.
         """
+        self._refuse_unfinished()
         if real is not None and real.shape != (batch_size, length):
             expected = batch_size, length
             raise ValueError(f"The mask of the new tokens must have shape {expected}, got {tuple(real.shape)}.")
@@ -250,6 +273,8 @@ class DilatedCache(Cache):
             real = torch.ones(batch_size, length, dtype=torch.bool, device=device)
         real = (real != 0).to(self.positions.device)
         tokens = NewTokens(is_first, has_padding, real, self.positions.clone())
+        if self.max_length is not None and not self.is_bounded and not torch.compiler.is_compiling():
+            _check_room(tokens.max_position_after, self.max_length)  # before anything of the cache is changed
         self.columns += length
         self.positions.copy_(tokens.positions_after)
         self.max_positions.copy_(torch.maximum(self.max_positions, tokens.positions_after))
@@ -312,8 +337,8 @@ class DilatedCache(Cache):
         if tokens is None:
             tokens = self.count_tokens(key_states.shape[0], key_states.shape[2], key_states.device)
         if self.offloading:
-            # Before a layer is fetched into memory that attention to another may still read, or from where it is still
-            # being written to: Transformers 5.17 does not wait, 5.24 does
+            # Not needed from Transformers 5.24 on, which waits itself before it fetches a layer: into memory that
+            # attention to another may still read, from where that layer may still be written to
             self.prefetch_stream.wait_stream(torch.cuda.default_stream(key_states.device))
         return super().update(key_states.detach(), value_states.detach(), layer_idx, tokens.on(key_states.device))
 
@@ -402,6 +427,8 @@ class DilatedCache(Cache):
             return
         if count > columns:
             raise ValueError(f"`tokens_to_remove` is {tokens_to_remove}, and the cache holds {columns} tokens.")
+        if count < self.unfinished:
+            self._refuse_unfinished()
         if count == columns:
             return self.reset()
         if count > int(self.known):
@@ -415,17 +442,27 @@ class DilatedCache(Cache):
             layer.crop(tokens_to_remove)
         self.columns -= count
         self.known -= count
+        self.unfinished = 0
         self.last_real.copy_(self.last_real.roll(count, dims=1))
 
+    def _wait_for_copies(self) -> None:
+        """Offloaded layers are on their way from or to the CPU until something waits for them."""
+        if self.offloading:
+            for device in {part.device for layer in self.layers for part in layer.parts}:
+                torch.cuda.synchronize(device)
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._wait_for_copies()
         super().reorder_cache(beam_idx)
         self._map_rows(lambda x: x[beam_idx.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._wait_for_copies()
         super().batch_repeat_interleave(repeats)
         self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._wait_for_copies()
         super().batch_select_indices(indices)
         self._map_rows(lambda x: x[indices.to(x.device)])
 
@@ -457,6 +494,8 @@ class DilatedCache(Cache):
         """
         if self.positions is None:
             raise ValueError("The cache is empty: there is nothing to save.")
+        self._refuse_unfinished()
+        self._wait_for_copies()
         if not self.fits(model.base_model.patterns):
             raise ValueError("The cache has other patterns than `model`, or another number of layers.")
         tensors = {name: getattr(self, attribute) for name, attribute in _STATE.items()}
@@ -660,11 +699,8 @@ class LayerPart:
     @torch.inference_mode(False)
     def make_room(self, length: int) -> None:
         """Let so many positions have their slots, of heads that keep all keys."""
-        if self.max_length is not None and length > self.max_length:
-            raise ValueError(
-                f"`max_length` of the DilatedCache is {self.max_length}, and its heads with full attention are to "
-                f"keep {length} tokens."
-            )
+        if self.max_length is not None:
+            _check_room(length, self.max_length)
         if length <= self.room:
             return
         self.room = -(-(length + self.room // 8) // _ROOM) * _ROOM
@@ -942,12 +978,13 @@ _serials = itertools.count()
 def _slots(records: tuple[int, tuple[tuple[int, ...], ...]], device: torch.device) -> _Slots:
     """The slots that all layers with such rings share."""
     num_rows, rings = records
-    rings = _Rings(*(torch.tensor(field).view(-1, num_rows).T.contiguous() for field in zip(*rings, strict=True)))
+    fields = (torch.tensor(field, device="cpu") for field in zip(*rings, strict=True))
+    rings = _Rings(*(field.view(-1, num_rows).T.contiguous() for field in fields))
     capacities = rings.capacity[0]
     if len(capacities) == 1:  # one number in memory
         branch = torch.zeros(1, dtype=torch.int64, device=device).expand(int(capacities))
     else:
-        branch = torch.arange(len(capacities)).repeat_interleave(capacities).to(device)
+        branch = torch.arange(len(capacities), device="cpu").repeat_interleave(capacities).to(device)
     return _Slots(_Rings(*(field.to(device) for field in rings)), rings, branch, next(_serials))
 
 

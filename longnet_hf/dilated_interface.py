@@ -48,6 +48,13 @@ _NOT_COMPUTED = {
 }
 
 
+def refuse_what_is_not_computed(kwargs: dict) -> None:
+    """Refuse what a model asks an attention function for and no dilated one computes."""
+    for name, meaning in _NOT_COMPUTED.items():
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise ValueError(f"Dilated attention does not compute {meaning} (`{name}`), which this call asks for.")
+
+
 def set_dilated_attention(
     model: PreTrainedModel,
     *,
@@ -428,9 +435,7 @@ def dilated_attention_forward(
     Returns:
         `[B, Nq, H, Dv]`, and `None` for the weights.
     """
-    for name, meaning in _NOT_COMPUTED.items():
-        if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise ValueError(f"Dilated attention does not compute {meaning} (`{name}`), which this call asks for.")
+    refuse_what_is_not_computed(kwargs)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if not is_causal and query.shape[2] != key.shape[2]:
         raise ValueError("Dilated attention has no cross-attention, and no cache where it is not causal.")

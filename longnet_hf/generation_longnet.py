@@ -59,7 +59,8 @@ class ReadingMixin:
         """The forward pass over a sequence of any length, in memory that does not grow with it: a generator.
 
         A chunk attends to what a [`DilatedCache`] keeps of all chunks before it, so that the outputs are those of the
-        whole sequence. To go on after an interruption, give the cache, and the tokens that it does not hold yet.
+        whole sequence. To go on after an interruption, give the cache, and the tokens that it does not hold yet; if it
+        came in the middle of a chunk, as the cache then says, a copy that was saved before.
 
         Args:
             input_ids: integers `[B, N]` on any device; memory-mapped ones are read chunk by chunk.

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,6 +27,7 @@ from .dilated_interface import (
     check_model,
     evaluation,
     num_key_value_heads,
+    refuse_what_is_not_computed,
     same_size,
     set_implementation,
 )
@@ -76,7 +78,7 @@ class HeadRanking:
         return sum(scores[: self._count(share)]) / max(sum(scores), 1e-30)
 
     def _count(self, share: float) -> int:
-        if not isinstance(share, numbers.Real) or not 0 < share <= 1:
+        if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
             raise ValueError(f"`share` must lie in (0, 1], got {share!r}.")
         return max(1, round(share * len(self.ranked)))
 
@@ -114,6 +116,8 @@ class HeadRanking:
         """
         try:
             scores = json.loads(Path(file).read_text())["scores"]
+            if not all(isinstance(of_layer, list) and np.isfinite(of_layer).all() for of_layer in scores.values()):
+                raise ValueError("scores must be lists of finite numbers")
             return cls({int(layer): [float(score) for score in of_layer] for layer, of_layer in scores.items()})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"`file` holds no ranking of heads: {os.fspath(file)!r}.") from error
@@ -165,6 +169,7 @@ def rank_heads(
     check_not_empty("input_ids", input_ids)
     check_integer("span_length", span_length, at_least=_LEAD + 2)
     check_integer("num_spans", num_spans, at_least=1, or_none=True)
+    check_integer("seed", seed, at_least=0)
     batch_size, length = input_ids.shape
     num_spans = length // 4 // span_length if num_spans is None else num_spans
     text = length - num_spans * span_length
@@ -175,11 +180,11 @@ def rank_heads(
             f"`input_ids` must have at least {least} tokens per row for {max(1, num_spans)} spans of {span_length} "
             f"(`num_spans`, `span_length`) and the text before them, got {length}."
         )
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(text - span_length, (num_spans,), generator=generator)
-    first = starts[:, None] + torch.arange(span_length)  # where the tokens of the spans stood first
+    with torch.device("cpu"):  # whatever the default is
+        starts = torch.randint(text - span_length, (num_spans,), generator=torch.Generator().manual_seed(seed))
+        first = starts[:, None] + torch.arange(span_length)  # where the tokens of the spans stood first
+        columns = (text + torch.arange(num_spans * span_length)).view(num_spans, span_length)[:, _LEAD:].flatten()
     repeated = torch.cat((input_ids[:, :text], input_ids[:, first.flatten().to(input_ids.device)]), dim=1)
-    columns = (text + torch.arange(num_spans * span_length)).view(num_spans, span_length)[:, _LEAD:].flatten()
     first = first[:, _LEAD:].flatten()
 
     heads, totals = num_key_value_heads(config), {}
@@ -188,6 +193,7 @@ def rank_heads(
         def observed(module, query, key, value, attention_mask=None, scaling=None, is_causal=None, **kwargs):
             if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
                 raise ValueError(f"`model` must be causal, and a {type(model).__name__} attends both ways.")
+            refuse_what_is_not_computed(kwargs)
             output, scores = _attend_and_score(query, key, value, scaling, columns, first)
             totals[module.layer_idx] = totals.get(module.layer_idx, 0.0) + scores
             bar.update()

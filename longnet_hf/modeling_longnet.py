@@ -38,7 +38,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .batch_layout import CACHE, AttentionOptions, BatchInputs, BatchLayout, check_cache, lay_out_batch, one_cache
 from .configuration_longnet import LongNetConfig
 from .context_parallel import active_split
-from .dilated_cache import DilatedCache
+from .dilated_cache import DilatedCache, is_dilated_cache
 from .dilated_pattern import DilatedPattern
 from .documents import find_documents, is_packed
 from .generation_longnet import LongNetGenerationMixin, ReadingMixin
@@ -465,6 +465,10 @@ class LongNetModel(LongNetPreTrainedModel):
         hidden_states = self.embedding_dropout(inputs_embeds * self.embed_scale)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, layout.position_ids)
         layout.keeps_results = self.can_keep_results(hidden_states, layout)
+        # So that a cache of which an interruption leaves some layers behind is not taken for a whole one
+        is_taking = is_dilated_cache(past_key_values) and not torch.compiler.is_compiling()
+        if is_taking:
+            past_key_values.unfinished = layout.tokens.real.shape[1]
         for layer in self.running_layers:
             hidden_states = layer(
                 hidden_states,
@@ -474,6 +478,8 @@ class LongNetModel(LongNetPreTrainedModel):
                 **{CACHE: past_key_values},  # the name by which gradient checkpointing knows it
                 **kwargs,
             )
+        if is_taking:
+            past_key_values.unfinished = 0
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
     def can_keep_results(self, hidden_states: torch.Tensor, layout: BatchLayout) -> bool:

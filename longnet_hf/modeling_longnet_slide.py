@@ -153,8 +153,9 @@ def collate_slides(slides: Sequence[dict]) -> dict[str, torch.Tensor]:
     batch = {}
     for name in ("inputs_embeds", "coords"):
         batch[name] = pad_sequence([torch.as_tensor(slide[name]) for slide in slides], batch_first=True)
-    lengths = torch.tensor([len(slide["coords"]) for slide in slides])
-    batch["attention_mask"] = (torch.arange(batch["coords"].shape[1]) < lengths[:, None]).long()
+    lengths = torch.tensor([len(slide["coords"]) for slide in slides], device=batch["coords"].device)
+    columns = torch.arange(batch["coords"].shape[1], device=lengths.device)
+    batch["attention_mask"] = (columns < lengths[:, None]).long()
     if "labels" in slides[0]:
         batch["labels"] = torch.stack([torch.as_tensor(slide["labels"]) for slide in slides])
     return batch

@@ -22,6 +22,7 @@ from longnet_hf import (
     LongNetModel,
     dilated_attention_reference,
     dilated_cache,
+    rank_heads,
 )
 
 
@@ -315,6 +316,57 @@ def test_reading_in_chunks_refuses_what_does_not_fit():
         next(model.forward_chunks(ids, attention_mask=torch.ones(1, 9)))
     with pytest.raises(ValueError, match="`input_ids` must be of shape"):
         next(model.forward_chunks(ids[0]))
+
+
+@pytest.mark.parametrize("first", [0, 40])
+def test_a_forward_pass_that_is_interrupted_is_not_taken_for_a_whole_one(first, tmp_path):
+    """Layers before the interruption hold its tokens, later ones do not."""
+    model, ids = build(LongNetForCausalLM, "paper", dtype=torch.float64), random_ids(1, 90)
+    expected, cache = model(ids).logits[:, 60:], DilatedCache(model.config, reserve=20)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        if first:
+            model(ids[:, :first], past_key_values=cache)
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, first : first + 20], past_key_values=cache)
+        hook.remove()
+        for use in (lambda: model(ids[:, :5], past_key_values=cache), lambda: cache.save(tmp_path / "cache", model)):
+            with pytest.raises(ValueError, match=r"middle of a forward pass.*20 tokens.*`crop\(-20\)`"):
+                use()
+        with pytest.raises(ValueError, match="middle of a forward pass"):
+            cache.crop(-19)
+        cache.crop(-20)
+        assert cache.get_seq_length() == first
+        for start in range(first, 80, 20):
+            model(ids[:, start : start + 20], past_key_values=cache)
+        assert cache.get_seq_length() == 80 and cache.unfinished == 0
+        torch.testing.assert_close(model(ids[:, 80:], past_key_values=cache).logits, expected[:, 20:])
+
+
+def test_a_pass_without_room_changes_nothing():
+    model, ids = build(LongNetForCausalLM, "heads", dtype=torch.float64), random_ids(1, 60)
+    cache = DilatedCache(model.config, max_length=50)
+    with torch.no_grad():
+        model(ids[:, :40], past_key_values=cache)
+        with pytest.raises(ValueError, match="`max_length` of the DilatedCache is 50.*60 tokens"):
+            model(ids[:, 40:], past_key_values=cache)
+        logits = model(ids[:, 40:50], past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(ids[:, :50]).logits[:, 40:])
+
+
+def test_a_default_device_moves_no_tables():
+    model, ids = build(LongNetForCausalLM, "heads", dtype=torch.float64), random_ids(1, 90)
+    expected = model(ids).logits
+    dilated_cache._slots.cache_clear()
+    with torch.no_grad(), torch.device("meta"):
+        cache = DilatedCache(model.config, reserve=0)
+        logits = [model(chunk, past_key_values=cache).logits for chunk in ids.split(30, dim=1)]
+        rank_heads(model, ids, span_length=12, progress=False)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected)
 
 
 @pytest.mark.parametrize("kind", ["paper", "hybrid", "heads"])

@@ -100,7 +100,8 @@ def test_a_ranking_is_saved_as_json(tmp_path):
     ranking.save(tmp_path / "ranking.json")
     assert json.loads((tmp_path / "ranking.json").read_text()) == {"scores": {"0": [0.1, 0.4], "1": [0.0, 0.2]}}
     assert HeadRanking.load(tmp_path / "ranking.json") == ranking
-    for text in ("[]", "{", '{"scores": {"a": [1]}}', '{"scores": {"0": 1}}'):
+    wrong = ['{"a": [1]}', '{"0": 1}', '{"0": "12"}', '{"0": [NaN]}']
+    for text in ("[]", "{", *('{"scores": %s}' % scores for scores in wrong)):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match="`file` holds no ranking.*other.json"):
             HeadRanking.load(tmp_path / "other.json")
@@ -115,9 +116,11 @@ def test_what_cannot_be_ranked_is_refused():
         with pytest.raises(ValueError, match=f"got {least - 1}"):
             rank_heads(model, random_ids(1, least - 1), **spans)
         rank_heads(model, random_ids(1, least), **spans)  # it is enough
-    for wrong in (0, -0.5, 2, "0.2", None):
+    for wrong in (0, -0.5, 2, "0.2", None, True):
         with pytest.raises(ValueError, match=rf"`share` must lie in \(0, 1\], got {wrong!r}"):
             HeadRanking({0: [0.5]}).best(wrong)
+    with pytest.raises(ValueError, match="`seed` must be an integer"):
+        rank_heads(model, ids, span_length=12, seed=1.5)
     for wrong in (ids[0], ids.tolist(), ids.float()):
         with pytest.raises(ValueError, match=r"`input_ids` must be of shape \[B, N\], a tensor of integers"):
             rank_heads(tiny(LlamaConfig), wrong)
