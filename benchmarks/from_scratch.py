@@ -1,6 +1,6 @@
 """What attention is worth to models that are trained with it from the start: curves at equal tokens and equal time.
 
-    python benchmarks/from_scratch.py --data code='src/**/*.c' book='books/*.txt' --bf16 --max_steps 4000
+    python benchmarks/from_scratch.py --data code='src/**/*.c' book='books/*.txt' --bf16 --arms paper window full
 
 The models have the size of the paper's base model (12 layers, 768 wide), and contexts of 32 768 tokens.
 
@@ -116,7 +116,9 @@ def read_contexts(args: Arguments, tokenizer, folder: Path) -> dict[str, torch.T
     file = folder / "contexts.safetensors"
     if not file.exists():
         contexts = read_texts(args.data, tokenizer, args.context_length, args.held_out + 1)
-        save_file({kind: ids.to(torch.int32) for kind, ids in contexts.items()}, file)
+        unfinished = file.with_suffix(".unfinished")
+        save_file({kind: ids.to(torch.int32) for kind, ids in contexts.items()}, unfinished)
+        unfinished.replace(file)
     return load_file(file)
 
 

@@ -88,8 +88,8 @@ class Arguments:
     target_tokens: int = field(
         default=2048,
         metadata={
-            "help": "Tokens whose loss is measured after more context. For patterns with segments, as many as these "
-            "have: a segment's first tokens see little, and fewer would be just these."
+            "help": "Tokens whose loss is measured after more context. Of patterns with segments, whole ones: fewer "
+            "tokens would be the first of a segment, which see little."
         },
     )
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
