@@ -101,7 +101,7 @@ def test_a_ranking_is_saved_as_json(tmp_path):
     assert json.loads((tmp_path / "ranking.json").read_text()) == {"scores": {"0": [0.1, 0.4], "1": [0.0, 0.2]}}
     assert HeadRanking.load(tmp_path / "ranking.json") == ranking
     wrong = ['{"a": [1]}', '{"0": 1}', '{"0": "12"}', '{"0": [NaN]}']
-    for text in ("[]", "{", *('{"scores": %s}' % scores for scores in wrong)):
+    for text in ("[]", "{", *(f'{{"scores": {scores}}}' for scores in wrong)):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match="`file` holds no ranking.*other.json"):
             HeadRanking.load(tmp_path / "other.json")
