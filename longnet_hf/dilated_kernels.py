@@ -109,7 +109,7 @@ def _find_parts(p, size, merges, merges_step, entries, phases, NUM_DENSE: tl.con
         merge, phase = merges + branch * merges_step, tl.load(phases + branch)
         w, r = tl.load(entries + branch * ENTRY_SIZE + GRID_LENGTH), tl.load(merge + MERGE_RATE)
         skipped = tl.maximum(0, tl.load(merge + TO_FIRST) + tl.where(tl.load(merge + TO_FIRST_REST) > phase, 1, 0))
-        first = phase - tl.load(merge + TO_BLOCK_REST)  # kept position
+        first = phase - tl.load(merge + TO_BLOCK_REST)  # of the positions that are kept, in the block's first segment
         row = tl.load(merge + FIRST_PARTIAL) + tl.load(merge + TO_BLOCK) + tl.where(first < 0, 1, 0) - skipped
         first += tl.where(first < 0, r, 0)
         segment, next_segment, next_row = 0, tl.load(merge + NEXT_SEGMENT), tl.load(merge + FIRST_PARTIAL)
@@ -401,9 +401,9 @@ def _query_kernel(
                     acc = tl.dot(is_own, part, acc, input_precision=PRECISION)
                 else:
                     part_lse = tl.load(PARTIAL_LSE + at, mask=owner >= 0, other=-float("inf"))
-                    # Times one: a product lies in registers as the steps over keys have it, what is compared does not
-                    one = (p[:, None] == p[None, :]).to(part.dtype)
-                    is_own = tl.dot(is_own, one, input_precision=PRECISION) > 0
+                    # A product lies in registers as the rest of the step has it; what is compared would be moved there
+                    identity = (p[:, None] == p[None, :]).to(part.dtype)
+                    is_own = tl.dot(is_own, identity, input_precision=PRECISION) > 0
                     scores = tl.where(is_own, part_lse[None, :], -float("inf"))
                     acc, total, top = _softmax_step(acc, total, top, scores, part, 1.0, True, PRECISION)
                 taken += BLOCK_N
