@@ -337,7 +337,7 @@ class DilatedCache(Cache):
         if tokens is None:
             tokens = self.count_tokens(key_states.shape[0], key_states.shape[2], key_states.device)
         if self.offloading:
-            # Not needed from Transformers 5.24 on, which waits itself before it fetches a layer: into memory that
+            # Not needed from Transformers 5.20 on, which waits itself before it fetches a layer: into memory that
             # attention to another may still read, from where that layer may still be written to
             self.prefetch_stream.wait_stream(torch.cuda.default_stream(key_states.device))
         return super().update(key_states.detach(), value_states.detach(), layer_idx, tokens.on(key_states.device))

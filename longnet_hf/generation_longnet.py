@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
@@ -22,6 +23,8 @@ from .input_checks import check_integer, check_labels, check_mask, check_not_emp
 
 # How many tokens assisted decoding can take back
 ASSISTED_RESERVE = 1023
+# A prompt in chunks is read from its beginning, also beside a cache that holds this already
+READS_CHUNKS_TWICE = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 21)
 
 
 @dataclass
@@ -179,6 +182,11 @@ def _check_given_cache(model_kwargs: dict, generation_config, generation_mode: G
             "what the cache holds and at least one token more: `torch.cat((read_ids, question_ids), dim=1)`; or the "
             "question alone with an `attention_mask` for all of it. If nothing is to be added, take the last token "
             "back: `cache.crop(-1)`."
+        )
+    if generation_config.prefill_chunk_size is not None and READS_CHUNKS_TWICE:
+        raise ValueError(
+            f"The cache holds {held} tokens, and Transformers {transformers.__version__} would read them again in "
+            "chunks (`prefill_chunk_size`): leave these out, or take Transformers 5.21 or later."
         )
     if generation_mode == GenerationMode.ASSISTED_GENERATION:
         raise ValueError(
