@@ -23,7 +23,7 @@ from .dilated_cache import DilatedCache, NewTokens, is_dilated_cache, is_empty
 from .dilated_operator import dilated_attention, dilated_attention_reference, dilated_attention_weights
 from .dilated_pattern import DilatedPattern
 from .dilated_tiles import accumulator
-from .documents import find_documents, is_packed
+from .documents import check_position_shape, find_documents, is_packed
 from .input_checks import check_mask, check_tensor
 
 
@@ -209,13 +209,6 @@ class CachedBatch(WholeBatch):
         return attend(module, query, key, value, options, past_key_values)
 
     def _attend(self, module, query, key, value, options, past_key_values):
-        if past_key_values is None and not self.tokens.is_first:
-            raise ValueError(
-                "`past_key_values` holds earlier tokens, and gradient checkpointing does without a cache: switch one "
-                "of them off."
-            )
-        if past_key_values is None:
-            return super().attend(module, query, key, value, options)
         if self.tokens.is_first:
             past_key_values.update(key, value, module.layer_idx, self.tokens)
             return super().attend(module, query, key, value, options)
@@ -395,6 +388,8 @@ def _documents_of(inputs: BatchInputs, past_key_values: Cache | None) -> torch.T
     if inputs.cu_seq_lens is not None or inputs.seq_idx is not None:
         raise ValueError("`cu_seq_lens_q`, `cu_seq_lens_k` and `seq_idx` cannot be used with `past_key_values`.")
     batch_size, length, position_ids = inputs.batch_size, inputs.length, inputs.position_ids
+    if position_ids is not None:
+        check_position_shape(position_ids, batch_size, length)
     if length > 1 and position_ids is not None and not torch.compiler.is_compiling():
         new = find_documents(batch_size, length, attention_mask=inputs.new_mask, position_ids=position_ids)
         if is_packed(new):

@@ -238,7 +238,7 @@ class LongNetConfig(PreTrainedConfig):
                     '`branch_types=["window"]` is a sliding window of `segment_lengths` tokens, and '
                     "`full_attention_layers` and `full_attention_heads` name what has full attention."
                 )
-        for text in pattern_warnings(patterns, self.num_key_value_heads):
+        for text in pattern_warnings(patterns, self.num_key_value_heads, self.is_causal):
             warnings.warn(text, stacklevel=2)
 
     def _validate_numbers(self) -> None:

@@ -507,6 +507,7 @@ class DilatedCache(Cache):
         write_cache(file, tensors, {"reserve": self.reserve}, model)
 
     @classmethod
+    @torch.inference_mode(False)
     def load(cls, file: str | os.PathLike, model: PreTrainedModel, *, max_length: int | None = None) -> "DilatedCache":
         """The cache in a file that [`save`] wrote, on the devices of `model`, with room for `max_length` tokens in
         heads with full attention (default: for as many as come).

@@ -29,6 +29,13 @@ class Document(NamedTuple):
     first_query: int  # the position of its first query
 
 
+def check_position_shape(position_ids: torch.Tensor, batch_size: int, length: int) -> None:
+    if tuple(position_ids.shape) not in ((batch_size, length), (1, length)):
+        raise ValueError(
+            f"`position_ids` must have shape {(batch_size, length)} or {(1, length)}, got {tuple(position_ids.shape)}."
+        )
+
+
 def find_documents(
     batch_size: int,
     length: int,
@@ -59,11 +66,7 @@ def find_documents(
     # Not the running sum of a mask without starts: Inductor makes int64 of the running sum of a constant
     ids = torch.zeros_like(real, dtype=torch.int32)
     if position_ids is not None:
-        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
-            raise ValueError(
-                f"`position_ids` must have shape {(batch_size, length)} or {(1, length)}, got "
-                f"{tuple(position_ids.shape)}."
-            )
+        check_position_shape(position_ids, batch_size, length)
         position_ids = position_ids.to(device).expand(batch_size, length)
         columns = torch.arange(length, device=device).expand(batch_size, length)
         last_real = running_max(columns.masked_fill(~real, -1))[:, :-1]

@@ -416,7 +416,8 @@ class LongNetModel(LongNetPreTrainedModel):
             input_ids: `[B, N]`; or `inputs_embeds`, `[B, N, hidden_size]`.
             attention_mask: padding mask `[B, past + N]`. Positions count real tokens only.
             position_ids: `[B, N]`. Where they do not grow from one real token to the next, a new document starts that
-                sees nothing of the ones before. `cu_seq_lens_q`/`cu_seq_lens_k` and `seq_idx` say the same.
+                sees nothing of the ones before. `cu_seq_lens_q`/`cu_seq_lens_k` and `seq_idx` say the same; if several
+                are given and differ, `seq_idx` decides, and of the boundaries those of the keys.
             past_key_values: a [`DilatedCache`], which is made where `use_cache` asks for one, or an ordinary
                 `DynamicCache`. To a `DilatedCache`, which knows its tokens, `attention_mask` may also be given for the
                 new ones alone, `[B, N]`.
@@ -448,6 +449,11 @@ class LongNetModel(LongNetPreTrainedModel):
         if past_key_values is not None:
             is_eager = self.config._attn_implementation == "eager"
             check_cache(past_key_values, self.patterns, is_causal=is_causal, is_eager=is_eager)
+            if self.is_checkpointed:
+                raise ValueError(
+                    "`past_key_values` was given in training with gradient checkpointing, which does without a cache: "
+                    "switch one of them off."
+                )
         of_queries, of_keys = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("cu_seq_lens_k", None)
         inputs = BatchInputs(
             *inputs_embeds.shape[:2],
@@ -458,7 +464,7 @@ class LongNetModel(LongNetPreTrainedModel):
             seq_idx=kwargs.pop("seq_idx", None),
         )
         layout = lay_out_batch(inputs, is_causal, past_key_values)
-        if use_cache and past_key_values is None and layout.can_fill_a_cache:
+        if use_cache and past_key_values is None and layout.can_fill_a_cache and not self.is_checkpointed:
             past_key_values = self.make_cache()
             layout = layout.filling(past_key_values)
 
@@ -482,10 +488,14 @@ class LongNetModel(LongNetPreTrainedModel):
             past_key_values.unfinished = 0
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
+    @property
+    def is_checkpointed(self) -> bool:
+        """Whether layers are computed again for the backward pass: without a cache, which they would fill twice."""
+        return any(layer.gradient_checkpointing and layer.training for layer in self.running_layers)
+
     def can_keep_results(self, hidden_states: torch.Tensor, layout: BatchLayout) -> bool:
         """Whether the attention of all layers may be kept for the backward pass, which computes all else again."""
-        is_checkpointed = any(layer.gradient_checkpointing and layer.training for layer in self.running_layers)
-        if torch.compiler.is_compiling() or not (is_checkpointed and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling() or not (self.is_checkpointed and torch.is_grad_enabled()):
             return False
         if len({layer.self_attn.layer_idx for layer in self.running_layers}) < len(self.running_layers):
             return False  # a layer that runs twice: by its index, its second result would be taken for the first

@@ -267,9 +267,9 @@ def describe_patterns(
         for head in range(num_heads):
             branches = [branch for branch in pattern.branches if branch.belongs_to(head)]
             phases = [pattern.phase(branch, head, num_heads) for branch in branches]
-            farthest = max(map(lambda branch, phase: _span(branch, phase, length), branches, phases), default=0)
+            spans = [_span(*at, pattern.grid_shift(at[0]), length) for at in zip(branches, phases, strict=True)]
             keys = pattern.max_live_keys(head) if is_causal else 0
-            heads.append(HeadDescription(head, branches, phases, pairs[head] / length, farthest, keys))
+            heads.append(HeadDescription(head, branches, phases, pairs[head] / length, max(spans, default=0), keys))
         described.append(LayerDescription(index, pattern.shift, heads))
     positions = {length - 1, length // 2}
     for pattern in patterns:
@@ -295,12 +295,16 @@ def _draw_in_parts(draw: np.random.Generator, start, stop, cut: int, shape) -> t
     return positions, np.where(both, 2 * np.where(below, share, 1 - share), 1.0)
 
 
-def _span(branch: Branch, phase: int, length: int) -> int:
-    """The largest distance of a query and a key that a branch joins, in a sequence of `length` positions."""
+def _span(branch: Branch, phase: int, shift: int, length: int) -> int:
+    """The largest distance of a query and a key that a branch joins, at most, in a sequence of `length` positions, the
+    grid of whose segments is moved by `shift`."""
     if branch.type == "sink":
         return 0
     longest = length if branch.length is None else min(branch.length, length)
-    return longest - 1 if branch.type == "window" else max(0, (longest - 1 - phase) // branch.rate * branch.rate)
+    if branch.type == "window":
+        return longest - 1
+    first = phase if branch.length <= length else (phase - shift) % branch.rate  # kept position
+    return max(0, (longest - 1 - first) // branch.rate * branch.rate)
 
 
 def _rows_of(layer: LayerDescription, is_causal: bool) -> tuple[str, ...]:
@@ -336,12 +340,12 @@ def _numbers(numbers: list[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def pattern_warnings(patterns: Sequence[DilatedPattern], num_heads: int) -> list[str]:
+def pattern_warnings(patterns: Sequence[DilatedPattern], num_heads: int, is_causal: bool = True) -> list[str]:
     """Texts that warn a user about the pattern of a model: of queries that have no key, and of keys that only the
     first branch keeps."""
     warnings = []
     for pattern in patterns:
-        empty = _first_query_without_keys(pattern, num_heads)
+        empty = _first_query_without_keys(pattern, num_heads, is_causal)
         if empty is not None:
             head, position = empty
             warnings.append(
@@ -407,17 +411,20 @@ def _ranges(bits: int) -> list[range]:
     return runs
 
 
-def _first_query_without_keys(pattern: DilatedPattern, num_heads: int) -> tuple[int, int] | None:
-    """(head, position) of the first query that no branch joins to a key at or before it."""
+def _first_query_without_keys(pattern: DilatedPattern, num_heads: int, is_causal: bool) -> tuple[int, int] | None:
+    """(head, position) of the first query that no branch joins to any key, in a long text."""
     if any(branch.rate == 1 and branch.heads is None for branch in pattern.branches):
         return None
     for position in range(_SEARCHED_POSITIONS):
         for head in range(num_heads):
             for branch in filter(lambda branch, head=head: branch.belongs_to(head), pattern.branches):
                 phase = pattern.phase(branch, head, num_heads)
-                rest = (position + pattern.grid_shift(branch) - phase) % branch.rate
-                nearest = position - rest if branch.type == "window" else position
-                if branch.rate == 1 or (nearest >= 0 and pattern.joins(branch, position, nearest, head, num_heads)):
+                nearest = [position]  # those keys of which one is joined if any is
+                if branch.type == "window":
+                    nearest = [position - (position + pattern.grid_shift(branch) - phase) % branch.rate]
+                    nearest += [] if is_causal else [nearest[0] + branch.rate]
+                joined = (m >= 0 and pattern.joins(branch, position, m, head, num_heads) for m in nearest)
+                if branch.rate == 1 or any(joined):
                     break
             else:
                 return head, position

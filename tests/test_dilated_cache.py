@@ -358,6 +358,35 @@ def test_a_pass_without_room_changes_nothing():
         torch.testing.assert_close(logits, model(ids[:, :50]).logits[:, 40:])
 
 
+@pytest.mark.parametrize("first", [0, 40])
+def test_checkpointing_does_without_a_cache(first):
+    model, ids = build(LongNetForCausalLM, "paper", dtype=torch.float64), random_ids(1, 60)
+    expected, cache = model(ids).logits, DilatedCache(model.config)
+    with torch.no_grad():
+        if first:
+            model(ids[:, :first], past_key_values=cache)
+        model.train()
+        model.gradient_checkpointing_enable()
+        with pytest.raises(ValueError, match="`past_key_values`.*gradient checkpointing.*switch one of them off"):
+            model(ids[:, first:], past_key_values=cache)
+        assert model(ids, use_cache=True).past_key_values is None
+        model.eval()
+        output = model(ids[:, first:], past_key_values=cache)
+    torch.testing.assert_close(output.logits, expected[:, first:])
+
+
+def test_positions_of_another_shape_are_refused_before_they_are_counted():
+    model, ids = build(LongNetForCausalLM, "paper", dtype=torch.float64), random_ids(1, 60)
+    expected, cache = model(ids).logits, DilatedCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :59], past_key_values=cache)
+        for wrong in (torch.tensor([[59], [59]]), torch.arange(5)[None], torch.tensor([59])):
+            with pytest.raises(ValueError, match="`position_ids` must have shape"):
+                model(ids[:, 59:], position_ids=wrong, past_key_values=cache)
+        output = model(ids[:, 59:], position_ids=torch.tensor([[59]]), past_key_values=cache)
+    torch.testing.assert_close(output.logits, expected[:, 59:])
+
+
 def test_a_default_device_moves_no_tables():
     model, ids = build(LongNetForCausalLM, "heads", dtype=torch.float64), random_ids(1, 90)
     expected = model(ids).logits
@@ -401,7 +430,8 @@ def test_a_saved_cache_fits_into_other_room(lengths, max_length, tmp_path):
         cache.crop(-10)
         cache.save(file, model)
         assert all(part.keys.shape[2] > 300 for layer in cache.layers for part in layer.parts)
-        loaded = DilatedCache.load(file, model, max_length=max_length)
+        with torch.inference_mode():  # and is written to outside of it
+            loaded = DilatedCache.load(file, model, max_length=max_length)
         assert loaded.max_length == max_length
         output = torch.cat([model(x, past_key_values=loaded).logits for x in ids[:, 300:].split(10, dim=1)], dim=1)
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)

@@ -19,6 +19,12 @@ def flat(ranges):
     return [position for rows in ranges for position in rows]
 
 
+def test_how_far_back_the_first_segment_of_a_moved_grid_looks():
+    """Shorter than a segment, whose beginning is not the sequence's."""
+    pattern = DilatedPattern([17], [7], shift=True)
+    assert [head.farthest for head in describe_patterns([pattern], 3, 9).layers[0].heads] == [0, 7, 7]
+
+
 @pytest.mark.parametrize("seed", range(120))
 def test_tiles_hold_every_joined_pair_as_often_as_branches_join_it(seed):
     rng = random.Random(seed)
@@ -302,6 +308,10 @@ def test_warnings_name_queries_without_keys_and_keys_of_the_first_branch_only():
     assert pattern_warnings(rotating, 2) == []
     assert len(pattern_warnings(rotating[:1], 2)) == 1
     assert pattern_warnings([DilatedPattern([8], [1])], 1) == []  # there is but one branch
+    window = DilatedPattern([8], [3], ["window"])
+    assert len(pattern_warnings([window], 2)) == 1  # whose first queries see later keys where these are not hidden
+    assert pattern_warnings([window], 2, is_causal=False) == []
+    assert len(pattern_warnings([DilatedPattern([8], [2])], 2, is_causal=False)) == 1
     assert pattern_warnings([DilatedPattern([8, 16], [1, 4]), DilatedPattern.full()], 2) == []
     with pytest.warns(UserWarning, match="Position 1 "):
         LongNetConfig(num_attention_heads=1, hidden_size=64, segment_lengths=[8, 16], dilation_rates=[1, 2])
