@@ -274,7 +274,9 @@ class DilatedCache(Cache):
         real = (real != 0).to(self.positions.device)
         tokens = NewTokens(is_first, has_padding, real, self.positions.clone())
         if self.max_length is not None and not self.is_bounded and not torch.compiler.is_compiling():
-            _check_room(tokens.max_position_after, self.max_length)  # before anything of the cache is changed
+            if is_first and tokens.max_position_after > self.max_length:
+                self._forget()  # so that nothing of the cache is changed
+            _check_room(tokens.max_position_after, self.max_length)
         self.columns += length
         self.positions.copy_(tokens.positions_after)
         self.max_positions.copy_(torch.maximum(self.max_positions, tokens.positions_after))

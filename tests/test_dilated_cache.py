@@ -351,6 +351,9 @@ def test_a_pass_without_room_changes_nothing():
     model, ids = build(LongNetForCausalLM, "heads", dtype=torch.float64), random_ids(1, 60)
     cache = DilatedCache(model.config, max_length=50)
     with torch.no_grad():
+        with pytest.raises(ValueError, match="`max_length` of the DilatedCache is 50.*60 tokens"):
+            model(ids.expand(2, -1), past_key_values=cache)
+        assert cache.positions is None
         model(ids[:, :40], past_key_values=cache)
         with pytest.raises(ValueError, match="`max_length` of the DilatedCache is 50.*60 tokens"):
             model(ids[:, 40:], past_key_values=cache)
