@@ -100,13 +100,14 @@ def _joined(
 
 
 @triton.jit
-def _find_parts(p, size, merges, merges_step, entries, phases, NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr):
+def _find_parts(p, size, merges, entries, phases, NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr):
     """The partial results of a block of `size` positions, numbered through all dilated branches. Of those with numbers
     `p`: in which rows they are stored, and which positions of the block they are of (-1: there are not so many). And
     how many there are."""
     rows, positions, total = p * 0, p * 0 - 1, 0
     for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
-        merge, phase = merges + branch * merges_step, tl.load(phases + branch)
+        merge = merges + ((branch - NUM_DENSE) * tl.num_programs(0) + tl.program_id(0)) * MERGE_SIZE
+        phase = tl.load(phases + branch)
         w, r = tl.load(entries + branch * ENTRY_SIZE + GRID_LENGTH), tl.load(merge + MERGE_RATE)
         skipped = tl.maximum(0, tl.load(merge + TO_FIRST) + tl.where(tl.load(merge + TO_FIRST_REST) > phase, 1, 0))
         first = phase - tl.load(merge + TO_BLOCK_REST)  # of the positions that are kept, in the block's first segment
@@ -386,14 +387,11 @@ def _query_kernel(
     else:
         if NUM_BRANCHES > NUM_DENSE:
             # What the dilated branches gave is taken up like keys, whose scores are log-sum-exps: each has one query
-            merges_step = tl.num_programs(0) * MERGE_SIZE
-            merges += tl.program_id(0) * MERGE_SIZE - NUM_DENSE * merges_step
             taken, parts = 0, 1
             while taken < parts:  # mostly once
                 p = taken + tl.arange(0, BLOCK_N)
                 at, owner, parts = _find_parts(
-                    p, last_row + 1 - first_row, merges, merges_step, entries + index * ENTRY_SIZE, phases,
-                    NUM_DENSE, NUM_BRANCHES,
+                    p, last_row + 1 - first_row, merges, entries + index * ENTRY_SIZE, phases, NUM_DENSE, NUM_BRANCHES
                 )  # fmt: skip
                 part = _load(_pointers(PARTIAL, at, HEAD_DIM, BLOCK_D), owner >= 0, HEAD_DIM, BLOCK_D, False)
                 is_own = (owner[None, :] == (i - first_row)[:, None]).to(part.dtype)
@@ -589,14 +587,11 @@ def _key_kernel(
         _store(_pointers(PARTIAL_DV, j, HEAD_DIM, BLOCK_D), dv, valid, HEAD_DIM, BLOCK_D)
     else:
         if NUM_BRANCHES > NUM_DENSE:
-            merges_step = tl.num_programs(0) * MERGE_SIZE
-            merges += tl.program_id(0) * MERGE_SIZE - NUM_DENSE * merges_step
             taken, parts = 0, 1
             while taken < parts:
                 p = taken + tl.arange(0, BLOCK_M)
                 at, owner, parts = _find_parts(
-                    p, last_row + 1 - first_row, merges, merges_step, entries + index * ENTRY_SIZE, phases,
-                    NUM_DENSE, NUM_BRANCHES,
+                    p, last_row + 1 - first_row, merges, entries + index * ENTRY_SIZE, phases, NUM_DENSE, NUM_BRANCHES
                 )  # fmt: skip
                 part_dk = _load(_pointers(PARTIAL_DK, at, HEAD_DIM, BLOCK_D), owner >= 0, HEAD_DIM, BLOCK_D, False)
                 part_dv = _load(_pointers(PARTIAL_DV, at, HEAD_DIM, BLOCK_D), owner >= 0, HEAD_DIM, BLOCK_D, False)
