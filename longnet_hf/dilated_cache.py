@@ -199,6 +199,7 @@ class DilatedCache(Cache):
                 raise ValueError(
                     f"The patterns of a DilatedCache must begin where a document does, with `offset=0`, got {pattern}."
                 )
+        self.keeps_all_keys = any(pattern.max_live_keys() is None for pattern in self.patterns)  # of some heads
         options = {"offload_only_non_sliding": False} if offloading else {}
         super().__init__(layers=self._make_layers(), offloading=offloading, **options)
         self._forget()
@@ -231,11 +232,6 @@ class DilatedCache(Cache):
             for name in _STATE.values():
                 torch._dynamo.mark_static_address(getattr(self, name))
 
-    @property
-    def is_bounded(self) -> bool:
-        """Whether no head keeps all keys."""
-        return all(pattern.max_live_keys() is not None for pattern in self.patterns)
-
     def _refuse_unfinished(self) -> None:
         if self.unfinished:
             raise ValueError(
@@ -264,23 +260,21 @@ class DilatedCache(Cache):
             expected = batch_size, length
             raise ValueError(f"The mask of the new tokens must have shape {expected}, got {tuple(real.shape)}.")
         is_first = self.positions is None
-        if is_first:
-            self._start(batch_size, device)
-        elif len(self.positions) != batch_size:
+        if not is_first and len(self.positions) != batch_size:
             raise ValueError(f"`past_key_values` holds a batch of {len(self.positions)} rows, got {batch_size} rows.")
         has_padding = real is not None
         if real is None:
             real = torch.ones(batch_size, length, dtype=torch.bool, device=device)
-        real = (real != 0).to(self.positions.device)
-        tokens = NewTokens(is_first, has_padding, real, self.positions.clone())
-        if self.max_length is not None and not self.is_bounded and not torch.compiler.is_compiling():
-            if is_first and tokens.max_position_after > self.max_length:
-                self._forget()  # so that nothing of the cache is changed
-            _check_room(tokens.max_position_after, self.max_length)
+        before = torch.zeros(batch_size, dtype=torch.int64, device=device) if is_first else self.positions.clone()
+        tokens = NewTokens(is_first, has_padding, (real != 0).to(before.device), before)
+        if self.max_length is not None and self.keeps_all_keys and not torch.compiler.is_compiling():
+            _check_room(tokens.max_position_after, self.max_length)  # before anything of the cache is changed
+        if is_first:
+            self._start(batch_size, device)
         self.columns += length
         self.positions.copy_(tokens.positions_after)
         self.max_positions.copy_(torch.maximum(self.max_positions, tokens.positions_after))
-        self.last_real.copy_(torch.cat((self.last_real, real), dim=1)[:, length:])
+        self.last_real.copy_(torch.cat((self.last_real, tokens.real), dim=1)[:, length:])
         self.known.copy_((self.known + length).clamp(max=2 * self.reserve))
         return tokens
 

@@ -267,7 +267,7 @@ def describe_patterns(
         for head in range(num_heads):
             branches = [branch for branch in pattern.branches if branch.belongs_to(head)]
             phases = [pattern.phase(branch, head, num_heads) for branch in branches]
-            spans = [_span(*at, pattern.grid_shift(at[0]), length) for at in zip(branches, phases, strict=True)]
+            spans = [_span(pattern, *at, length) for at in zip(branches, phases, strict=True)]
             keys = pattern.max_live_keys(head) if is_causal else 0
             heads.append(HeadDescription(head, branches, phases, pairs[head] / length, max(spans, default=0), keys))
         described.append(LayerDescription(index, pattern.shift, heads))
@@ -295,15 +295,15 @@ def _draw_in_parts(draw: np.random.Generator, start, stop, cut: int, shape) -> t
     return positions, np.where(both, 2 * np.where(below, share, 1 - share), 1.0)
 
 
-def _span(branch: Branch, phase: int, shift: int, length: int) -> int:
-    """The largest distance of a query and a key that a branch joins, at most, in a sequence of `length` positions, the
-    grid of whose segments is moved by `shift`."""
+def _span(pattern: DilatedPattern, branch: Branch, phase: int, length: int) -> int:
+    """The largest distance of a query and a key that a branch joins, at most, in a sequence of `length` positions."""
     if branch.type == "sink":
         return 0
     longest = length if branch.length is None else min(branch.length, length)
     if branch.type == "window":
         return longest - 1
-    first = phase if branch.length <= length else (phase - shift) % branch.rate  # kept position
+    # The first position that is kept, of a whole segment, or of one whose beginning the sequence may not hold
+    first = phase if branch.length <= length else (phase - pattern.grid_shift(branch)) % branch.rate
     return max(0, (longest - 1 - first) // branch.rate * branch.rate)
 
 
