@@ -1,16 +1,16 @@
 """Dilated attention on a GPU: Triton kernels, forward and backward, that read the kept rows where they lie.
 
-Shapes and symbols as in dilated_operator.py. A program carries a block of queries through all of its keys with an
-online softmax. Two launches make a forward pass:
+Shapes and symbols as in dilated_operator.py. A program carries a block of queries through keys with an online softmax.
+Some launches make a forward pass:
 
-1. *dilated*: the queries that one phase keeps of one segment, for the segment branches with r > 1. Their outputs and
-   log-sum-exps are partial results, stored compactly.
-2. *dense*: adjacent queries, which go through every other branch in turn (r = 1, and windows, whose queries are
-   always adjacent), then through the partial results. Their output is final.
+1. *dense*: adjacent queries, which go through every branch with r = 1 and every window, whose queries are always
+   adjacent.
+2. *dilated*, one launch for every segment branch with r > 1: the queries that one phase keeps of one segment. They go
+   on where the launch before has left them: with its output and log-sum-exp, which are a softmax so far.
 
 The gradient of the queries is a second traversal of this kind, in which only the step differs. The gradients of keys
-and values take a block of keys through its queries: first the kept keys of the branches with r > 1, then adjacent
-keys, which take up the partial sums. No program adds to what another one writes, so results never depend on timing.
+and values take a block of keys through its queries: adjacent keys first, then the kept keys of a branch with r > 1 in
+a launch each. Of one launch, no two programs write the same row, so results never depend on timing.
 
 Inside a branch, the keys of a block of queries are numbered 0, 1, ..., and its rows join those from `lo` to `hi`. This
 is all that the inner loops know of a pattern; blocks of keys that all rows join are done without a mask.
@@ -26,11 +26,9 @@ from .dilated_pattern import DilatedPattern
 
 # fmt: off
 from .dilated_plan import (  # isort: skip
-    BLOCK_NUMBER, ENTRY_OR_BRANCH, ENTRY_SIZE, FIRST_CHUNK, FIRST_PARTIAL, FIRST_PHASE, FIRST_QUERY, GRID_LENGTH,
-    GRID_RATE, GRID_SHIFT, HEAD, KEY_COLUMN, LENGTH, MERGE_RATE, MERGE_SIZE, NEXT_PARTIAL, NEXT_SEGMENT, NUM_CHUNKS,
-    PARTIAL_START, PROGRAM_RATE, PROGRAM_SIZE, PROGRAM_WINDOW, QUERY_COLUMN, ROW, SEGMENT_START, SINK_EXTENT, SINKS,
-    TO_BLOCK, TO_BLOCK_REST, TO_FIRST, TO_FIRST_REST, TO_KEYS, TO_QUERIES, TO_STOP, TO_STOP_REST, WINDOW_LENGTH, Plan,
-    find_tables,
+    BLOCK_NUMBER, ENTRY_OR_BRANCH, ENTRY_SIZE, FIRST_CHUNK, FIRST_PHASE, FIRST_QUERY, GRID_LENGTH, GRID_RATE,
+    GRID_SHIFT, HEAD, KEY_COLUMN, LENGTH, NUM_CHUNKS, PROGRAM_RATE, PROGRAM_SIZE, PROGRAM_WINDOW, QUERY_COLUMN, ROW,
+    SEGMENT_START, SINK_EXTENT, SINKS, TO_KEYS, TO_QUERIES, TO_STOP, TO_STOP_REST, WINDOW_LENGTH, Plan, find_tables,
 )
 # fmt: on
 from .documents import Document
@@ -47,6 +45,8 @@ except ImportError as error:
 MAX_HEAD_DIM = 256
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+# Keys of a sink that are met at a time: most sinks have four
+_SINK_BLOCK = tl.constexpr(16)
 
 
 @triton.jit
@@ -97,34 +97,6 @@ def _joined(
     if not UNIT:
         first, last = tl.cdiv(first, step), (last + step) // step - 1
     return first, last
-
-
-@triton.jit
-def _find_parts(p, size, merges, entries, phases, NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr):
-    """The partial results of a block of `size` positions, numbered through all dilated branches. Of those with numbers
-    `p`: in which rows they are stored, and which positions of the block they are of (-1: there are not so many). And
-    how many there are."""
-    rows, positions, total = p * 0, p * 0 - 1, 0
-    for branch in tl.static_range(NUM_DENSE, NUM_BRANCHES):
-        merge = merges + ((branch - NUM_DENSE) * tl.num_programs(0) + tl.program_id(0)) * MERGE_SIZE
-        phase = tl.load(phases + branch)
-        w, r = tl.load(entries + branch * ENTRY_SIZE + GRID_LENGTH), tl.load(merge + MERGE_RATE)
-        skipped = tl.maximum(0, tl.load(merge + TO_FIRST) + tl.where(tl.load(merge + TO_FIRST_REST) > phase, 1, 0))
-        first = phase - tl.load(merge + TO_BLOCK_REST)  # of the positions that are kept, in the block's first segment
-        row = tl.load(merge + FIRST_PARTIAL) + tl.load(merge + TO_BLOCK) + tl.where(first < 0, 1, 0) - skipped
-        first += tl.where(first < 0, r, 0)
-        segment, next_segment, next_row = 0, tl.load(merge + NEXT_SEGMENT), tl.load(merge + FIRST_PARTIAL)
-        while segment < size:  # mostly one of them
-            last = tl.minimum(next_segment, size) - 1
-            more = ((last - first).to(tl.float32) + 0.5) * (1.0 / r.to(tl.float32))  # exact to integers below 2 ** 21
-            count = tl.where((phase >= 0) & (first <= last), more.to(tl.int32) + 1, 0)
-            is_here = (p >= total) & (p < total + count)
-            rows = tl.where(is_here, row + p - total, rows)
-            positions = tl.where(is_here, first + (p - total) * r, positions)
-            total += count
-            next_row += tl.load(merge + NEXT_PARTIAL)
-            segment, next_segment, first, row = next_segment, next_segment + w, next_segment + phase, next_row
-    return rows, positions, total
 
 
 @triton.jit
@@ -263,10 +235,9 @@ def _meet_keys(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["partial_rows", "num_queries", "num_heads"])
+@triton.jit(do_not_specialize=["num_queries", "num_heads"])
 def _query_kernel(
-    Q, K, V, OUT, LSE, DO, STATS, PARTIAL, PARTIAL_LSE,
-    programs, entries, merges, heads, partial_rows, num_queries, num_heads, scale,
+    Q, K, V, OUT, LSE_OR_STATS, DO, programs, entries, heads, num_queries, num_heads, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_batch, o_head, o_row, do_batch, do_head, do_row,
     DILATED: tl.constexpr, GRADIENT: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
@@ -274,8 +245,8 @@ def _query_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head: its output and log-sum-exp, or with GRADIENT its gradient. With DILATED those
-    of one branch, into PARTIAL, else of all branches, into OUT."""
+    """A block of queries of one head: its output and log-sum-exp, or with GRADIENT its gradient. With DILATED it goes
+    on with one branch, else it begins, with all others."""
     program = programs + tl.program_id(0).to(tl.int64) * PROGRAM_SIZE
     heads += tl.program_id(1) // GROUP * (FIRST_PHASE + NUM_BRANCHES)
     phases = heads + FIRST_PHASE
@@ -301,17 +272,25 @@ def _query_kernel(
     position = start + tl.minimum(i, last_row) * step
 
     q_base = Q + row * q_batch + head * q_head + query_column * q_row
+    o_base = OUT + row * o_batch + head * o_head + query_column * o_row
     q = _load(_pointers(q_base, position, q_row, BLOCK_D), valid, HEAD_DIM, BLOCK_D, False)
     index_of_row = (row * num_heads + head) * num_queries + query_column + position
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     do, lse, delta = q, total, total
+    if DILATED:
+        acc = _load(_pointers(o_base, position, o_row, BLOCK_D), valid, HEAD_DIM, BLOCK_D, False).to(tl.float32)
+        if GRADIENT:
+            acc *= 1.0 / scale
+        else:  # an output is a mean of values, whose weights sum up to exp(lse): like one value of that weight
+            top = tl.load(LSE_OR_STATS + index_of_row, mask=valid, other=-float("inf")) * _LOG2_E
+            total = tl.where(top > -float("inf"), 1.0, 0.0)
     if GRADIENT:
         do_base = DO + row * do_batch + head * do_head + query_column * do_row
         do = _load(_pointers(do_base, position, do_row, BLOCK_D), valid, HEAD_DIM, BLOCK_D, False)
-        lse = tl.load(STATS + index_of_row * 2, mask=valid, other=0.0)
-        delta = tl.load(STATS + index_of_row * 2 + 1, mask=valid, other=0.0)
+        lse = tl.load(LSE_OR_STATS + index_of_row * 2, mask=valid, other=0.0)
+        delta = tl.load(LSE_OR_STATS + index_of_row * 2 + 1, mask=valid, other=0.0)
 
     k_base = K + row * k_batch + kv_head * k_head + key_column * k_row
     v_base = V + row * v_batch + kv_head * v_head + key_column * v_row
@@ -362,8 +341,8 @@ def _query_kernel(
 
     if SINK and not DILATED:
         sinks = tl.minimum(tl.load(heads + SINKS), length)
-        for block in tl.range(0, sinks, BLOCK_N, num_stages=1):  # mostly one, for which no buffers are worth while
-            j = block + tl.arange(0, BLOCK_N)
+        for block in tl.range(0, sinks, _SINK_BLOCK, num_stages=1):  # mostly one, for which no buffers are worth while
+            j = block + tl.arange(0, _SINK_BLOCK)
             k = _load(_pointers(k_base, j, k_row, BLOCK_D), j < sinks, HEAD_DIM, BLOCK_D, False)
             v = _load(_pointers(v_base, j, v_row, BLOCK_D), j < sinks, HEAD_DIM, BLOCK_D, False)
             joined = _joined_by_sink(
@@ -376,40 +355,10 @@ def _query_kernel(
 
     if GRADIENT:
         acc *= scale
-    PARTIAL += head * partial_rows * HEAD_DIM
-    PARTIAL_LSE += head * partial_rows
-    if DILATED:
-        i += tl.load(program + PARTIAL_START)
-        if not GRADIENT:
-            acc *= (1.0 / total)[:, None]
-            tl.store(PARTIAL_LSE + i, top + tl.log2(total), mask=valid)
-        _store(_pointers(PARTIAL, i, HEAD_DIM, BLOCK_D), acc, valid, HEAD_DIM, BLOCK_D)
     else:
-        if NUM_BRANCHES > NUM_DENSE:
-            # What the dilated branches gave is taken up like keys, whose scores are log-sum-exps: each has one query
-            taken, parts = 0, 1
-            while taken < parts:  # mostly once
-                p = taken + tl.arange(0, BLOCK_N)
-                at, owner, parts = _find_parts(
-                    p, last_row + 1 - first_row, merges, entries + index * ENTRY_SIZE, phases, NUM_DENSE, NUM_BRANCHES
-                )  # fmt: skip
-                part = _load(_pointers(PARTIAL, at, HEAD_DIM, BLOCK_D), owner >= 0, HEAD_DIM, BLOCK_D, False)
-                is_own = (owner[None, :] == (i - first_row)[:, None]).to(part.dtype)
-                if GRADIENT:
-                    acc = tl.dot(is_own, part, acc, input_precision=PRECISION)
-                else:
-                    part_lse = tl.load(PARTIAL_LSE + at, mask=owner >= 0, other=-float("inf"))
-                    # A product lies in registers as the rest of the step has it; what is compared would be moved there
-                    identity = (p[:, None] == p[None, :]).to(part.dtype)
-                    is_own = tl.dot(is_own, identity, input_precision=PRECISION) > 0
-                    scores = tl.where(is_own, part_lse[None, :], -float("inf"))
-                    acc, total, top = _softmax_step(acc, total, top, scores, part, 1.0, True, PRECISION)
-                taken += BLOCK_N
-        if not GRADIENT:
-            acc *= tl.where(total > 0, 1.0 / total, 0.0)[:, None]
-            tl.store(LSE + index_of_row, (top + tl.log2(total)) / _LOG2_E, mask=valid)
-        o_base = OUT + row * o_batch + head * o_head + query_column * o_row
-        _store(_pointers(o_base, position, o_row, BLOCK_D), acc, valid, HEAD_DIM, BLOCK_D)
+        acc *= tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+        tl.store(LSE_OR_STATS + index_of_row, (top + tl.log2(total)) / _LOG2_E, mask=valid)
+    _store(_pointers(o_base, position, o_row, BLOCK_D), acc, valid, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -481,10 +430,10 @@ def _joined_by_kept(j, start, step, window, skipped, first_query, num_queries, I
     return tl.maximum(first, 0), tl.minimum(last, num_queries - 1)
 
 
-@triton.jit(do_not_specialize=["partial_rows", "num_queries", "num_heads", "sink_rows"])
+@triton.jit(do_not_specialize=["num_queries", "num_heads", "sink_rows"])
 def _key_kernel(
-    Q, K, V, DO, STATS, DK, DV, PARTIAL_DK, PARTIAL_DV, SINK_GRADS,
-    programs, entries, merges, heads, partial_rows, num_queries, num_heads, sink_rows, scale,
+    Q, K, V, DO, STATS, DK, DV, SINK_GRADS,
+    programs, entries, heads, num_queries, num_heads, sink_rows, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     DILATED: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
@@ -492,8 +441,8 @@ def _key_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys of one key/value head: its gradients and those of its values. With DILATED those of one branch,
-    into PARTIAL_*, else of all branches, into DK and DV."""
+    """A block of keys of one key/value head: its gradients and those of its values. With DILATED it goes on with one
+    branch, else it begins, with all others."""
     program = programs + tl.program_id(0).to(tl.int64) * PROGRAM_SIZE
     heads += tl.program_id(1) * (FIRST_PHASE + NUM_BRANCHES)
     phases = heads + FIRST_PHASE
@@ -521,8 +470,13 @@ def _key_kernel(
     v_base = V + row * v_batch + kv_head * v_head + key_column * v_row
     k = _load(_pointers(k_base, position, k_row, BLOCK_D), valid, HEAD_DIM, BLOCK_D, False)
     v = _load(_pointers(v_base, position, v_row, BLOCK_D), valid, HEAD_DIM, BLOCK_D, False)
+    dk_rows = _pointers(DK + row * dk_batch + kv_head * dk_head + key_column * dk_row, position, dk_row, BLOCK_D)
+    dv_rows = _pointers(DV + row * dv_batch + kv_head * dv_head + key_column * dv_row, position, dv_row, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if DILATED:
+        dk = _load(dk_rows, valid, HEAD_DIM, BLOCK_D, False).to(tl.float32) * (1.0 / scale)
+        dv = _load(dv_rows, valid, HEAD_DIM, BLOCK_D, False).to(tl.float32)
     for head_of_group in range(GROUP):
         head = kv_head * GROUP + head_of_group
         q_base = Q + row * q_batch + head * q_head + query_column * q_row
@@ -579,39 +533,17 @@ def _key_kernel(
             )  # fmt: skip
 
     dk *= scale
-    PARTIAL_DK += kv_head * partial_rows * HEAD_DIM
-    PARTIAL_DV += kv_head * partial_rows * HEAD_DIM
-    if DILATED:
-        j += tl.load(program + PARTIAL_START)
-        _store(_pointers(PARTIAL_DK, j, HEAD_DIM, BLOCK_D), dk, valid, HEAD_DIM, BLOCK_D)
-        _store(_pointers(PARTIAL_DV, j, HEAD_DIM, BLOCK_D), dv, valid, HEAD_DIM, BLOCK_D)
-    else:
-        if NUM_BRANCHES > NUM_DENSE:
-            taken, parts = 0, 1
-            while taken < parts:
-                p = taken + tl.arange(0, BLOCK_M)
-                at, owner, parts = _find_parts(
-                    p, last_row + 1 - first_row, merges, entries + index * ENTRY_SIZE, phases, NUM_DENSE, NUM_BRANCHES
-                )  # fmt: skip
-                part_dk = _load(_pointers(PARTIAL_DK, at, HEAD_DIM, BLOCK_D), owner >= 0, HEAD_DIM, BLOCK_D, False)
-                part_dv = _load(_pointers(PARTIAL_DV, at, HEAD_DIM, BLOCK_D), owner >= 0, HEAD_DIM, BLOCK_D, False)
-                is_own = (owner[None, :] == (j - first_row)[:, None]).to(part_dk.dtype)
-                dk = tl.dot(is_own, part_dk, dk, input_precision=PRECISION)
-                dv = tl.dot(is_own, part_dv, dv, input_precision=PRECISION)
-                taken += BLOCK_M
-        if SINK:
-            sinks = tl.minimum(tl.load(heads + SINKS), length)
-            if first_row < sinks:
-                first_part = tl.load(program + FIRST_CHUNK).to(tl.int64)
-                for number in range(0, tl.load(program + NUM_CHUNKS)):
-                    part = ((first_part + number) * tl.num_programs(1) + tl.program_id(1)) * sink_rows
-                    grads = _pointers(SINK_GRADS, part + j, 2 * HEAD_DIM, BLOCK_D)
-                    dk += _load(grads, j < sinks, HEAD_DIM, BLOCK_D, False)
-                    dv += _load(grads + HEAD_DIM, j < sinks, HEAD_DIM, BLOCK_D, False)
-        dk_base = DK + row * dk_batch + kv_head * dk_head + key_column * dk_row
-        dv_base = DV + row * dv_batch + kv_head * dv_head + key_column * dv_row
-        _store(_pointers(dk_base, position, dk_row, BLOCK_D), dk, valid, HEAD_DIM, BLOCK_D)
-        _store(_pointers(dv_base, position, dv_row, BLOCK_D), dv, valid, HEAD_DIM, BLOCK_D)
+    if SINK and not DILATED:
+        sinks = tl.minimum(tl.load(heads + SINKS), length)
+        if first_row < sinks:
+            first_part = tl.load(program + FIRST_CHUNK).to(tl.int64)
+            for number in range(0, tl.load(program + NUM_CHUNKS)):
+                part = ((first_part + number) * tl.num_programs(1) + tl.program_id(1)) * sink_rows
+                grads = _pointers(SINK_GRADS, part + j, 2 * HEAD_DIM, BLOCK_D)
+                dk += _load(grads, j < sinks, HEAD_DIM, BLOCK_D, False)
+                dv += _load(grads + HEAD_DIM, j < sinks, HEAD_DIM, BLOCK_D, False)
+    _store(dk_rows, dk, valid, HEAD_DIM, BLOCK_D)
+    _store(dv_rows, dv, valid, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_heads", "sink_rows", "chunk"])
@@ -854,17 +786,15 @@ def _run_queries(
     blocks = blocks_of(query, "queries" if is_gradient else "forward")
     plan, head_table = find_tables(pattern, key.shape[1], documents, blocks.own, True, is_causal, query.device)
     heads = query.shape[1]
-    partial = query.new_empty((heads, plan.partial_rows, query.shape[3]))
-    partial_lse = lse_or_stats if is_gradient else lse_or_stats.new_empty((heads, plan.partial_rows))
     strides = strides_of(query, key, value, result, grad_output)
     constants = dict(GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
     arguments = Arguments(
-        (query, key, value, result, lse_or_stats, grad_output, lse_or_stats, partial, partial_lse),
+        (query, key, value, result, lse_or_stats, grad_output),
         (query.shape[2], heads, scale),
         strides,
         constants | _constants(attention, plan, blocks, strides),
     )
-    _launch_both(_query_kernel, len(head_table) * (heads // key.shape[1]), plan, head_table, arguments, blocks)
+    _launch_all(_query_kernel, len(head_table) * (heads // key.shape[1]), plan, head_table, arguments, blocks)
 
 
 def _run_keys(
@@ -874,18 +804,16 @@ def _run_keys(
     query, key, value, pattern, documents, is_causal, scale = attention
     blocks = blocks_of(query, "keys")
     plan, head_table = find_tables(pattern, key.shape[1], documents, blocks.own, False, is_causal, query.device)
-    heads = key.shape[1]
-    partial_dk, partial_dv = (key.new_empty((heads, plan.partial_rows, key.shape[3])) for _ in range(2))
     strides = strides_of(query, key, value, grad_output, dk, dv)
     constants = dict(BLOCK_M=blocks.met, BLOCK_N=blocks.own)
     sink_grads = _run_sink(attention, plan, head_table, stats, grad_output)
     arguments = Arguments(
-        (query, key, value, grad_output, stats, dk, dv, partial_dk, partial_dv, sink_grads),
+        (query, key, value, grad_output, stats, dk, dv, sink_grads),
         (query.shape[2], query.shape[1], plan.sink_rows, scale),
         strides,
         constants | _constants(attention, plan, blocks, strides),
     )
-    _launch_both(_key_kernel, len(head_table), plan, head_table, arguments, blocks)
+    _launch_all(_key_kernel, len(head_table), plan, head_table, arguments, blocks)
 
 
 def _run_sink(
@@ -916,17 +844,14 @@ def _run_sink(
     return sink_grads
 
 
-def _launch_both(
+def _launch_all(
     kernel, heads: int, plan: Plan, head_table: torch.Tensor, arguments: Arguments, blocks: Blocks
 ) -> None:
-    """The dilated programs of a plan, then the dense ones, which take up what those left."""
+    """The dense programs of a plan, then those of a dilated branch after the other, which go on with their results."""
     tensors, numbers, strides, constants = arguments
-    for programs, is_dilated in ((plan.dilated, True), (plan.dense, False)):
+    for programs, is_dilated in ((plan.dense, False), *((programs, True) for programs in plan.dilated)):
         with_plan = Arguments(
-            (*tensors, programs, plan.entries, plan.merges, head_table),
-            (plan.partial_rows, *numbers),
-            strides,
-            dict(DILATED=is_dilated) | constants,
+            (*tensors, programs, plan.entries, head_table), numbers, strides, dict(DILATED=is_dilated) | constants
         )
         launch(kernel, (len(programs) // PROGRAM_SIZE.value, heads, 1), with_plan, blocks)
 

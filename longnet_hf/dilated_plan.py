@@ -28,42 +28,34 @@ except ImportError as error:
 # multiples of the rate and rests, to its stop, to where the queries begin, and to where the keys do; of dense ones of
 # keys, which of the sink's parts are of their document.
 ROW, KEY_COLUMN, QUERY_COLUMN, LENGTH, FIRST_QUERY, BLOCK_NUMBER, ENTRY_OR_BRANCH = map(tl.constexpr, range(7))
-PROGRAM_RATE, SEGMENT_START, PARTIAL_START, PROGRAM_WINDOW = map(tl.constexpr, range(7, 11))
-TO_STOP, TO_STOP_REST, TO_QUERIES, TO_QUERIES_REST, TO_KEYS, TO_KEYS_REST = map(tl.constexpr, range(11, 17))
-FIRST_CHUNK, NUM_CHUNKS = map(tl.constexpr, range(17, 19))
-PROGRAM_SIZE = tl.constexpr(20)
+PROGRAM_RATE, SEGMENT_START, PROGRAM_WINDOW = map(tl.constexpr, range(7, 10))
+TO_STOP, TO_STOP_REST, TO_QUERIES, TO_QUERIES_REST, TO_KEYS, TO_KEYS_REST = map(tl.constexpr, range(10, 16))
+FIRST_CHUNK, NUM_CHUNKS = map(tl.constexpr, range(16, 18))
+PROGRAM_SIZE = tl.constexpr(18)
 # A head: its number, among the key/value heads; how many keys of the sink it has, and from which position on no other
 # branch joins a query to any of them; its phase in every branch, or -1 where it does not have the branch.
 HEAD, SINKS, SINK_EXTENT, FIRST_PHASE = map(tl.constexpr, range(4))
 # An entry, for a document and a branch: length, rate and shift of the grid (a window's is one segment); the window's
-# length, 0 for a segment; where partial results begin, and how many there may be in a segment.
-GRID_LENGTH, GRID_RATE, GRID_SHIFT, WINDOW_LENGTH, PARTIAL_BASE, PARTIAL_ROWS = map(tl.constexpr, range(6))
-ENTRY_SIZE = tl.constexpr(6)
-# A merge, for a dense program and a dilated branch, about the segment of the block's first position: how far behind
-# that the next segment begins; where the segment's partial results begin, and how many rows further those of the next
-# one do; the rate; the distances from the segment's start to the block's first position and to where numbers begin.
-NEXT_SEGMENT, FIRST_PARTIAL, NEXT_PARTIAL, MERGE_RATE = map(tl.constexpr, range(4))
-TO_BLOCK, TO_BLOCK_REST, TO_FIRST, TO_FIRST_REST = map(tl.constexpr, range(4, 8))
-MERGE_SIZE = tl.constexpr(8)
+# length, 0 for a segment.
+GRID_LENGTH, GRID_RATE, GRID_SHIFT, WINDOW_LENGTH = map(tl.constexpr, range(4))
+ENTRY_SIZE = tl.constexpr(4)
 
 
 class Plan(NamedTuple):
     """Which programs to launch, as tables of int32 on the device, whose records are described at the top.
 
-    `dense` and `dilated` have a program's record for every program of a launch, `entries` one for every document and
-    branch, the dense branches first, and `merges` one for every dilated branch and dense program. What differs from
-    head to head, and so from layer to layer, stands in a table of its own (`make_head_table`).
+    `dense` and each of `dilated` have a program's record for every program of a launch, `entries` one for every
+    document and branch, the dense branches first. What differs from head to head, and so from layer to layer, stands
+    in a table of its own (`make_head_table`).
     """
 
     dense: torch.Tensor
-    dilated: torch.Tensor
+    dilated: tuple[torch.Tensor, ...]  # a launch for every dilated branch
     entries: torch.Tensor
-    merges: torch.Tensor
     num_dense: int
     num_branches: int
-    partial_rows: int
     is_unit: bool  # every dense branch has r = 1
-    is_short: bool  # some segments are shorter than a block
+    is_short: bool  # some segments of dense branches are shorter than a block
     sinks: torch.Tensor  # programs that take `sink_chunk` queries through the sink, for the gradients of its keys
     sink_rows: int
     sink_chunk: int
@@ -165,9 +157,7 @@ def make_plan(
     dense, document, number = _programs(table, -(-(length - first) // block), reverse)
     dense[:, BLOCK_NUMBER.value], dense[:, ENTRY_OR_BRANCH.value] = number, document * len(branches)
     entries = np.zeros((len(documents), len(branches), ENTRY_SIZE.value), dtype=np.int64)
-    merges = _on_host((len(branches) - num_dense, len(dense), MERGE_SIZE.value), device)
-    block_document = document if len(documents) > 1 else slice(1)  # NumPy divides faster by one number than by many
-    dilated, partial_rows, is_short = [], 0, False
+    dilated, is_short = [], False
     for index, branch in enumerate(branches):
         r = branch.rate
         if branch.type == "window":
@@ -177,22 +167,12 @@ def make_plan(
             g, window = pattern.grid_shift(branch), 0
             whole = branch.length >= length + g
             w, g = np.where(whole, length + g % r, branch.length), np.where(whole, g % r, g)
-            is_short |= (bool((~whole).any()) and branch.length < block) or r > 2**20
+            is_short |= index < num_dense and bool((~whole).any()) and branch.length < block
         entry = entries[:, index]
         for field, x in ((GRID_LENGTH, w), (GRID_RATE, r), (GRID_SHIFT, g), (WINDOW_LENGTH, window)):
             entry[:, field.value] = x
-        if index < num_dense:
-            continue
-        first_segment = (first + g) // w
-        segments = np.where(length > first, (length - 1 + g) // w - first_segment + 1, 0)
-        rows = np.minimum(-(-w // r), -(-(length - first) // r))  # per segment, at most
-        base = partial_rows + np.cumsum(segments * rows) - segments * rows - first_segment * rows
-        entry[:, PARTIAL_BASE.value], entry[:, PARTIAL_ROWS.value] = base, rows
-        partial_rows += int(sum(segments * rows))
-        key_begin = first if of_queries else first_query
-        dilated.insert(0, _dilated_programs(table, entry, index, block, (first_segment, segments, key_begin), reverse))
-        merge = merges[index - num_dense].numpy()
-        _write_merges(merge, entry[block_document], first[block_document], number * block)
+        if index >= num_dense:
+            dilated.append(_dilated_programs(table, entry, index, block, first, reverse))
     sink_rows = 0 if of_queries else min(_sinks(pattern), int(length.max(initial=0)))
     sink_chunk = _SINK_CHUNK * max(1, sink_rows // 64)
     sinks = np.zeros((0, PROGRAM_SIZE.value), dtype=np.int32)
@@ -202,12 +182,11 @@ def make_plan(
         sinks[:, BLOCK_NUMBER.value], sinks[:, ENTRY_OR_BRANCH.value] = number, of_chunk * len(branches)
         dense[:, FIRST_CHUNK.value] = (np.cumsum(counts) - counts)[document]
         dense[:, NUM_CHUNKS.value] = counts[document]
-    tables = dense, np.concatenate(dilated or [np.zeros(0, np.int32)]), entries.astype(np.int32), sinks
     is_unit = all(branch.rate == 1 for branch in branches[:num_dense])
-    dense, dilated, entries, sinks = _on_device(tables, device)
-    merges = merges.to(device).flatten()
-    counts = num_dense, len(branches), partial_rows, is_unit, is_short
-    return Plan(dense, dilated, entries, merges, *counts, sinks, sink_rows, sink_chunk)
+    dense, entries, sinks, *dilated = _on_device((dense, entries.astype(np.int32), sinks, *dilated), device)
+    return Plan(
+        dense, tuple(dilated), entries, num_dense, len(branches), is_unit, is_short, sinks, sink_rows, sink_chunk
+    )
 
 
 def _sinks(pattern: DilatedPattern) -> int:
@@ -227,46 +206,27 @@ def _programs(documents: np.ndarray, counts: np.ndarray, reverse: bool) -> tuple
 
 
 def _dilated_programs(
-    documents: np.ndarray,
-    entry: np.ndarray,
-    branch: int,
-    block: int,
-    segments_of: tuple[np.ndarray, np.ndarray, np.ndarray],
-    reverse: bool,
+    documents: np.ndarray, entry: np.ndarray, branch: int, block: int, first: np.ndarray, reverse: bool
 ) -> np.ndarray:
-    """Records of a dilated branch. `segments_of` has for every document its first segment, how many there are, and the
-    position where its queries begin."""
-    first_segment, segments, query_begin = segments_of
-    blocks = -(-entry[:, PARTIAL_ROWS.value] // block)
+    """Records of a dilated branch, for blocks of the rows from the positions `first` on."""
+    length = documents[:, LENGTH.value]
+    w, r, g = (entry[:, field.value] for field in (GRID_LENGTH, GRID_RATE, GRID_SHIFT))
+    first_segment = (first + g) // w
+    segments = np.where(length > first, (length - 1 + g) // w - first_segment + 1, 0)
+    rows = np.minimum(-(-w // r), -(-(length - first) // r))  # per segment, at most
+    blocks = -(-rows // block)
     records, document, number = _programs(documents, segments * blocks, reverse)
-    entry, length = entry[document], documents[document, LENGTH.value]
+    entry, length, first_query = entry[document], length[document], documents[document, FIRST_QUERY.value]
     segment = first_segment[document] + number // blocks[document]
     start = segment * entry[:, GRID_LENGTH.value] - entry[:, GRID_SHIFT.value]
     r = entry[:, GRID_RATE.value]
     records[:, BLOCK_NUMBER.value], records[:, ENTRY_OR_BRANCH.value] = number % blocks[document], branch
     records[:, PROGRAM_RATE.value], records[:, SEGMENT_START.value] = r, start
-    records[:, PARTIAL_START.value] = entry[:, PARTIAL_BASE.value] + segment * entry[:, PARTIAL_ROWS.value]
     records[:, PROGRAM_WINDOW.value] = entry[:, WINDOW_LENGTH.value]
     stop = np.minimum(start + entry[:, GRID_LENGTH.value], length)
-    for field, end in ((TO_STOP, stop), (TO_QUERIES, query_begin[document]), (TO_KEYS, 0)):
+    for field, end in ((TO_STOP, stop), (TO_QUERIES, first_query), (TO_KEYS, 0)):
         records[:, field.value], records[:, field.value + 1] = np.divmod(end - start, r)
     return records
-
-
-def _write_merges(merge: np.ndarray, entry: np.ndarray, first: np.ndarray, offset: np.ndarray) -> None:
-    """Records of the dense programs for a dilated branch: with the entries and first positions of their documents, and
-    the blocks' offsets from there."""
-    w, r, g = (entry[:, field.value] for field in (GRID_LENGTH, GRID_RATE, GRID_SHIFT))
-    rows, first_position = entry[:, PARTIAL_ROWS.value], first + offset
-    segment = (first_position + g) // w
-    start = segment * w - g
-    merge[:, NEXT_SEGMENT.value] = start + w - first_position
-    merge[:, FIRST_PARTIAL.value] = entry[:, PARTIAL_BASE.value] + segment * rows
-    merge[:, NEXT_PARTIAL.value], merge[:, MERGE_RATE.value] = rows, r
-    for field, position in ((TO_BLOCK, first_position), (TO_FIRST, first)):
-        distance = position - start
-        merge[:, field.value] = quotient = distance // r
-        merge[:, field.value + 1] = distance - quotient * r
 
 
 def _on_device(tables: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:

@@ -223,11 +223,11 @@ def test_offsets_of_64_bits_agree_too(interpreted, monkeypatch):
         ),
         DilatedPattern([3, 5, 9, 60], [1, 2, 3, 2], head_offset="rotating"),
     ],
-    ids=["hardly any", "many", "short segments"],
+    ids=["large rates", "equal rates", "short segments"],
 )
-def test_partial_results_of_a_block(pattern, is_causal, interpreted):
-    """Rates beyond a block of 16 rows; more results than are taken up in a step; many segments in a block. Of packed
-    documents, too, and after a past: the last queries alone."""
+def test_dilated_branches_go_on_with_what_was_computed_before(pattern, is_causal, interpreted):
+    """Rows that only one branch keeps, or several, or none but the dense ones; in segments shorter than a block. Of
+    packed documents, too, and after a past: the last queries alone."""
     inputs, grad = random_tensors(1, 3, 1, 70, 90, 8, torch.float32)
     options = dict(is_causal=is_causal, document_ids=torch.tensor([[0] * 57 + [1] * 30 + [-1] * 3]))
     output, expected = (f(*inputs, pattern, **options) for f in (dilated_attention, dilated_attention_reference))
@@ -258,8 +258,7 @@ def test_plan_asks_for_no_more_programs_than_the_pattern_has_work():
     plan = dilated_plan.make_plan(PAPER, ((0, 0, 0, length, 0),), block, True, True, torch.device("cpu"))
     assert len(plan.dense) // dilated_plan.PROGRAM_SIZE.value == length // block
     kept = sum(-(-(w // r + 1) // block) * (length // w) for w, r in ((4096, 2), (8192, 4), (16384, 6), (32768, 12)))
-    assert len(plan.dilated) // dilated_plan.PROGRAM_SIZE.value <= kept
-    assert plan.partial_rows <= sum(length // x.rate + length // x.length for x in PAPER.branches[1:])
+    assert sum(map(len, plan.dilated)) // dilated_plan.PROGRAM_SIZE.value <= kept
 
 
 def test_layers_share_their_plans(interpreted):
