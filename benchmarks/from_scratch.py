@@ -7,9 +7,9 @@ The models have the size of the paper's base model (12 layers, 768 wide), and co
 Every arm starts from the same seed and sees the same contexts in the same order: the paper's pattern, the same shifted
 in odd layers, a sliding window of its work with a sink, that with full attention in every fourth head, and full
 attention; and a recurrent model of equal width and depth, gated DeltaNet (`pip install flash-linear-attention`; a GPU
-is needed). Texts are held out of every kind; their loss is measured as training goes on, whose time is counted
-without these measurements. By default the learning rate is constant after its warm-up, so that any point of a curve is
-as good as the end of a shorter run.
+is needed, and on a Hopper Triton 3.7.1 or tilelang). Texts are held out of every kind; their loss is measured as
+training goes on, whose time is counted without these measurements. By default the learning rate is constant after its
+warm-up, so that any point of a curve is as good as the end of a shorter run.
 
 Ends with a table, a picture of the curves, and a record in JSON. The models stay in `--output_dir`, for the report on
 what they make of long texts (`examples/evaluate.py --model ...`). Stopped, the same command goes on where it was.

@@ -37,7 +37,7 @@ class Arguments:
     chunk_size: int = field(default=1 << 20, metadata={"help": "Tokens per forward pass."})
     segment_length: int = field(default=2048, metadata={"help": "Of the first branch; each next is 4 times as long."})
     output_dir: str = field(default="runs/one_billion_tokens", metadata={"help": "For the record and what was read."})
-    save_every: int = field(default=100, metadata={"help": "Save after so many chunks."})
+    save_every: int = field(default=300, metadata={"help": "Save after so many chunks."})
     stop_after: float | None = field(default=None, metadata={"help": "Seconds after which to save and stop."})
     mlp_chunk_size: int = field(default=1 << 18, metadata={"help": "Tokens per pass through an MLP."})
 
