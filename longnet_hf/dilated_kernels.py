@@ -1,16 +1,17 @@
 """Dilated attention on a GPU: Triton kernels, forward and backward, that read the kept rows where they lie.
 
 Shapes and symbols as in dilated_operator.py. A program carries a block of queries through keys with an online softmax.
-Some launches make a forward pass:
+Several launches make a forward pass:
 
-1. *dense*: adjacent queries, which go through every branch with r = 1 and every window, whose queries are always
-   adjacent.
+1. *dense*: adjacent queries, which go through every branch with r = 1, every window, whose queries are always
+   adjacent, and the sink. It always comes first and writes every row, zeros and -inf if no such branch joins it.
 2. *dilated*, one launch for every segment branch with r > 1: the queries that one phase keeps of one segment. They go
    on where the launch before has left them: with its output and log-sum-exp, which are a softmax so far.
 
 The gradient of the queries is a second traversal of this kind, in which only the step differs. The gradients of keys
 and values take a block of keys through its queries: adjacent keys first, then the kept keys of a branch with r > 1 in
-a launch each. Of one launch, no two programs write the same row, so results never depend on timing.
+a launch each. Of one launch, no two programs write the same row, so results never depend on timing. Between launches
+they have the dtype of the inputs: in 16 bits, a row that k dilated branches keep is rounded k + 1 times.
 
 Inside a branch, the keys of a block of queries are numbered 0, 1, ..., and its rows join those from `lo` to `hi`. This
 is all that the inner loops know of a pattern; blocks of keys that all rows join are done without a mask.
@@ -45,8 +46,6 @@ except ImportError as error:
 MAX_HEAD_DIM = 256
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# Keys of a sink that are met at a time: most sinks have four
-_SINK_BLOCK = tl.constexpr(16)
 
 
 @triton.jit
@@ -240,13 +239,13 @@ def _query_kernel(
     Q, K, V, OUT, LSE_OR_STATS, DO, programs, entries, heads, num_queries, num_heads, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_batch, o_head, o_row, do_batch, do_head, do_row,
-    DILATED: tl.constexpr, GRADIENT: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
-    NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr,
+    DILATED: tl.constexpr, GRADIENT: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK_BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head: its output and log-sum-exp, or with GRADIENT its gradient. With DILATED it goes
-    on with one branch, else it begins, with all others."""
+    """A block of queries of one head: its output and log-sum-exp, or with GRADIENT its gradient. First without
+    DILATED, for all dense branches and the sink; then with DILATED, which goes on with one branch."""
     program = programs + tl.program_id(0).to(tl.int64) * PROGRAM_SIZE
     heads += tl.program_id(1) // GROUP * (FIRST_PHASE + NUM_BRANCHES)
     phases = heads + FIRST_PHASE
@@ -259,11 +258,10 @@ def _query_kernel(
     if DILATED:
         phase, step = tl.load(phases + index), tl.load(program + PROGRAM_RATE)
         start, rows = _kept(program, phase, TO_QUERIES)
+        rows = tl.where(phase < 0, 0, rows)
     else:
         step = 1
         start, rows = first_query, length - first_query
-    if DILATED:
-        rows = tl.where(phase < 0, 0, rows)
     if first_row >= rows:
         return
     last_row = tl.minimum(first_row + BLOCK_M, rows) - 1
@@ -339,10 +337,10 @@ def _query_kernel(
             True, GRADIENT, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, STAGES, WIDE,
         )  # fmt: skip
 
-    if SINK and not DILATED:
+    if SINK_BLOCK > 0 and not DILATED:
         sinks = tl.minimum(tl.load(heads + SINKS), length)
-        for block in tl.range(0, sinks, _SINK_BLOCK, num_stages=1):  # mostly one, for which no buffers are worth while
-            j = block + tl.arange(0, _SINK_BLOCK)
+        for block in tl.range(0, sinks, SINK_BLOCK, num_stages=1):  # mostly one, for which no buffers are worth while
+            j = block + tl.arange(0, SINK_BLOCK)
             k = _load(_pointers(k_base, j, k_row, BLOCK_D), j < sinks, HEAD_DIM, BLOCK_D, False)
             v = _load(_pointers(v_base, j, v_row, BLOCK_D), j < sinks, HEAD_DIM, BLOCK_D, False)
             joined = _joined_by_sink(
@@ -436,13 +434,13 @@ def _key_kernel(
     programs, entries, heads, num_queries, num_heads, sink_rows, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    DILATED: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK: tl.constexpr, GROUP: tl.constexpr,
+    DILATED: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK_BLOCK: tl.constexpr, GROUP: tl.constexpr,
     NUM_DENSE: tl.constexpr, NUM_BRANCHES: tl.constexpr, UNIT: tl.constexpr, SHORT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys of one key/value head: its gradients and those of its values. With DILATED it goes on with one
-    branch, else it begins, with all others."""
+    """A block of keys of one key/value head: its gradients and those of its values. First without DILATED, for all
+    dense branches and the parts of the sink; then with DILATED, which goes on with one branch."""
     program = programs + tl.program_id(0).to(tl.int64) * PROGRAM_SIZE
     heads += tl.program_id(1) * (FIRST_PHASE + NUM_BRANCHES)
     phases = heads + FIRST_PHASE
@@ -454,11 +452,10 @@ def _key_kernel(
     if DILATED:
         phase, step = tl.load(phases + index), tl.load(program + PROGRAM_RATE)
         start, rows = _kept(program, phase, TO_KEYS)
+        rows = tl.where(phase < 0, 0, rows)
     else:
         step = 1
         start, rows = 0, length
-    if DILATED:
-        rows = tl.where(phase < 0, 0, rows)
     if first_row >= rows:
         return
     last_row = tl.minimum(first_row + BLOCK_N, rows) - 1
@@ -533,7 +530,7 @@ def _key_kernel(
             )  # fmt: skip
 
     dk *= scale
-    if SINK and not DILATED:
+    if SINK_BLOCK > 0 and not DILATED:
         sinks = tl.minimum(tl.load(heads + SINKS), length)
         if first_row < sinks:
             first_part = tl.load(program + FIRST_CHUNK).to(tl.int64)
@@ -847,7 +844,7 @@ def _run_sink(
 def _launch_all(
     kernel, heads: int, plan: Plan, head_table: torch.Tensor, arguments: Arguments, blocks: Blocks
 ) -> None:
-    """The dense programs of a plan, then those of a dilated branch after the other, which go on with their results."""
+    """The dense programs of a plan, then those of one dilated branch after another, which go on with what is there."""
     tensors, numbers, strides, constants = arguments
     for programs, is_dilated in ((plan.dense, False), *((programs, True) for programs in plan.dilated)):
         with_plan = Arguments(
@@ -934,11 +931,12 @@ def _row_strides(*tensors: torch.Tensor) -> list[int]:
 def _constants(attention: Attention, plan: Plan, blocks: Blocks, strides: list[int]) -> dict:
     """What the kernels are compiled for."""
     query, key, rate = attention.query, attention.key, max(attention.pattern.dilation_rates)
+    sinks = max((branch.length for branch in attention.pattern.branches if branch.type == "sink"), default=0)
     # A block of rows spans at most this, in numbers. Offsets behind the last row may wrap: nothing is read there
     block_span = min(256 * rate, max(query.shape[2], key.shape[2])) * max(strides[2::3])
     return dict(
         IS_CAUSAL=attention.is_causal,
-        SINK="sink" in attention.pattern.branch_types,
+        SINK_BLOCK=min(blocks.met, padded(sinks)) if sinks else 0,
         GROUP=query.shape[1] // key.shape[1],
         NUM_DENSE=plan.num_dense,
         NUM_BRANCHES=plan.num_branches,

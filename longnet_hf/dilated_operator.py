@@ -244,8 +244,8 @@ def _check_inputs(query, key, value, pattern, scale, dropout, is_causal) -> None
         )
     if not hasattr(pattern, "multiplicity"):  # not isinstance: code loaded from the Hub has its own copy of the class
         raise ValueError(f"`pattern` must be a DilatedPattern, got {pattern!r}.")
-    if scale is not None:  # flash kernels give NaN for others
-        check_number("scale", scale, above=0)
+    if scale is not None:  # for others flash kernels give NaN, and 1 / scale is infinite
+        check_number("scale", scale, at_least=torch.finfo(torch.float32).tiny)
     check_number("dropout", dropout, at_least=0, below=1)
     check_flag("is_causal", is_causal)
 

@@ -23,8 +23,8 @@ from .input_checks import check_integer
 BRANCH_TYPES = ("segment", "window", "sink")
 HEAD_OFFSETS = ("paper", "grouped", "rotating")
 SEGMENT_PADDINGS = ("none", "zeros")
-# Of a segment length or a dilation rate: products with them stay below 2**63
-_LARGEST = 1 << 40
+# Products with lengths stay below 2**63, and sums of rates and positions below 2**31, as the kernels have them
+_LARGEST_LENGTH, _LARGEST_RATE = 1 << 40, 1 << 30
 
 
 @functools.lru_cache(maxsize=1024)
@@ -151,10 +151,11 @@ class DilatedPattern:
                 )
             if branch.type == "sink" and branch.rate != 1:
                 raise ValueError(f"`dilation_rates` must be 1 for a branch of type 'sink', got {branch.rate}.")
-            if max(branch.rate, branch.length or 0) > _LARGEST:
+            if branch.rate > _LARGEST_RATE or (branch.length or 0) > _LARGEST_LENGTH:
                 raise ValueError(
-                    f"`segment_lengths` and `dilation_rates` must be at most {_LARGEST}, got {branch.length} and "
-                    f"{branch.rate}. Full attention is segment length None, with branch type 'window' and rate 1."
+                    f"`segment_lengths` must be at most {_LARGEST_LENGTH} and `dilation_rates` {_LARGEST_RATE}, got "
+                    f"{branch.length} and {branch.rate}. Full attention is segment length None, with branch type "
+                    "'window' and rate 1."
                 )
         if self.branch_types.count("sink") > 1:
             raise ValueError(f"`branch_types` may have one 'sink', got {self.branch_types}.")

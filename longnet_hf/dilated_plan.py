@@ -24,9 +24,9 @@ except ImportError as error:
 
 
 # A program's record: its document (the fields of `Document`) and block; of dense programs, the number of their first
-# entry; of dilated ones, their branch, the segment that they work in, and the distances from the segment's start, as
-# multiples of the rate and rests, to its stop, to where the queries begin, and to where the keys do; of dense ones of
-# keys, which of the sink's parts are of their document.
+# entry; of dilated ones, their branch and its rate, where the segment that they work in starts, the window's length (0
+# for a segment), and the distances from the start, as multiples of the rate and rests, to the segment's stop, to where
+# the queries begin, and to where the keys do; of dense ones of keys, which of the sink's parts are of their document.
 ROW, KEY_COLUMN, QUERY_COLUMN, LENGTH, FIRST_QUERY, BLOCK_NUMBER, ENTRY_OR_BRANCH = map(tl.constexpr, range(7))
 PROGRAM_RATE, SEGMENT_START, PROGRAM_WINDOW = map(tl.constexpr, range(7, 10))
 TO_STOP, TO_STOP_REST, TO_QUERIES, TO_QUERIES_REST, TO_KEYS, TO_KEYS_REST = map(tl.constexpr, range(10, 16))
@@ -232,14 +232,9 @@ def _dilated_programs(
 def _on_device(tables: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Tables of int32, in one copy to the device; each begins at a multiple of 16 bytes, whatever the others hold."""
     starts = np.cumsum([0] + [-(-table.size // 4) * 4 for table in tables])
-    joined = _on_host((int(starts[-1]),), device)
+    # PyTorch gives pinned memory out again; page faults of fresh memory may take longer than what is written there
+    joined = torch.empty(int(starts[-1]), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     for start, table in zip(starts, tables, strict=False):
         joined.numpy()[start : start + table.size] = table.ravel()
     joined = joined.to(device)
     return [joined[start : start + table.size] for start, table in zip(starts, tables, strict=False)]
-
-
-def _on_host(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Where a table of int32 is made that goes to a device. PyTorch gives pinned memory out again: of long documents,
-    the page faults of fresh memory take longer than what is written there."""
-    return torch.empty(shape, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")

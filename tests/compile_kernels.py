@@ -42,8 +42,8 @@ MIXED = DilatedPattern(
     shift=True,
     branch_heads=[[0], [0], [0], [0], [1]],
 )
-SPARSE = DilatedPattern([64, 6400, 6400], [1, 100, 200])
-PATTERNS = [MIXED, SPARSE, DilatedPattern([64, 200], [1, 4]), DilatedPattern([64, 4], [1, 1], ["window", "sink"])]
+NONE_DENSE = DilatedPattern([64, 200], [2, 3])
+PATTERNS = [MIXED, NONE_DENSE, DilatedPattern([64, 200], [1, 4]), DilatedPattern([64, 4], [1, 1], ["window", "sink"])]
 
 
 def source_of(kernel, arguments) -> ASTSource:

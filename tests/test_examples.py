@@ -625,6 +625,7 @@ def test_what_a_report_cannot_be_made_of_is_refused(evaluation, tiny_llama, tmp_
         (dict(texts=500), "fills [0-9]+ texts of 6000 tokens, and 500 are needed"),
         (dict(data=[str(tmp_path / "one.txt")]), "`--data` must have more documents"),
         (dict(data=[str(tmp_path / "none.txt")]), "`--data` names no text file"),
+        (dict(data=[str(tmp_path), str(tmp_path / "none.txt")]), "`--data`: no file or folder .*none.txt"),
     )
     for changes, words in wrong:
         with pytest.raises(ValueError, match=words):

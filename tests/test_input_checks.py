@@ -127,7 +127,7 @@ def test_tensors_and_numbers_of_the_operator(operator):
     for empty in (query[:0], query[:, :, :0]):
         assert operator(empty, empty, empty, PATTERN).shape == empty.shape
     wrong = {
-        "scale": [torch.inf, torch.nan, 0, -1, True, "x", torch.tensor(0.5)],
+        "scale": [torch.inf, torch.nan, 0, 1e-40, -1, True, "x", torch.tensor(0.5)],
         "dropout": [torch.nan, -0.1, 1, True, "x", None, torch.tensor(0.1)],
         "is_causal": [None, 0, 1, "yes", torch.tensor(True)],
     }
