@@ -654,8 +654,8 @@ def _window_pieces(
     start = (phase - g) % r  # the first kept key
     keys_kept = -(-(num_keys - start) // r)
     # Take every r-th query, n = start + lag + r * i. With the kept keys m = start + r * j they make a window without
-    # dilation in i and j. There are r such sets of queries, one for each lag.
-    for lag in range(r):
+    # dilation in i and j. There are r such sets of queries, one for each lag, or fewer queries than that.
+    for lag in range(r) if r < num_queries else [(n - start) % r for n in range(length - num_queries, length)]:
         first = -(-(length - num_queries - start - lag) // r)
         stop = -(-(length - start - lag) // r)
         back = None if w is None else (w - 1 - lag) // r

@@ -163,10 +163,11 @@ def make_plan(
         if branch.type == "window":
             w, g = length, 0 * length
             window = length if branch.length is None else np.minimum(branch.length, length)
-        else:  # a segment longer than the document is as good as one that just holds it
+        else:  # a segment longer than the document is as good as one that just holds it, or holds what an end cuts off
             g, window = pattern.grid_shift(branch), 0
             whole = branch.length >= length + g
-            w, g = np.where(whole, length + g % r, branch.length), np.where(whole, g % r, g)
+            needless = np.maximum(0, branch.length - length) // r * r
+            w, g = np.where(whole, length + g % r, branch.length - needless), np.where(whole, g % r, g - needless)
             is_short |= index < num_dense and bool((~whole).any()) and branch.length < block
         entry = entries[:, index]
         for field, x in ((GRID_LENGTH, w), (GRID_RATE, r), (GRID_SHIFT, g), (WINDOW_LENGTH, window)):

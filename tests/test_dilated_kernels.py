@@ -226,8 +226,9 @@ def test_offsets_of_64_bits_agree_too(interpreted, monkeypatch):
         DilatedPattern([24, 50], [2, 3], branch_heads=[[0], [1]]),
         DilatedPattern([40, 60], [3, 4], ["window", "segment"]),
         DilatedPattern([8, 2**35, 2**35], [1, 2**30, 2**30 - 1], ["segment", "window", "segment"], shift=True),
+        DilatedPattern([8, 2**33 - 3, 2**33 + 1], [1, 7, 1], offset=2**34 - 40),
     ],
-    ids=["large rates", "equal rates", "short segments", "none dense", "heads without any", "window", "largest rates"],
+    ids="large rates,equal rates,short segments,none dense,heads without any,window,largest,far".split(","),
 )
 def test_dilated_branches_go_on_with_what_was_computed_before(pattern, is_causal, interpreted):
     """Rows that one branch keeps, or several, or none; in segments shorter than a block. Of packed documents, too, and
@@ -241,7 +242,8 @@ def test_dilated_branches_go_on_with_what_was_computed_before(pattern, is_causal
 
 
 def test_error_in_16_bits_of_rows_that_several_branches_keep(interpreted):
-    """At most twice that of the oracle in the same precision, although every branch rounds what it goes on with."""
+    """Every branch rounds what it goes on with: the worst element is three times as far off as the oracle's in the
+    same precision, at most."""
     pattern = DilatedPattern([8, 16, 32, 64, 128], [1, 2, 4, 6, 12])
     exact, grad = random_tensors(1, 2, 1, 120, 120, 16, torch.float64)
     low = [x.detach().half().requires_grad_() for x in exact]
@@ -256,7 +258,7 @@ def test_error_in_16_bits_of_rows_that_several_branches_keep(interpreted):
         for output in [attend(*inputs, pattern)]
     )
     for x, y, z in zip(ours, plain, right, strict=True):
-        assert (x - z).abs().max() <= 2 * (y - z).abs().max()
+        assert (x - z).abs().max() <= 3 * (y - z).abs().max()
 
 
 def test_documents_without_padding_inside_stay_in_place_and_are_looked_for_once(monkeypatch):
@@ -417,7 +419,8 @@ def inputs_on_a_gpu(size, is_usual):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "size", "causal"), GPU_CASES)
 def test_error_on_a_gpu(dtype, size, causal):
-    """Against the oracle in float64: at most twice the error of the oracle itself in the same precision."""
+    """Against the oracle in float64: at most twice the error of the oracle itself in the same precision; three times
+    where more than three branches round what they go on with."""
     is_usual = dtype == torch.bfloat16 and size == 64
     for pattern, exact, grad, layout in inputs_on_a_gpu(size, is_usual):
         low = [x.detach().to(dtype).requires_grad_() for x in exact]
@@ -425,11 +428,12 @@ def test_error_on_a_gpu(dtype, size, causal):
         plain = dilated_attention_reference(*low, pattern, is_causal=causal, **layout)
         ours = dilated_attention(*low, pattern, is_causal=causal, **layout)
         floor = 1e-10 if dtype == torch.float64 else 1e-6
-        assert (ours - expected).abs().max() <= 2 * (plain - expected).abs().max() + floor, (pattern, layout)
+        times = 3 if sum(branch.rate > 1 for branch in pattern.branches) > 3 else 2
+        assert (ours - expected).abs().max() <= times * (plain - expected).abs().max() + floor, (pattern, layout)
         exact_grads = gradients(expected, exact, grad)
         plain_grads = gradients(plain, low, grad.to(dtype))
         for our, other, right in zip(gradients(ours, low, grad.to(dtype)), plain_grads, exact_grads, strict=True):
-            assert (our - right).abs().max() <= 2 * (other - right).abs().max() + 10 * floor
+            assert (our - right).abs().max() <= times * (other - right).abs().max() + 10 * floor
 
 
 @pytest.mark.gpu

@@ -410,6 +410,17 @@ def test_error_in_low_precision_is_that_of_ordinary_attention(dtype):
         assert (our - right).norm() <= 2 * (other - right).norm()
 
 
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_rates_beyond_the_text(queries):
+    """Of which a branch keeps one key or none: that is all the work there is."""
+    pattern = DilatedPattern([8, 2**35, 2**35], [1, 2**30, 41], ["segment", "window", "window"], "rotating")
+    inputs, grad = random_tensors(1, 3, 1, queries, 40, 4, torch.float64)
+    output, expected = (f(*inputs, pattern) for f in (dilated_attention, dilated_attention_reference))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+    for ours, theirs in zip(gradients(output, inputs, grad), gradients(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
 def test_large_scores_stay_finite():
     (query, key, value), grad = random_tensors(1, 2, 1, 40, 40, 4)
     inputs = [(1e4 * query).detach().requires_grad_(), key, value]
