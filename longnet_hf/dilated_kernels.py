@@ -33,7 +33,7 @@ from .dilated_plan import (  # isort: skip
 )
 # fmt: on
 from .documents import Document
-from .kernel_launch import Arguments, Blocks, blocks_of, launch, padded, row_constants, strides_of
+from .kernel_launch import Arguments, Blocks, blocks_of, launch, launch_each, padded, row_constants, strides_of
 
 
 try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
@@ -236,7 +236,7 @@ def _meet_keys(
 
 @triton.jit(do_not_specialize=["num_queries", "num_heads"])
 def _query_kernel(
-    Q, K, V, OUT, LSE_OR_STATS, DO, programs, entries, heads, num_queries, num_heads, scale,
+    Q, K, V, OUT, LSE_OR_STATS, DO, entries, heads, programs, num_queries, num_heads, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_batch, o_head, o_row, do_batch, do_head, do_row,
     DILATED: tl.constexpr, GRADIENT: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK_BLOCK: tl.constexpr,
@@ -431,7 +431,7 @@ def _joined_by_kept(j, start, step, window, skipped, first_query, num_queries, I
 @triton.jit(do_not_specialize=["num_queries", "num_heads", "sink_rows"])
 def _key_kernel(
     Q, K, V, DO, STATS, DK, DV, SINK_GRADS,
-    programs, entries, heads, num_queries, num_heads, sink_rows, scale,
+    entries, heads, programs, num_queries, num_heads, sink_rows, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     DILATED: tl.constexpr, IS_CAUSAL: tl.constexpr, SINK_BLOCK: tl.constexpr, GROUP: tl.constexpr,
@@ -846,11 +846,12 @@ def _launch_all(
 ) -> None:
     """The dense programs of a plan, then those of one dilated branch after another, which go on with what is there."""
     tensors, numbers, strides, constants = arguments
-    for programs, is_dilated in ((plan.dense, False), *((programs, True) for programs in plan.dilated)):
+    for tables, is_dilated in (((plan.dense,), False), (plan.dilated, True)):
+        launches = [((len(programs) // PROGRAM_SIZE.value, heads, 1), (programs,)) for programs in tables]
         with_plan = Arguments(
-            (*tensors, programs, plan.entries, head_table), numbers, strides, dict(DILATED=is_dilated) | constants
+            (*tensors, plan.entries, head_table), numbers, strides, dict(DILATED=is_dilated) | constants
         )
-        launch(kernel, (len(programs) // PROGRAM_SIZE.value, heads, 1), with_plan, blocks)
+        launch_each(kernel, launches, with_plan, blocks)
 
 
 class PastAttention(NamedTuple):

@@ -2,6 +2,7 @@
 takes longer than many of the launches. Needs no Triton itself."""
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def padded(head_dim: int) -> int:
 
 
 class Arguments(NamedTuple):
-    """The arguments of a kernel, in its order but for the tables of a plan, which follow the tensors."""
+    """The arguments of a kernel, in its order but for the tensors of a launch alone, which follow the others."""
 
     tensors: tuple[torch.Tensor, ...]
     numbers: tuple
@@ -94,26 +95,41 @@ _compiled = {}
 def launch(kernel, grid: tuple[int, int, int], arguments: Arguments, blocks: Blocks | None = None) -> None:
     """`kernel[grid](*tensors, *numbers, *strides, **constants)`, but faster: Triton looks at every argument of every
     call to find the kernel that it compiled for such arguments, this at those that can make a difference."""
-    if 0 in grid:
+    launch_each(kernel, [(grid, ())], arguments, blocks)
+
+
+def launch_each(
+    kernel,
+    launches: Sequence[tuple[tuple[int, int, int], tuple[torch.Tensor, ...]]],
+    arguments: Arguments,
+    blocks: Blocks | None = None,
+) -> None:
+    """`launch` for several grids, one after another, each with further tensors, which are alike in number and dtype
+    and follow the tensors that all have."""
+    launches = [(grid, own) for grid, own in launches if 0 not in grid]
+    if not launches:
         return
     tensors, numbers, strides, constants = arguments
     device = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, arguments, blocks)
+            return launch_each(kernel, launches, arguments, blocks)
     kind = tuple(stride if stride <= 1 else (stride % 16 == 0, stride >= 2**31) for stride in strides)
-    kind = (kernel, device, *(x.dtype for x in tensors), kind, blocks, *constants.values())
-    is_aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
+    dtypes = (x.dtype for x in (*tensors, *launches[0][1]))
+    kind = (kernel, device, *dtypes, kind, blocks, *constants.values())
+    is_aligned = all(x.data_ptr() % 16 == 0 for x in (*tensors, *(x for _, own in launches for x in own)))
     compiled = _compiled.get(kind) if is_aligned else None
     if compiled is not None:
-        in_order = (constants[name] for name in kernel.arg_names[-len(constants) :])
-        compiled[grid](*tensors, *numbers, *strides, *in_order)
+        in_order = [constants[name] for name in kernel.arg_names[-len(constants) :]]
+        for grid, own in launches:
+            compiled[grid](*tensors, *own, *numbers, *strides, *in_order)
         return
     options = {}
     if blocks is not None:
         options = dict(num_warps=blocks.warps)
         if blocks.registers is not None:
             options["maxnreg"] = blocks.registers
-    compiled = kernel[grid](*tensors, *numbers, *strides, **constants, **options)
+    for grid, own in launches:
+        compiled = kernel[grid](*tensors, *own, *numbers, *strides, **constants, **options)
     if is_aligned and compiled is not None:  # Triton's interpreter returns nothing
         _compiled[kind] = compiled

@@ -60,8 +60,11 @@ def source_of(kernel, arguments) -> ASTSource:
     return ASTSource(kernel, signature, constexprs=places, attrs=attributes)
 
 
-def check_types(kernel, grid, arguments, blocks=None) -> None:
-    """In place of `kernel_launch.launch`."""
+def check_types(kernel, launches, arguments, blocks=None) -> None:
+    """In place of `kernel_launch.launch_each`. A kernel's launches are alike."""
+    if not launches:
+        return
+    arguments = arguments._replace(tensors=(*arguments.tensors, *launches[0][1]))
     backend, context = make_backend(HOPPER), ir.context()
     options = backend.parse_options({"num_warps": blocks.warps} if blocks else {})
     ir.load_dialects(context)
@@ -73,9 +76,10 @@ def check_types(kernel, grid, arguments, blocks=None) -> None:
     compiled.add(kernel.fn.__name__)
 
 
-def check_shared_memory(kernel, grid, arguments, blocks=None, target=HOPPER) -> None:
+def check_shared_memory(kernel, launches, arguments, blocks=None, target=HOPPER) -> None:
     """Likewise, of kernels in blocks."""
-    if blocks is not None:
+    if blocks is not None and launches:
+        arguments = arguments._replace(tensors=(*arguments.tensors, *launches[0][1]))
         options = dict(num_warps=blocks.warps)
         shared = compile(source_of(kernel, arguments), target=target, options=options).metadata.shared
         assert shared <= SHARED_MEMORY[target], (kernel, blocks, target, shared)
@@ -108,7 +112,7 @@ def attend_one_token(size: int, group: int, dtype: torch.dtype) -> None:
 compiled: set[str] = set()
 if __name__ == "__main__":
     dilated_operator.uses_triton = lambda query, dropout: True
-    dilated_kernels.launch = pointwise_kernels.launch = one_token_kernels.launch = check_types
+    kernel_launch.launch_each = dilated_kernels.launch_each = check_types
     for pattern in PATTERNS:
         attend(pattern, True, 2)
     attend(MIXED, False, 1)
@@ -121,10 +125,10 @@ if __name__ == "__main__":
         pointwise_kernels.activation_gradients(row, row, gate, weight, None, stats, activation, norm)
     heads = torch.randn(1, 2, 5, 16, dtype=torch.bfloat16)
     pointwise_kernels.rotate_rows(heads, heads, heads[0, :1], heads[0, :1], False)
-    dilated_kernels.launch = check_shared_memory
-    one_token_kernels.launch = functools.partial(check_shared_memory, target=AMPERE)
+    kernel_launch.launch_each = dilated_kernels.launch_each = check_shared_memory
     dilated_kernels.blocks_of = lambda x, kernel: kernel_launch._HOPPER_BLOCKS[256][kernel]
     attend(MIXED, True, 1, size=256)
+    kernel_launch.launch_each = functools.partial(check_shared_memory, target=AMPERE)
     for dtype in (torch.bfloat16, torch.float32):
         attend_one_token(256, 64, dtype)
     print(*sorted(compiled))

@@ -313,6 +313,39 @@ def test_what_a_cuda_graph_reads_is_made_before_it_is_captured_and_stays(monkeyp
         assert sorted(dilated_plan._in_cuda_graphs.values()) == ["heads", "plan"]
 
 
+def test_launches_past_triton_have_the_same_arguments(monkeypatch):
+    calls = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: calls.append(("compiled", grid, *args))
+
+    class Kernel:
+        arg_names = ["x", "own", "number", "stride", "ONE", "TWO"]
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: calls.append(("triton", grid, *args, options)) or Compiled()
+
+    monkeypatch.setattr(kernel_launch, "_compiled", {})
+    kernel, blocks, x, own, other = Kernel(), Blocks(16, 16, 4, 1, 128), *torch.zeros(3, 16)
+    arguments = kernel_launch.Arguments((x,), (7,), [16], {"TWO": 2, "ONE": 1})  # in another order
+    launches = [((0, 1, 1), (own,)), ((2, 1, 1), (own,)), ((3, 1, 1), (other,))]
+    for _ in range(2):
+        kernel_launch.launch_each(kernel, launches, arguments, blocks)
+    kernel_launch.launch_each(kernel, [((2, 1, 1), (own[1:],))], arguments, blocks)  # not aligned
+    options = {"TWO": 2, "ONE": 1, "num_warps": 4, "maxnreg": 128}
+    expected = [
+        ("triton", (2, 1, 1), x, own, 7, 16, options),
+        ("triton", (3, 1, 1), x, other, 7, 16, options),
+        ("compiled", (2, 1, 1), x, own, 7, 16, 1, 2),
+        ("compiled", (3, 1, 1), x, other, 7, 16, 1, 2),
+    ]
+    for call, right in zip(calls, expected, strict=False):
+        assert len(call) == len(right)
+        assert all(a is b if torch.is_tensor(b) else a == b for a, b in zip(call, right, strict=True))
+    assert len(calls) == 5 and calls[-1][0] == "triton"
+
+
 def test_where_documents_lie_is_not_captured(monkeypatch):
     """A graph would go on with the documents of the batch that was captured."""
     query = torch.randn(1, 2, 40, 8)
