@@ -163,7 +163,7 @@ def make_plan(
         if branch.type == "window":
             w, g = length, 0 * length
             window = length if branch.length is None else np.minimum(branch.length, length)
-        else:  # a segment longer than the document is as good as one that just holds it, or holds what an end cuts off
+        else:  # a segment longer than the document is as good as a shorter one that holds as much of it
             g, window = pattern.grid_shift(branch), 0
             whole = branch.length >= length + g
             needless = np.maximum(0, branch.length - length) // r * r
