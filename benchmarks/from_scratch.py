@@ -20,12 +20,14 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import (
@@ -63,6 +65,16 @@ ARMS = {
 SINK_TOKENS = 4
 
 
+def missing_for_gated_deltanet() -> str | None:
+    if find_spec("fla") is None:
+        return "`pip install flash-linear-attention`"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and find_spec("tilelang") is None:
+        triton = version("triton")
+        if Version("3.4") <= Version(triton) < Version("3.7.1"):  # flash-linear-attention says so in the backward pass
+            return f"Triton 3.7.1 or tilelang on a Hopper GPU, where its gradients are wrong with Triton {triton}"
+    return None
+
+
 @dataclass
 class Arguments:
     """What is trained, on what."""
@@ -80,10 +92,11 @@ class Arguments:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or not self.arms:
             raise ValueError(f"`--arms` must be of {list(ARMS)}, got {self.arms}.")
-        if "gated-deltanet" in self.arms and find_spec("fla") is None:  # said before the other arms are trained
+        missing = missing_for_gated_deltanet() if "gated-deltanet" in self.arms else None
+        if missing:  # said before the other arms are trained
             raise ValueError(
-                "`--arms` has `gated-deltanet`, which needs `pip install flash-linear-attention`; without it, give "
-                f"others: {' '.join(arm for arm in ARMS if arm != 'gated-deltanet')}."
+                f"`--arms` has `gated-deltanet`, which needs {missing}; without it, give others: "
+                f"{' '.join(arm for arm in ARMS if arm != 'gated-deltanet')}."
             )
         if self.held_out < 1:
             raise ValueError(f"`--held_out` must be at least 1, got {self.held_out}.")

@@ -899,6 +899,14 @@ def test_an_arm_that_cannot_be_trained_is_refused_before_the_others_are(monkeypa
     with pytest.raises(ValueError, match="needs `pip install flash-linear-attention`; .*: paper shifted window"):
         study.Arguments()
     assert study.Arguments(arms=["paper"]).arms == ["paper"]
+    monkeypatch.setattr(study, "find_spec", lambda name: None if name == "tilelang" else name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(study, "version", lambda name: "3.6.0")
+    with pytest.raises(ValueError, match="needs Triton 3.7.1 or tilelang on a Hopper GPU.*3.6.0; .*paper"):
+        study.Arguments()
+    monkeypatch.setattr(study, "version", lambda name: "3.7.1")
+    assert study.Arguments().arms[-1] == "gated-deltanet"
 
 
 def test_a_pretrained_model_is_converted_by_its_heads(tiny_llama, tmp_path):
