@@ -66,6 +66,7 @@ SINK_TOKENS = 4
 
 
 def missing_for_gated_deltanet() -> str | None:
+    """What has to be installed to train it here."""
     if find_spec("fla") is None:
         return "`pip install flash-linear-attention`"
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and find_spec("tilelang") is None:

@@ -29,7 +29,8 @@ from .dilated_pattern import DilatedPattern
 from .dilated_plan import (  # isort: skip
     BLOCK_NUMBER, ENTRY_OR_BRANCH, ENTRY_SIZE, FIRST_CHUNK, FIRST_PHASE, FIRST_QUERY, GRID_LENGTH, GRID_RATE,
     GRID_SHIFT, HEAD, KEY_COLUMN, LENGTH, NUM_CHUNKS, PROGRAM_RATE, PROGRAM_SIZE, PROGRAM_WINDOW, QUERY_COLUMN, ROW,
-    SEGMENT_START, SINK_EXTENT, SINKS, TO_KEYS, TO_QUERIES, TO_STOP, TO_STOP_REST, WINDOW_LENGTH, Plan, find_tables,
+    SEGMENT_START, SINK_EXTENT, SINKS, TO_KEYS, TO_QUERIES, TO_STOP, TO_STOP_REST, WINDOW_LENGTH, Plan,
+    count_sinks, find_tables,
 )
 # fmt: on
 from .documents import Document
@@ -932,7 +933,7 @@ def _row_strides(*tensors: torch.Tensor) -> list[int]:
 def _constants(attention: Attention, plan: Plan, blocks: Blocks, strides: list[int]) -> dict:
     """What the kernels are compiled for."""
     query, key, rate = attention.query, attention.key, max(attention.pattern.dilation_rates)
-    sinks = max((branch.length for branch in attention.pattern.branches if branch.type == "sink"), default=0)
+    sinks = count_sinks(attention.pattern)
     # A block of rows spans at most this, in numbers. Offsets behind the last row may wrap: nothing is read there
     block_span = min(256 * rate, max(query.shape[2], key.shape[2])) * max(strides[2::3])
     return dict(

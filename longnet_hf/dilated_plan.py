@@ -126,7 +126,7 @@ def make_head_table(
 
     def record(head: int) -> list[int]:
         has_sink = sink is not None and sink.belongs_to(head) and not pattern.is_unbounded(head)
-        sinks = _sinks(pattern) if has_sink else 0
+        sinks = count_sinks(pattern) if has_sink else 0
         extent = pattern.sink_extent([x for x in branches if x.belongs_to(head)], sinks) if sinks else 0
         return [head, min(sinks, 2**31 - 1), min(extent, 2**31 - 1), *(phase(branch, head) for branch in branches)]
 
@@ -174,7 +174,7 @@ def make_plan(
             entry[:, field.value] = x
         if index >= num_dense:
             dilated.append(_dilated_programs(table, entry, index, block, first, reverse))
-    sink_rows = 0 if of_queries else min(_sinks(pattern), int(length.max(initial=0)))
+    sink_rows = 0 if of_queries else min(count_sinks(pattern), int(length.max(initial=0)))
     sink_chunk = _SINK_CHUNK * max(1, sink_rows // 64)
     sinks = np.zeros((0, PROGRAM_SIZE.value), dtype=np.int32)
     if sink_rows:
@@ -190,7 +190,7 @@ def make_plan(
     )
 
 
-def _sinks(pattern: DilatedPattern) -> int:
+def count_sinks(pattern: DilatedPattern) -> int:
     """How many keys of the sink there are behind where the pattern begins."""
     return sum(max(0, branch.length - pattern.offset) for branch in pattern.branches if branch.type == "sink")
 
@@ -211,20 +211,19 @@ def _dilated_programs(
 ) -> np.ndarray:
     """Records of a dilated branch, for blocks of the rows from the positions `first` on."""
     length = documents[:, LENGTH.value]
-    w, r, g = (entry[:, field.value] for field in (GRID_LENGTH, GRID_RATE, GRID_SHIFT))
+    w, r, g, window = (entry[:, field.value] for field in (GRID_LENGTH, GRID_RATE, GRID_SHIFT, WINDOW_LENGTH))
     first_segment = (first + g) // w
     segments = np.where(length > first, (length - 1 + g) // w - first_segment + 1, 0)
     rows = np.minimum(-(-w // r), -(-(length - first) // r))  # per segment, at most
     blocks = -(-rows // block)
     records, document, number = _programs(documents, segments * blocks, reverse)
-    entry, length, first_query = entry[document], length[document], documents[document, FIRST_QUERY.value]
-    segment = first_segment[document] + number // blocks[document]
-    start = segment * entry[:, GRID_LENGTH.value] - entry[:, GRID_SHIFT.value]
-    r = entry[:, GRID_RATE.value]
-    records[:, BLOCK_NUMBER.value], records[:, ENTRY_OR_BRANCH.value] = number % blocks[document], branch
+    segment, number = first_segment[document] + number // blocks[document], number % blocks[document]
+    w, r, g, window, length = (x[document] for x in (w, r, g, window, length))
+    start = segment * w - g
+    records[:, BLOCK_NUMBER.value], records[:, ENTRY_OR_BRANCH.value] = number, branch
     records[:, PROGRAM_RATE.value], records[:, SEGMENT_START.value] = r, start
-    records[:, PROGRAM_WINDOW.value] = entry[:, WINDOW_LENGTH.value]
-    stop = np.minimum(start + entry[:, GRID_LENGTH.value], length)
+    records[:, PROGRAM_WINDOW.value] = window
+    stop, first_query = np.minimum(start + w, length), documents[document, FIRST_QUERY.value]
     for field, end in ((TO_STOP, stop), (TO_QUERIES, first_query), (TO_KEYS, 0)):
         records[:, field.value], records[:, field.value + 1] = np.divmod(end - start, r)
     return records

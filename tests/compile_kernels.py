@@ -46,9 +46,10 @@ NONE_DENSE = DilatedPattern([64, 200], [2, 3])
 PATTERNS = [MIXED, NONE_DENSE, DilatedPattern([64, 200], [1, 4]), DilatedPattern([64, 4], [1, 1], ["window", "sink"])]
 
 
-def source_of(kernel, arguments) -> ASTSource:
+def source_of(kernel, launches, arguments) -> ASTSource:
+    """Of the first of a kernel's launches, which are alike."""
     tensors, numbers, strides, constants = arguments
-    values = dict(zip(kernel.arg_names, (*tensors, *numbers, *strides), strict=False))
+    values = dict(zip(kernel.arg_names, (*tensors, *launches[0][1], *numbers, *strides), strict=False))
     kinds = {torch.Tensor: lambda x: TYPES[x.dtype], float: lambda x: "fp32", int: lambda x: "i32"}
     signature = {
         name: "constexpr" if name in constants else kinds[type(values[name])](values[name])
@@ -61,16 +62,15 @@ def source_of(kernel, arguments) -> ASTSource:
 
 
 def check_types(kernel, launches, arguments, blocks=None) -> None:
-    """In place of `kernel_launch.launch_each`. A kernel's launches are alike."""
+    """In place of `kernel_launch.launch_each`."""
     if not launches:
         return
-    arguments = arguments._replace(tensors=(*arguments.tensors, *launches[0][1]))
     backend, context = make_backend(HOPPER), ir.context()
     options = backend.parse_options({"num_warps": blocks.warps} if blocks else {})
     ir.load_dialects(context)
     backend.load_dialects(context)
     modules = backend.get_module_map()
-    source_of(kernel, arguments).make_ir(
+    source_of(kernel, launches, arguments).make_ir(
         HOPPER, options, backend.get_codegen_implementation(options), modules, context
     )
     compiled.add(kernel.fn.__name__)
@@ -79,9 +79,8 @@ def check_types(kernel, launches, arguments, blocks=None) -> None:
 def check_shared_memory(kernel, launches, arguments, blocks=None, target=HOPPER) -> None:
     """Likewise, of kernels in blocks."""
     if blocks is not None and launches:
-        arguments = arguments._replace(tensors=(*arguments.tensors, *launches[0][1]))
         options = dict(num_warps=blocks.warps)
-        shared = compile(source_of(kernel, arguments), target=target, options=options).metadata.shared
+        shared = compile(source_of(kernel, launches, arguments), target=target, options=options).metadata.shared
         assert shared <= SHARED_MEMORY[target], (kernel, blocks, target, shared)
 
 
