@@ -17,7 +17,7 @@ Inside a branch, the keys of a block of queries are numbered 0, 1, ..., and its 
 is all that the inner loops know of a pattern; blocks of keys that all rows join are done without a mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from .dilated_plan import (  # isort: skip
 )
 # fmt: on
 from .documents import Document
-from .kernel_launch import Arguments, Blocks, blocks_of, launch, launch_each, padded, row_constants, strides_of
+from .kernel_launch import Arguments, Blocks, Launches, blocks_of, launch, padded, row_constants, strides_of
 
 
 try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
@@ -783,16 +783,17 @@ def _run_queries(
         grad_output = query  # not looked at
     blocks = blocks_of(query, "queries" if is_gradient else "forward")
     plan, head_table = find_tables(pattern, key.shape[1], documents, blocks.own, True, is_causal, query.device)
-    heads = query.shape[1]
-    strides = strides_of(query, key, value, result, grad_output)
-    constants = dict(GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
-    arguments = Arguments(
-        (query, key, value, result, lse_or_stats, grad_output),
-        (query.shape[2], heads, scale),
-        strides,
-        constants | _constants(attention, plan, blocks, strides),
-    )
-    _launch_all(_query_kernel, len(head_table) * (heads // key.shape[1]), plan, head_table, arguments, blocks)
+    tensors = query, key, value, result, lse_or_stats, grad_output
+
+    def prepare() -> list[Launches]:
+        heads, strides = query.shape[1], strides_of(query, key, value, result, grad_output)
+        constants = dict(GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
+        constants |= _constants(attention, plan, blocks, strides)
+        arguments = Arguments(tensors, (query.shape[2], heads, scale), strides, constants)
+        return _prepare(_query_kernel, len(head_table) * (heads // key.shape[1]), plan, head_table, arguments, blocks)
+
+    for launches in _prepared(plan, attention, tensors, blocks, is_gradient, prepare):
+        launches(*tensors)
 
 
 def _run_keys(
@@ -802,16 +803,18 @@ def _run_keys(
     query, key, value, pattern, documents, is_causal, scale = attention
     blocks = blocks_of(query, "keys")
     plan, head_table = find_tables(pattern, key.shape[1], documents, blocks.own, False, is_causal, query.device)
-    strides = strides_of(query, key, value, grad_output, dk, dv)
-    constants = dict(BLOCK_M=blocks.met, BLOCK_N=blocks.own)
     sink_grads = _run_sink(attention, plan, head_table, stats, grad_output)
-    arguments = Arguments(
-        (query, key, value, grad_output, stats, dk, dv, sink_grads),
-        (query.shape[2], query.shape[1], plan.sink_rows, scale),
-        strides,
-        constants | _constants(attention, plan, blocks, strides),
-    )
-    _launch_all(_key_kernel, len(head_table), plan, head_table, arguments, blocks)
+    tensors = query, key, value, grad_output, stats, dk, dv, sink_grads
+
+    def prepare() -> list[Launches]:
+        strides = strides_of(query, key, value, grad_output, dk, dv)
+        constants = dict(BLOCK_M=blocks.met, BLOCK_N=blocks.own) | _constants(attention, plan, blocks, strides)
+        numbers = query.shape[2], query.shape[1], plan.sink_rows, scale
+        arguments = Arguments(tensors, numbers, strides, constants)
+        return _prepare(_key_kernel, len(head_table), plan, head_table, arguments, blocks)
+
+    for launches in _prepared(plan, attention, tensors, blocks, True, prepare):
+        launches(*tensors)
 
 
 def _run_sink(
@@ -820,7 +823,7 @@ def _run_sink(
     """The gradients of the sink's keys and values, in parts: `[parts, Hkv, sink_rows, 2 D]`."""
     query, key, value = attention[:3]
     blocks, head_dim = blocks_of(query, "keys"), query.shape[3]
-    parts, heads = len(plan.sinks) // PROGRAM_SIZE.value, len(head_table)
+    parts, heads = plan.sinks.shape[0] // PROGRAM_SIZE.value, head_table.shape[0]
     sink_grads = stats.new_empty((parts, heads, plan.sink_rows, 2 * head_dim))
     if parts == 0:
         return sink_grads
@@ -842,17 +845,38 @@ def _run_sink(
     return sink_grads
 
 
-def _launch_all(
+def _prepared(
+    plan: Plan,
+    attention: Attention,
+    tensors: tuple[torch.Tensor, ...],
+    blocks: Blocks,
+    is_gradient: bool,
+    prepare: Callable[[], list[Launches]],
+) -> list[Launches]:
+    """What `prepare` gives: made for the first call whose tensors lie so, and kept with the plan."""
+    query, allows_tf32 = attention.query, torch.backends.cuda.matmul.allow_tf32
+    layout = query.dtype, query.shape, attention.key.shape[1:3], *(x.stride() for x in tensors)
+    kind = attention.pattern, attention.scale, blocks, is_gradient, allows_tf32, layout
+    launches = plan.launches.get(kind)
+    if launches is None:
+        launches = plan.launches[kind] = prepare()
+    return launches
+
+
+def _prepare(
     kernel, heads: int, plan: Plan, head_table: torch.Tensor, arguments: Arguments, blocks: Blocks
-) -> None:
+) -> list[Launches]:
     """The dense programs of a plan, then those of one dilated branch after another, which go on with what is there."""
     tensors, numbers, strides, constants = arguments
+    prepared = []
     for tables, is_dilated in (((plan.dense,), False), (plan.dilated, True)):
-        launches = [((len(programs) // PROGRAM_SIZE.value, heads, 1), (programs,)) for programs in tables]
-        with_plan = Arguments(
-            (*tensors, plan.entries, head_table), numbers, strides, dict(DILATED=is_dilated) | constants
-        )
-        launch_each(kernel, launches, with_plan, blocks)
+        launches = [
+            ((programs.shape[0] // PROGRAM_SIZE.value, heads, 1), (plan.entries, head_table, programs))
+            for programs in tables
+        ]
+        of_kind = Arguments(tensors, numbers, strides, dict(DILATED=is_dilated) | constants)
+        prepared.append(Launches(kernel, launches, of_kind, blocks))
+    return prepared
 
 
 class PastAttention(NamedTuple):

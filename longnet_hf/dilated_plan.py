@@ -59,6 +59,7 @@ class Plan(NamedTuple):
     sinks: torch.Tensor  # programs that take `sink_chunk` queries through the sink, for the gradients of its keys
     sink_rows: int
     sink_chunk: int
+    launches: dict  # what has been launched with it, prepared, by how the tensors lay
 
 
 # By identity: what CUDA graphs read whenever they are replayed, which must stay although others are forgotten
@@ -186,7 +187,7 @@ def make_plan(
     is_unit = all(branch.rate == 1 for branch in branches[:num_dense])
     dense, entries, sinks, *dilated = _on_device((dense, entries.astype(np.int32), sinks, *dilated), device)
     return Plan(
-        dense, tuple(dilated), entries, num_dense, len(branches), is_unit, is_short, sinks, sink_rows, sink_chunk
+        dense, tuple(dilated), entries, num_dense, len(branches), is_unit, is_short, sinks, sink_rows, sink_chunk, {}
     )
 
 

@@ -1,8 +1,9 @@
 """How Triton kernels are launched: where they run, the shapes of programs, and a way past Triton's own launcher, which
 takes longer than many of the launches. Needs no Triton itself."""
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -50,9 +51,13 @@ def blocks_of(x: torch.Tensor, kernel: str) -> Blocks:
     if x.dtype == torch.float32:
         table = _FLOAT32_BLOCKS
     else:
-        is_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-        table = _HOPPER_BLOCKS if is_hopper else _OTHER_BLOCKS
+        table = _HOPPER_BLOCKS if _is_hopper(x.device) else _OTHER_BLOCKS
     return table[max(64, padded(x.shape[-1]))][kernel]
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def power_of_2(number: int) -> int:
@@ -92,44 +97,66 @@ def row_constants(query: torch.Tensor, blocks: Blocks) -> dict:
 _compiled = {}
 
 
+class Launches:
+    """`kernel[grid](*tensors, *own, *numbers, *strides, **constants)` for several grids, one after another.
+
+    Triton looks at every argument of every call to find the kernel that it compiled for such arguments. This looks at
+    those that can make a difference, once for all calls whose tensors lie alike.
+
+    Args:
+        kernel: the kernel.
+        launches: every grid, and the tensors of its launch alone, which are alike in number and dtype.
+        arguments: the others; of the tensors, which calls give, only the dtypes and the device are kept.
+        blocks: what else the kernel is compiled for.
+    """
+
+    def __init__(
+        self,
+        kernel,
+        launches: Iterable[tuple[tuple[int, int, int], tuple[torch.Tensor, ...]]],
+        arguments: Arguments,
+        blocks: Blocks | None = None,
+    ):
+        tensors, self.numbers, self.strides, self.constants = arguments
+        self.kernel, self.blocks, self.device = kernel, blocks, tensors[0].device
+        self.launches = [(grid, own) for grid, own in launches if 0 not in grid]
+        own_pointers = [[x.data_ptr() for x in own] for _, own in self.launches]
+        self.are_aligned = _are_aligned(pointer for of_launch in own_pointers for pointer in of_launch)
+        in_order = (self.constants[name] for name in kernel.arg_names[-len(self.constants) :])
+        rest = *self.numbers, *self.strides, *in_order
+        self.rest = [(grid, (*own, *rest)) for (grid, _), own in zip(self.launches, own_pointers, strict=True)]
+        dtypes = [x.dtype for x in (*tensors, *(x for _, own in self.launches[:1] for x in own))]
+        kinds = [stride if stride <= 1 else (stride % 16 == 0, stride >= 2**31) for stride in self.strides]
+        self.kind = (id(kernel), self.device, *dtypes, *kinds, blocks, *self.constants.values())
+        self.compiled = _compiled.get(self.kind)
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                return self(*tensors)
+        # Of a tensor Triton's launcher asks for its pointer, and the driver about that; a number is taken as it is
+        pointers = [x.data_ptr() for x in tensors]
+        is_aligned = self.are_aligned and _are_aligned(pointers)
+        if is_aligned and self.compiled is not None:
+            for grid, rest in self.rest:
+                self.compiled[grid](*pointers, *rest)
+            return
+        options, compiled = {}, None
+        if self.blocks is not None:
+            options = dict(num_warps=self.blocks.warps)
+            if self.blocks.registers is not None:
+                options["maxnreg"] = self.blocks.registers
+        for grid, own in self.launches:
+            arguments = *tensors, *own, *self.numbers, *self.strides
+            compiled = self.kernel[grid](*arguments, **self.constants, **options)
+        if is_aligned and compiled is not None:  # Triton's interpreter returns nothing
+            self.compiled = _compiled[self.kind] = compiled
+
+
+def _are_aligned(pointers: Iterable[int]) -> bool:
+    return all(pointer % 16 == 0 for pointer in pointers)
+
+
 def launch(kernel, grid: tuple[int, int, int], arguments: Arguments, blocks: Blocks | None = None) -> None:
-    """`kernel[grid](*tensors, *numbers, *strides, **constants)`, but faster: Triton looks at every argument of every
-    call to find the kernel that it compiled for such arguments, this at those that can make a difference."""
-    launch_each(kernel, [(grid, ())], arguments, blocks)
-
-
-def launch_each(
-    kernel,
-    launches: Sequence[tuple[tuple[int, int, int], tuple[torch.Tensor, ...]]],
-    arguments: Arguments,
-    blocks: Blocks | None = None,
-) -> None:
-    """`launch` for several grids, one after another, each with further tensors, which are alike in number and dtype
-    and follow the tensors that all have."""
-    launches = [(grid, own) for grid, own in launches if 0 not in grid]
-    if not launches:
-        return
-    tensors, numbers, strides, constants = arguments
-    device = tensors[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch_each(kernel, launches, arguments, blocks)
-    kind = tuple(stride if stride <= 1 else (stride % 16 == 0, stride >= 2**31) for stride in strides)
-    dtypes = (x.dtype for x in (*tensors, *launches[0][1]))
-    kind = (kernel, device, *dtypes, kind, blocks, *constants.values())
-    is_aligned = all(x.data_ptr() % 16 == 0 for x in (*tensors, *(x for _, own in launches for x in own)))
-    compiled = _compiled.get(kind) if is_aligned else None
-    if compiled is not None:
-        in_order = [constants[name] for name in kernel.arg_names[-len(constants) :]]
-        for grid, own in launches:
-            compiled[grid](*tensors, *own, *numbers, *strides, *in_order)
-        return
-    options = {}
-    if blocks is not None:
-        options = dict(num_warps=blocks.warps)
-        if blocks.registers is not None:
-            options["maxnreg"] = blocks.registers
-    for grid, own in launches:
-        compiled = kernel[grid](*tensors, *own, *numbers, *strides, **constants, **options)
-    if is_aligned and compiled is not None:  # Triton's interpreter returns nothing
-        _compiled[kind] = compiled
+    """`kernel[grid](*tensors, *numbers, *strides, **constants)`, but faster, see `Launches`."""
+    Launches(kernel, [(grid, ())], arguments, blocks)(*arguments.tensors)

@@ -23,6 +23,7 @@ from longnet_hf import (
     pointwise_kernels,
 )
 from longnet_hf.dilated_past import PastTile
+from longnet_hf.kernel_launch import Launches
 
 
 HOPPER, AMPERE = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 86, 32)
@@ -46,42 +47,44 @@ NONE_DENSE = DilatedPattern([64, 200], [2, 3])
 PATTERNS = [MIXED, NONE_DENSE, DilatedPattern([64, 200], [1, 4]), DilatedPattern([64, 4], [1, 1], ["window", "sink"])]
 
 
-def source_of(kernel, launches, arguments) -> ASTSource:
-    """Of the first of a kernel's launches, which are alike."""
-    tensors, numbers, strides, constants = arguments
-    values = dict(zip(kernel.arg_names, (*tensors, *launches[0][1], *numbers, *strides), strict=False))
+def source_of(launches: Launches, tensors: tuple[torch.Tensor, ...]) -> ASTSource:
+    """Of the first of the launches, which are alike."""
+    kernel, own = launches.kernel, launches.launches[0][1]
+    arguments = *tensors, *own, *launches.numbers, *launches.strides
+    values = dict(zip(kernel.arg_names, arguments, strict=False))
     kinds = {torch.Tensor: lambda x: TYPES[x.dtype], float: lambda x: "fp32", int: lambda x: "i32"}
     signature = {
-        name: "constexpr" if name in constants else kinds[type(values[name])](values[name])
+        name: "constexpr" if name in launches.constants else kinds[type(values[name])](values[name])
         for name in kernel.arg_names
     }
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    places = {(kernel.arg_names.index(name),): value for name, value in launches.constants.items()}
     aligned = [(i,) for i, name in enumerate(kernel.arg_names) if isinstance(values.get(name), torch.Tensor | int)]
     attributes = {place: [["tt.divisibility", 16]] for place in aligned}
     return ASTSource(kernel, signature, constexprs=places, attrs=attributes)
 
 
-def check_types(kernel, launches, arguments, blocks=None) -> None:
-    """In place of `kernel_launch.launch_each`."""
-    if not launches:
+def check_types(launches: Launches, *tensors: torch.Tensor) -> None:
+    """In place of launching."""
+    if not launches.launches:
         return
     backend, context = make_backend(HOPPER), ir.context()
-    options = backend.parse_options({"num_warps": blocks.warps} if blocks else {})
+    options = backend.parse_options({"num_warps": launches.blocks.warps} if launches.blocks else {})
     ir.load_dialects(context)
     backend.load_dialects(context)
     modules = backend.get_module_map()
-    source_of(kernel, launches, arguments).make_ir(
+    source_of(launches, tensors).make_ir(
         HOPPER, options, backend.get_codegen_implementation(options), modules, context
     )
-    compiled.add(kernel.fn.__name__)
+    compiled.add(launches.kernel.fn.__name__)
 
 
-def check_shared_memory(kernel, launches, arguments, blocks=None, target=HOPPER) -> None:
+def check_shared_memory(launches: Launches, *tensors: torch.Tensor, target=HOPPER) -> None:
     """Likewise, of kernels in blocks."""
-    if blocks is not None and launches:
+    blocks = launches.blocks
+    if blocks is not None and launches.launches:
         options = dict(num_warps=blocks.warps)
-        shared = compile(source_of(kernel, launches, arguments), target=target, options=options).metadata.shared
-        assert shared <= SHARED_MEMORY[target], (kernel, blocks, target, shared)
+        shared = compile(source_of(launches, tensors), target=target, options=options).metadata.shared
+        assert shared <= SHARED_MEMORY[target], (launches.kernel, blocks, target, shared)
 
 
 def attend(pattern: DilatedPattern, is_causal: bool, group: int, size: int = 64) -> None:
@@ -111,7 +114,7 @@ def attend_one_token(size: int, group: int, dtype: torch.dtype) -> None:
 compiled: set[str] = set()
 if __name__ == "__main__":
     dilated_operator.uses_triton = lambda query, dropout: True
-    kernel_launch.launch_each = dilated_kernels.launch_each = check_types
+    Launches.__call__ = check_types
     for pattern in PATTERNS:
         attend(pattern, True, 2)
     attend(MIXED, False, 1)
@@ -124,10 +127,10 @@ if __name__ == "__main__":
         pointwise_kernels.activation_gradients(row, row, gate, weight, None, stats, activation, norm)
     heads = torch.randn(1, 2, 5, 16, dtype=torch.bfloat16)
     pointwise_kernels.rotate_rows(heads, heads, heads[0, :1], heads[0, :1], False)
-    kernel_launch.launch_each = dilated_kernels.launch_each = check_shared_memory
+    Launches.__call__ = check_shared_memory
     dilated_kernels.blocks_of = lambda x, kernel: kernel_launch._HOPPER_BLOCKS[256][kernel]
     attend(MIXED, True, 1, size=256)
-    kernel_launch.launch_each = functools.partial(check_shared_memory, target=AMPERE)
+    Launches.__call__ = functools.partialmethod(check_shared_memory, target=AMPERE)
     for dtype in (torch.bfloat16, torch.float32):
         attend_one_token(256, 64, dtype)
     print(*sorted(compiled))

@@ -329,21 +329,54 @@ def test_launches_past_triton_have_the_same_arguments(monkeypatch):
     monkeypatch.setattr(kernel_launch, "_compiled", {})
     kernel, blocks, x, own, other = Kernel(), Blocks(16, 16, 4, 1, 128), *torch.zeros(3, 16)
     arguments = kernel_launch.Arguments((x,), (7,), [16], {"TWO": 2, "ONE": 1})  # in another order
-    launches = [((0, 1, 1), (own,)), ((2, 1, 1), (own,)), ((3, 1, 1), (other,))]
-    for _ in range(2):
-        kernel_launch.launch_each(kernel, launches, arguments, blocks)
-    kernel_launch.launch_each(kernel, [((2, 1, 1), (own[1:],))], arguments, blocks)  # not aligned
+    own_of_launches = [((0, 1, 1), (own,)), ((2, 1, 1), (own,)), ((3, 1, 1), (other,))]
+    launches = kernel_launch.Launches(kernel, own_of_launches, arguments, blocks)
+    launches(x)
+    launches(other)
+    kernel_launch.Launches(kernel, own_of_launches[:2], arguments, blocks)(x)  # of a kernel that is compiled
+    launches(x[1:])  # not aligned
+    kernel_launch.Launches(kernel, [((2, 1, 1), (own[1:],))], arguments, blocks)(x)
     options = {"TWO": 2, "ONE": 1, "num_warps": 4, "maxnreg": 128}
+    at_x, at_own, at_other = (tensor.data_ptr() for tensor in (x, own, other))
     expected = [
         ("triton", (2, 1, 1), x, own, 7, 16, options),
         ("triton", (3, 1, 1), x, other, 7, 16, options),
-        ("compiled", (2, 1, 1), x, own, 7, 16, 1, 2),
-        ("compiled", (3, 1, 1), x, other, 7, 16, 1, 2),
+        ("compiled", (2, 1, 1), at_other, at_own, 7, 16, 1, 2),
+        ("compiled", (3, 1, 1), at_other, at_other, 7, 16, 1, 2),
+        ("compiled", (2, 1, 1), at_x, at_own, 7, 16, 1, 2),
     ]
     for call, right in zip(calls, expected, strict=False):
         assert len(call) == len(right)
         assert all(a is b if torch.is_tensor(b) else a == b for a, b in zip(call, right, strict=True))
-    assert len(calls) == 5 and calls[-1][0] == "triton"
+    assert len(calls) == 8 and all(call[0] == "triton" for call in calls[5:])
+
+
+def test_launches_are_prepared_once_for_tensors_that_lie_alike(interpreted, monkeypatch):
+    """And not taken for those of other strides, scales and phases."""
+    prepared = []
+
+    class Counted(kernel_launch.Launches):
+        def __init__(self, *args):
+            prepared.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(kernels, "Launches", Counted)
+    dilated_plan.make_plan.cache_clear()
+    first = DilatedPattern([16, 48], [1, 3]).with_branch("sink", 2)
+    rotated = replace(first, head_offset="rotating", layer_idx=1)
+    kinds = (first, None, False), (first, None, True), (first, 0.3, True), (rotated, 0.3, True)
+    for pattern, scale, is_transposed in kinds:
+        before = len(prepared)
+        for _ in range(2):
+            inputs, grad = random_tensors(1, 2, 2, 50, 50, 8, torch.float32)
+            if is_transposed:
+                inputs = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
+            output = dilated_attention(*inputs, pattern, scale=scale)
+            expected = dilated_attention_reference(*inputs, pattern, scale=scale)
+            torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+            ours, theirs = (gradients(x, inputs, grad) for x in (output, expected))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+            assert len(prepared) == before + 3 * 2  # forward, queries and keys: dense and dilated launches
 
 
 def test_where_documents_lie_is_not_captured(monkeypatch):
