@@ -6,16 +6,23 @@ The models have the size of the paper's base model (12 layers, 768 wide), and co
 
 Every arm starts from the same seed and sees the same contexts in the same order: the paper's pattern, the same shifted
 in odd layers, a sliding window of its work with a sink, that with full attention in every fourth head, and full
-attention; and a recurrent model of equal width and depth, gated DeltaNet (`pip install flash-linear-attention`; a GPU
-is needed, and on a Hopper Triton 3.7.1 or tilelang). Texts are held out of every kind; their loss is measured as
-training goes on, whose time is counted without these measurements. By default the learning rate is constant after its
-warm-up, so that any point of a curve is as good as the end of a shorter run.
+attention; windows that keep one key in *r* far away, or one block of 64 keys in *r* (computed by FlexAttention; a GPU
+is needed); and a recurrent model of equal width and depth, gated DeltaNet (`pip install flash-linear-attention`; a GPU
+is needed, and on a Hopper Triton 3.7.1 or tilelang). With `--start_from` all go on from the weights of one of them.
 
-Ends with a table, a picture of the curves, and a record in JSON. The models stay in `--output_dir`, for the report on
-what they make of long texts (`examples/evaluate.py --model ...`). Stopped, the same command goes on where it was.
+Texts are held out of every kind; their loss is measured as training goes on, whose time is counted without these
+measurements: of all tokens, and of those that repeat what stood further back than a sixteenth of the context. By
+default the learning rate is constant after its warm-up, so that any point of a curve is as good as the end of a
+shorter run.
+
+Ends with a table, where differences from the first arm are paired over contexts, a picture of the curves, and a record
+in JSON. The models stay in `--output_dir`, for the report on what they make of long texts (`examples/evaluate.py
+--model ...`, which knows nothing of blocks). Stopped, the same command goes on where it was.
 """
 
+import contextlib
 import copy
+import functools
 import math
 import sys
 import time
@@ -29,6 +36,7 @@ import numpy as np
 import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.data import Dataset
 from transformers import (
     AutoTokenizer,
@@ -40,11 +48,11 @@ from transformers import (
     set_seed,
 )
 
-from longnet_hf import DilatedPattern, LongNetConfig, LongNetForCausalLM, describe
+from longnet_hf import DilatedPattern, LongNetConfig, LongNetForCausalLM, describe, modeling_longnet
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # whose measurements and records it shares
-from measurements import papers_pattern, read_texts, token_losses, window_of_equal_work  # noqa: E402
+from measurements import copy_distance, papers_pattern, read_texts, token_losses, window_of_equal_work  # noqa: E402
 from record import Results, environment, peak_gibibytes, write  # noqa: E402
 from report import table  # noqa: E402
 from training import RESUME_WITH_SAME, check_settings, checkpoint_step, train_on  # noqa: E402
@@ -60,9 +68,12 @@ ARMS = {
     "window": "a sliding window of its work, and a sink",
     "window-heads": "the same, and full attention in every fourth head, from the first on",
     "full": "full attention",
+    "windows": "windows of N/16, N/4 and N tokens that keep one key in 1, 4 and 16, and a sink",
+    "windows-64": "the same, of one block of 64 keys in 1, 4 and 16",
     "gated-deltanet": "gated DeltaNet (arXiv 2412.06464)",
 }
 SINK_TOKENS = 4
+BLOCK = 64
 
 
 def missing_for_gated_deltanet() -> str | None:
@@ -88,6 +99,9 @@ class Arguments:
     hidden_size: int = field(default=768, metadata={"help": "Width of the models."})
     num_hidden_layers: int = field(default=12, metadata={"help": "Layers."})
     head_dim: int = field(default=64, metadata={"help": "Of an attention head."})
+    start_from: str | None = field(
+        default=None, metadata={"help": "The folder of a trained arm, whose weights all arms start from."}
+    )
 
     def __post_init__(self):
         unknown = [arm for arm in self.arms if arm not in ARMS]
@@ -99,11 +113,18 @@ class Arguments:
                 f"`--arms` has `gated-deltanet`, which needs {missing}; without it, give others: "
                 f"{' '.join(arm for arm in ARMS if arm != 'gated-deltanet')}."
             )
+        if self.start_from is not None and "gated-deltanet" in self.arms:
+            raise ValueError(
+                f"`--start_from` takes the weights of a model with attention, got {self.start_from!r} and "
+                "`--arms` with `gated-deltanet`."
+            )
         if self.held_out < 1:
             raise ValueError(f"`--held_out` must be at least 1, got {self.held_out}.")
         if self.hidden_size % self.head_dim:
             raise ValueError(f"`--head_dim` must divide {self.hidden_size} (`--hidden_size`), got {self.head_dim}.")
 
+
+MEASURES = {"loss": "", "end": ", last quarter", "copies": ", copies from afar"}
 
 DEFAULTS = dict(
     output_dir="runs/from_scratch",
@@ -141,6 +162,10 @@ def attention_of(arm: str, args: Arguments) -> dict:
     paper = papers_pattern(args.context_length)
     if arm in ("paper", "shifted"):
         return paper | {"segment_shift": arm == "shifted"}
+    if arm.startswith("windows"):
+        widths = [args.context_length >> shift for shift in (4, 2, 0)]
+        of_windows = dict(segment_lengths=widths, dilation_rates=[1, 4, 16], branch_types=["window"] * 3)
+        return of_windows | dict(head_offset="rotating", sink_tokens=SINK_TOKENS)
     width = None if arm == "full" else window_of_equal_work(DilatedPattern(**paper), args.context_length)
     fields = dict(segment_lengths=[width], dilation_rates=[1], branch_types=["window"])
     if arm == "full":
@@ -165,12 +190,68 @@ def make_model(arm: str, args: Arguments, vocabulary: int) -> PreTrainedModel:
     if arm != "gated-deltanet":
         heads = args.hidden_size // args.head_dim
         fields = dict(num_attention_heads=heads, intermediate_size=4 * args.hidden_size, **attention_of(arm, args))
-        return LongNetForCausalLM(LongNetConfig(**shape, **fields))
+        config = LongNetConfig(**shape, **fields)
+        if args.start_from is not None:
+            return LongNetForCausalLM.from_pretrained(args.start_from, config=config, dtype=torch.float32)
+        return LongNetForCausalLM(config)
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
     # Keys of half the width and values of all of it: as many weights as the attention of the others
     heads = max(1, args.hidden_size // 192)
     return GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**shape, num_heads=heads, head_dim=96, expand_v=2))
+
+
+def windows_of_blocks(pattern: DilatedPattern, heads: int, block: int, device: torch.device):
+    """`(n, m, head) -> C[n, m]` for windows that keep key m if (m // block) mod r = s_j; with blocks of one key it is
+    the multiplicity of `pattern`, whose branches are windows and a sink."""
+    windows = [branch for branch in pattern.branches if branch.type == "window"]
+    sinks = sum(branch.length for branch in pattern.branches if branch.type == "sink")
+    phases = [[pattern.phase(branch, head, heads) for branch in windows] for head in range(heads)]
+    phases = torch.tensor(phases, device=device)
+
+    def count(n, m, head):
+        total = (m < sinks).int()
+        kept = [(m // block % x.rate == phases[head, i]) & (n - m < x.length) for i, x in enumerate(windows)]
+        of_windows = functools.reduce(torch.add, (x.int() for x in kept))
+        return torch.where(m <= n, torch.maximum(total, of_windows), 0)
+
+    return count
+
+
+@functools.lru_cache(maxsize=64)
+def flex_inputs(pattern: DilatedPattern, heads: int, length: int, block: int, device: torch.device) -> dict:
+    """What FlexAttention takes for `windows_of_blocks`."""
+    count = windows_of_blocks(pattern, heads, block, device)
+    mask = create_block_mask(
+        lambda b, h, n, m: count(n, m, h) > 0,
+        *(None, heads, length, length),
+        device=device,
+        _compile=device.type == "cuda",  # else it takes N² numbers
+    )
+    return dict(block_mask=mask, score_mod=lambda score, b, h, n, m: score + count(n, m, h).to(torch.float32).log())
+
+
+flex = torch.compile(flex_attention, dynamic=False)
+
+
+def attend_to_blocks(module, query, key, value, layout, scaling, block: int = BLOCK, attend=flex, **kwargs):
+    """Attention of a LongNet with windows, of one text a row, that keeps blocks of keys."""
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    inputs = flex_inputs(module.pattern, key.shape[1], key.shape[2], block, key.device)
+    return attend(query, key, value, scale=scaling, **inputs).transpose(1, 2), None
+
+
+@contextlib.contextmanager
+def attention_function(arm: str):
+    """Lets LongNets attend as an arm does."""
+    functions = modeling_longnet.ALL_ATTENTION_FUNCTIONS
+    names = [name for name in ("dilated", "sdpa") if arm == "windows-64"]
+    before = {name: functions[name] for name in names}
+    functions.update(dict.fromkeys(names, attend_to_blocks))
+    try:
+        yield
+    finally:
+        functions.update(before)
 
 
 class Contexts(Dataset):
@@ -192,12 +273,16 @@ class CurveTrainer(Trainer):
 
     Args:
         held_out: contexts `[contexts, N]` by kind.
-        results: takes the curve: steps, tokens, seconds, and losses by kind, whole and of the last quarter.
+        results: takes the curve: steps, tokens, seconds, and for every measure the mean losses of the contexts, by
+            kind: of all tokens ("loss"), of the last quarter ("end"), and of those that repeat, after the same three
+            tokens, what stood further back than N / 16 ("copies").
     """
 
     def __init__(self, *args, held_out: dict[str, torch.Tensor], results: Results, **kwargs):
         super().__init__(*args, **kwargs)
         self.held_out, self.results = held_out, results
+        far = next(iter(held_out.values())).shape[1] // 16
+        self.are_copies = {kind: [copy_distance(ids)[1:] > far for ids in held_out[kind]] for kind in held_out}
         self.begin = None  # not in training: a run that was stopped behind its last step is not trained again
 
     def train(self, resume_from_checkpoint=None, **kwargs):
@@ -217,14 +302,16 @@ class CurveTrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         length = next(iter(self.held_out.values())).shape[1]
         point = {"step": step, "tokens": step * batch_size * length, "seconds": round(seconds, 3)}
-        point |= {"loss": {}, "end": {}}
+        point |= {measure: {} for measure in MEASURES}
         for kind, contexts in self.held_out.items():
-            losses = torch.stack([token_losses(self.model, ids.long(), 1)[0] for ids in contexts])
-            point["loss"][kind] = losses.mean().item()
-            point["end"][kind] = losses[:, -contexts.shape[1] // 4 :].mean().item()
+            losses = [token_losses(self.model, ids.long(), 1)[0] for ids in contexts]
+            copies = zip(losses, self.are_copies[kind], strict=True)
+            point["loss"][kind] = [x.mean().item() for x in losses]
+            point["end"][kind] = [x[-length // 4 :].mean().item() for x in losses]
+            point["copies"][kind] = [x[are.to(x.device)].mean().item() for x, are in copies]
         before = [point for point in curve if point["step"] < step]  # Trainer may ask twice at its end
         self.results.save(curve=[*before, point])
-        metrics = {f"eval_loss_{kind}": loss for kind, loss in point["loss"].items()}
+        metrics = {f"eval_loss_{kind}": float(np.mean(losses)) for kind, losses in point["loss"].items()}
         self.log(metrics)
         self.model.train()
         self.begin = time.perf_counter()
@@ -268,34 +355,56 @@ def run_arm(arm: str, args: Arguments, training_args: TrainingArguments, context
     )
 
 
-def at_time(curve: list[dict], seconds: float, which: str, kind: str) -> float:
-    """A loss of a curve after so many seconds of training, between the points around it."""
-    times, losses = [point["seconds"] for point in curve], [point[which][kind] for point in curve]
+def at_time(curve: list[dict], seconds: float, kind: str) -> float:
+    """The loss of a curve after so many seconds of training, between the points around it."""
+    times, losses = [point["seconds"] for point in curve], [np.mean(point["loss"][kind]) for point in curve]
     return float(np.interp(seconds, times, losses))
 
 
+def mean(losses: list[float]) -> float:
+    """Of the contexts that have such tokens."""
+    known = [loss for loss in losses if not math.isnan(loss)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def above(losses: list[float], others: list[float]) -> str:
+    """Mean difference of the losses of the same contexts, with its standard error."""
+    differences = np.subtract(losses, others)
+    differences = differences[~np.isnan(differences)]
+    error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return f"{mean(list(differences)):+.3f} ± {error:.3f}"
+
+
 def write_results(results: dict[str, dict], kinds: list[str], folder: Path) -> None:
-    """A table and a picture of all arms, at equal tokens and at equal time."""
+    """Tables and a picture of all arms, at equal tokens and at equal time."""
     tokens = min(result["curve"][-1]["tokens"] for result in results.values())
     seconds = min(result["curve"][-1]["seconds"] for result in results.values())
-    rows = []
+    rows, differences, first = [], [], None
+    measures = [(kind, measure) for kind in kinds for measure in MEASURES]
     for arm, result in results.items():
         end = next(point for point in result["curve"] if point["tokens"] >= tokens)
-        losses = [f"{x[which][kind]:.3f}" for kind in kinds for which in ("loss", "end") for x in [end]]
-        in_time = [f"{at_time(result['curve'], seconds, 'loss', kind):.3f}" for kind in kinds]
+        first = first or end
+        losses = [f"{mean(end[measure][kind]):.3f}" for kind, measure in measures]
+        in_time = [f"{at_time(result['curve'], seconds, kind):.3f}" for kind in kinds]
         speed = end["tokens"] / max(end["seconds"], 1e-9)
         about = (f"{result['parameters'] / 1e6:.0f} M", result["pairs"] or "", f"{speed:.0f}")
         rows.append([f"`{arm}`: {ARMS[arm]}", *about, f"{result['peak_gibibytes']:.1f}", *losses, *in_time])
+        if end is not first:
+            of_pairs = (above(end[measure][kind], first[measure][kind]) for kind, measure in measures)
+            differences.append([f"`{arm}`", *of_pairs])
     head = ["attention", "parameters", "pairs per token", "tokens/s", "GiB"]
-    head += [f"{kind}{what}" for kind in kinds for what in ("", ", last quarter")]
-    head += [f"{kind} after {seconds:.0f} s" for kind in kinds]
+    names = [f"{kind}{MEASURES[measure]}" for kind, measure in measures]
+    in_time = [f"{kind} after {seconds:.0f} s" for kind in kinds]
     print(f"\nHeld-out loss in nats per token after {tokens} tokens, and after {seconds:.0f} s of training\n")
-    print(table(head, rows), flush=True)
+    print(table([*head, *names, *in_time], rows), flush=True)
+    if differences:
+        print(f"\nAfter {tokens} tokens, above `{next(iter(results))}` on the same contexts\n")
+        print(table(["attention", *names], differences), flush=True)
 
     figure, panels = plt.subplots(len(kinds), 2, figsize=(10, 4 * len(kinds)), squeeze=False, layout="constrained")
     for kind, (by_tokens, by_time) in zip(kinds, panels, strict=True):
         for arm, result in results.items():
-            losses = [point["loss"][kind] for point in result["curve"]]
+            losses = [np.mean(point["loss"][kind]) for point in result["curve"]]
             by_tokens.plot([point["tokens"] / 1e6 for point in result["curve"]], losses, label=arm)
             by_time.plot([point["seconds"] / 60 for point in result["curve"]], losses, label=arm)
         by_tokens.set(xlabel="million tokens", ylabel=f"held-out loss (nats), {kind}")
@@ -322,7 +431,8 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     contexts = read_contexts(args, tokenizer, folder)
     for arm in args.arms:
-        run_arm(arm, args, training_args, contexts, tokenizer)
+        with attention_function(arm):
+            run_arm(arm, args, training_args, contexts, tokenizer)
         if training_args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
     results = {arm: Results(folder / arm / "result.json") for arm in ARMS}

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,7 +39,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from longnet_hf import LongNetConfig, LongNetForCausalLM, describe, set_dilated_attention
+from longnet_hf import (
+    DilatedPattern,
+    LongNetConfig,
+    LongNetForCausalLM,
+    describe,
+    dilated_attention_reference,
+    set_dilated_attention,
+)
 
 
 pytest.importorskip("datasets"), pytest.importorskip("matplotlib")
@@ -875,10 +883,11 @@ def test_models_are_trained_from_scratch_and_training_goes_on_where_it_was_stopp
     assert "Going on from run/paper/checkpoint-2" in done.stdout and "window-heads is done already." in done.stdout
     again = json.loads((folder / "result.json").read_text())
     for ours, theirs in zip(again["curve"], result["curve"], strict=True):
-        assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert ours["step"] == theirs["step"]
+        assert ours["loss"]["docs"] == pytest.approx(theirs["loss"]["docs"], abs=1e-4)
     times = [point["seconds"] for point in again["curve"]]
     assert times == sorted(times)
-    assert done.stdout.count("| `") == 3 and "after 2560 tokens" in done.stdout
+    assert done.stdout.count("| `") == 3 + 2 and "above `paper` on the same contexts" in done.stdout
 
     # or after its last, before that was measured
     (folder / "result.json").write_text(json.dumps({"curve": again["curve"][:2]}))
@@ -886,10 +895,32 @@ def test_models_are_trained_from_scratch_and_training_goes_on_where_it_was_stopp
     assert done.returncode == 0, done.stderr[-2000:]
     last = json.loads((folder / "result.json").read_text())["curve"]
     assert [point["step"] for point in last] == [2, 4, 5] and last[2]["seconds"] >= last[1]["seconds"] > 0
-    assert last[2]["loss"] == pytest.approx(again["curve"][2]["loss"], abs=1e-4)
+    assert last[2]["loss"]["docs"] == pytest.approx(again["curve"][2]["loss"]["docs"], abs=1e-4)
 
     done = train("--arms", "full", "--save_steps", 3)
     assert "`--save_steps` must be 2, as `--eval_steps` is" in done.stderr
+
+    done = train("--arms", "windows", "--start_from", folder, "--output_dir", "on", "--learning_rate", 0)
+    assert done.returncode == 0, done.stderr[-2000:]
+    start, end = (load_file(x / "model.safetensors") for x in (folder, tmp_path / "on" / "windows"))
+    assert all(torch.equal(start[name], end[name]) for name in start)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_windows_of_blocks_are_those_of_the_pattern_where_blocks_have_one_key(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples"), monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study = importlib.import_module("from_scratch")
+    windows = dict(branch_types=["window"] * 3, head_offset="rotating", layer_idx=1)
+    pattern = DilatedPattern([9, 37, 150], [1, 4, 16], **windows).with_branch("sink", 4)
+    query, key, value = torch.randn(3, 2, 6, 150, 8)
+    attend = functools.partial(study.attend_to_blocks, SimpleNamespace(pattern=pattern), query, key, value, None, 0.3)
+    expected = dilated_attention_reference(query, key, value, pattern, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(attend(block=1, attend=flex_attention)[0], expected, rtol=0, atol=1e-5)
+    count = study.windows_of_blocks(pattern, 6, 8, query.device)
+    n, m = torch.arange(150)[:, None], torch.arange(150)
+    for head in range(6):  # of the widest branch, behind the others
+        far = count(n, m, torch.tensor(head))[140, 4:100] > 0
+        assert far.tolist() == [x // 8 % 16 == pattern.phase(pattern.branches[2], head, 6) for x in range(4, 100)]
 
 
 @pytest.mark.skipif(find_spec("fla") is not None, reason="flash-linear-attention is installed")
