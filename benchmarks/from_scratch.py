@@ -8,16 +8,17 @@ Every arm starts from the same seed and sees the same contexts in the same order
 in odd layers, a sliding window of its work with a sink, that with full attention in every fourth head, and full
 attention; windows that keep one key in *r* far away, or one block of 64 keys in *r* (computed by FlexAttention; a GPU
 is needed); and a recurrent model of equal width and depth, gated DeltaNet (`pip install flash-linear-attention`; a GPU
-is needed, and on a Hopper Triton 3.7.1 or tilelang). With `--start_from` all go on from the weights of one of them.
+is needed, and on a Hopper Triton 3.7.1 or tilelang). With `--start_from` arms with attention go on from the weights of
+one of them.
 
 Texts are held out of every kind; their loss is measured as training goes on, whose time is counted without these
 measurements: of all tokens, and of those that repeat what stood further back than a sixteenth of the context. By
 default the learning rate is constant after its warm-up, so that any point of a curve is as good as the end of a
 shorter run.
 
-Ends with a table, where differences from the first arm are paired over contexts, a picture of the curves, and a record
-in JSON. The models stay in `--output_dir`, for the report on what they make of long texts (`examples/evaluate.py
---model ...`, which knows nothing of blocks). Stopped, the same command goes on where it was.
+Ends with a table, one of differences from the first arm in the order above, paired over contexts, a picture of the
+curves, and a record in JSON. The models stay in `--output_dir`, for the report on what they make of long texts
+(`examples/evaluate.py --model ...`, which knows nothing of blocks). Stopped, the same command goes on where it was.
 """
 
 import contextlib
@@ -53,7 +54,7 @@ from longnet_hf import DilatedPattern, LongNetConfig, LongNetForCausalLM, descri
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # whose measurements and records it shares
 from measurements import copy_distance, papers_pattern, read_texts, token_losses, window_of_equal_work  # noqa: E402
-from record import Results, environment, peak_gibibytes, write  # noqa: E402
+from record import Results, environment, peak_gibibytes, read, write  # noqa: E402
 from report import table  # noqa: E402
 from training import RESUME_WITH_SAME, check_settings, checkpoint_step, train_on  # noqa: E402
 
@@ -93,14 +94,21 @@ class Arguments:
 
     tokenizer: str = field(default="HuggingFaceTB/SmolLM2-135M", metadata={"help": "Whose tokenizer is used."})
     data: list[str] = field(default_factory=list, metadata={"help": "KIND=FILES, a pattern, for every kind of text."})
-    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
+    arms: list[str] = field(
+        default_factory=lambda: [arm for arm in ARMS if not arm.startswith("windows")],
+        metadata={"help": f"Of {', '.join(ARMS)}."},
+    )
     context_length: int = field(default=32768, metadata={"help": "Tokens of a context."})
     held_out: int = field(default=4, metadata={"help": "Contexts of every kind that are not trained on."})
     hidden_size: int = field(default=768, metadata={"help": "Width of the models."})
     num_hidden_layers: int = field(default=12, metadata={"help": "Layers."})
     head_dim: int = field(default=64, metadata={"help": "Of an attention head."})
     start_from: str | None = field(
-        default=None, metadata={"help": "The folder of a trained arm, whose weights all arms start from."}
+        default=None,
+        metadata={
+            "help": "The folder of a trained arm with attention, of these sizes, whose weights all arms start from. "
+            "Give another `--seed` than that arm had: it orders the contexts."
+        },
     )
 
     def __post_init__(self):
@@ -113,15 +121,29 @@ class Arguments:
                 f"`--arms` has `gated-deltanet`, which needs {missing}; without it, give others: "
                 f"{' '.join(arm for arm in ARMS if arm != 'gated-deltanet')}."
             )
-        if self.start_from is not None and "gated-deltanet" in self.arms:
-            raise ValueError(
-                f"`--start_from` takes the weights of a model with attention, got {self.start_from!r} and "
-                "`--arms` with `gated-deltanet`."
-            )
+        if self.start_from is not None:
+            self._check_start()
         if self.held_out < 1:
             raise ValueError(f"`--held_out` must be at least 1, got {self.held_out}.")
         if self.hidden_size % self.head_dim:
             raise ValueError(f"`--head_dim` must divide {self.hidden_size} (`--hidden_size`), got {self.head_dim}.")
+
+    def _check_start(self):
+        file = Path(self.start_from, "config.json")
+        if not file.exists() or "gated-deltanet" in self.arms:
+            raise ValueError(
+                "`--start_from` must be the folder of a trained arm with attention, as all `--arms` must be then, got "
+                f"{self.start_from!r} and {self.arms}."
+            )
+        config = read(file)
+        heads = self.hidden_size // self.head_dim
+        sizes = dict(hidden_size=self.hidden_size, num_hidden_layers=self.num_hidden_layers, num_attention_heads=heads)
+        for name, size in {"model_type": "longnet", **sizes}.items():
+            if config.get(name) != size:
+                raise ValueError(
+                    f"`--start_from` must be a model of these sizes: {name} is {config.get(name)!r} in {file}, and "
+                    f"{size!r} here."
+                )
 
 
 MEASURES = {"loss": "", "end": ", last quarter", "copies": ", copies from afar"}
@@ -308,7 +330,7 @@ class CurveTrainer(Trainer):
             copies = zip(losses, self.are_copies[kind], strict=True)
             point["loss"][kind] = [x.mean().item() for x in losses]
             point["end"][kind] = [x[-length // 4 :].mean().item() for x in losses]
-            point["copies"][kind] = [x[are.to(x.device)].mean().item() for x, are in copies]
+            point["copies"][kind] = [x[are].mean().item() for x, are in copies]
         before = [point for point in curve if point["step"] < step]  # Trainer may ask twice at its end
         self.results.save(curve=[*before, point])
         metrics = {f"eval_loss_{kind}": float(np.mean(losses)) for kind, losses in point["loss"].items()}
@@ -361,8 +383,8 @@ def at_time(curve: list[dict], seconds: float, kind: str) -> float:
     return float(np.interp(seconds, times, losses))
 
 
-def mean(losses: list[float]) -> float:
-    """Of the contexts that have such tokens."""
+def mean(losses: list[float] | np.ndarray) -> float:
+    """Over the contexts that have such tokens."""
     known = [loss for loss in losses if not math.isnan(loss)]
     return sum(known) / len(known) if known else math.nan
 
@@ -370,36 +392,37 @@ def mean(losses: list[float]) -> float:
 def above(losses: list[float], others: list[float]) -> str:
     """Mean difference of the losses of the same contexts, with its standard error."""
     differences = np.subtract(losses, others)
-    differences = differences[~np.isnan(differences)]
-    error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return f"{mean(list(differences)):+.3f} ± {error:.3f}"
+    known = differences[~np.isnan(differences)]
+    error = known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+    return f"{mean(differences):+.3f} ± {error:.3f}"
 
 
 def write_results(results: dict[str, dict], kinds: list[str], folder: Path) -> None:
     """Tables and a picture of all arms, at equal tokens and at equal time."""
     tokens = min(result["curve"][-1]["tokens"] for result in results.values())
     seconds = min(result["curve"][-1]["seconds"] for result in results.values())
-    rows, differences, first = [], [], None
+    rows, differences, ends = [], [], []
     measures = [(kind, measure) for kind in kinds for measure in MEASURES]
     for arm, result in results.items():
         end = next(point for point in result["curve"] if point["tokens"] >= tokens)
-        first = first or end
+        ends.append(end)
         losses = [f"{mean(end[measure][kind]):.3f}" for kind, measure in measures]
         in_time = [f"{at_time(result['curve'], seconds, kind):.3f}" for kind in kinds]
         speed = end["tokens"] / max(end["seconds"], 1e-9)
         about = (f"{result['parameters'] / 1e6:.0f} M", result["pairs"] or "", f"{speed:.0f}")
         rows.append([f"`{arm}`: {ARMS[arm]}", *about, f"{result['peak_gibibytes']:.1f}", *losses, *in_time])
-        if end is not first:
-            of_pairs = (above(end[measure][kind], first[measure][kind]) for kind, measure in measures)
-            differences.append([f"`{arm}`", *of_pairs])
+        differences.append([f"`{arm}`", *(above(end[x][kind], ends[0][x][kind]) for kind, x in measures)])
     head = ["attention", "parameters", "pairs per token", "tokens/s", "GiB"]
     names = [f"{kind}{MEASURES[measure]}" for kind, measure in measures]
     in_time = [f"{kind} after {seconds:.0f} s" for kind in kinds]
     print(f"\nHeld-out loss in nats per token after {tokens} tokens, and after {seconds:.0f} s of training\n")
     print(table([*head, *names, *in_time], rows), flush=True)
-    if differences:
-        print(f"\nAfter {tokens} tokens, above `{next(iter(results))}` on the same contexts\n")
-        print(table(["attention", *names], differences), flush=True)
+    if len(differences) > 1:
+        print(
+            f"\nAfter {tokens} tokens, above `{next(iter(results))}` on the same contexts: means of one run each, ± "
+            "one standard error over the contexts\n"
+        )
+        print(table(["attention", *names], differences[1:]), flush=True)
 
     figure, panels = plt.subplots(len(kinds), 2, figsize=(10, 4 * len(kinds)), squeeze=False, layout="constrained")
     for kind, (by_tokens, by_time) in zip(kinds, panels, strict=True):
@@ -425,8 +448,11 @@ def main():
             f"`--save_steps` must be {training_args.eval_steps}, as `--eval_steps` is, so that a run which goes on "
             f"knows what it has measured; got {training_args.save_steps}."
         )
+    if "windows-64" in args.arms and training_args.device.type != "cuda":
+        raise ValueError(f"`--arms` has `windows-64`, which needs a GPU to be trained, got {training_args.device}.")
     names = (*RESUME_WITH_SAME, "eval_steps")
-    settings = asdict(args) | {name: getattr(training_args, name) for name in names} | {"arms": None}
+    settings = asdict(args) | {name: getattr(training_args, name) for name in names}
+    settings |= {"arms": None, "measures": list(MEASURES)}  # of older results, there is less
     check_settings(folder / "settings.json", settings)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     contexts = read_contexts(args, tokenizer, folder)

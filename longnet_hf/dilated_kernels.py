@@ -34,7 +34,17 @@ from .dilated_plan import (  # isort: skip
 )
 # fmt: on
 from .documents import Document
-from .kernel_launch import Arguments, Blocks, Launches, blocks_of, launch, padded, row_constants, strides_of
+from .kernel_launch import (
+    Arguments,
+    Blocks,
+    Launches,
+    blocks_of,
+    launch,
+    padded,
+    precision_of,
+    row_constants,
+    strides_of,
+)
 
 
 try:  # optional: of code from the Hub, Transformers requires whatever is imported outside of `try`
@@ -785,15 +795,17 @@ def _run_queries(
     plan, head_table = find_tables(pattern, key.shape[1], documents, blocks.own, True, is_causal, query.device)
     tensors = query, key, value, result, lse_or_stats, grad_output
 
+    numbers = query.shape[2], query.shape[1], scale
+
     def prepare() -> list[Launches]:
-        heads, strides = query.shape[1], strides_of(query, key, value, result, grad_output)
+        strides = strides_of(query, key, value, result, grad_output)
         constants = dict(GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
         constants |= _constants(attention, plan, blocks, strides)
-        arguments = Arguments(tensors, (query.shape[2], heads, scale), strides, constants)
-        return _prepare(_query_kernel, len(head_table) * (heads // key.shape[1]), plan, head_table, arguments, blocks)
+        arguments, group = Arguments(tensors, numbers, strides, constants), query.shape[1] // key.shape[1]
+        return _prepare(_query_kernel, len(head_table) * group, plan, head_table, arguments, blocks)
 
     for launches in _prepared(plan, attention, tensors, blocks, is_gradient, prepare):
-        launches(*tensors)
+        launches(tensors, numbers)
 
 
 def _run_keys(
@@ -805,16 +817,16 @@ def _run_keys(
     plan, head_table = find_tables(pattern, key.shape[1], documents, blocks.own, False, is_causal, query.device)
     sink_grads = _run_sink(attention, plan, head_table, stats, grad_output)
     tensors = query, key, value, grad_output, stats, dk, dv, sink_grads
+    numbers = query.shape[2], query.shape[1], plan.sink_rows, scale
 
     def prepare() -> list[Launches]:
         strides = strides_of(query, key, value, grad_output, dk, dv)
         constants = dict(BLOCK_M=blocks.met, BLOCK_N=blocks.own) | _constants(attention, plan, blocks, strides)
-        numbers = query.shape[2], query.shape[1], plan.sink_rows, scale
         arguments = Arguments(tensors, numbers, strides, constants)
         return _prepare(_key_kernel, len(head_table), plan, head_table, arguments, blocks)
 
-    for launches in _prepared(plan, attention, tensors, blocks, True, prepare):
-        launches(*tensors)
+    for launches in _prepared(plan, attention, tensors, blocks, is_gradient=True, prepare=prepare):
+        launches(tensors, numbers)
 
 
 def _run_sink(
@@ -854,9 +866,9 @@ def _prepared(
     prepare: Callable[[], list[Launches]],
 ) -> list[Launches]:
     """What `prepare` gives: made for the first call whose tensors lie so, and kept with the plan."""
-    query, allows_tf32 = attention.query, torch.backends.cuda.matmul.allow_tf32
+    query = attention.query
     layout = query.dtype, query.shape, attention.key.shape[1:3], *(x.stride() for x in tensors)
-    kind = attention.pattern, attention.scale, blocks, is_gradient, allows_tf32, layout
+    kind = attention.pattern, blocks, is_gradient, precision_of(query.dtype), layout
     launches = plan.launches.get(kind)
     if launches is None:
         launches = plan.launches[kind] = prepare()

@@ -3,7 +3,7 @@ takes longer than many of the launches. Needs no Triton itself."""
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,13 +83,19 @@ def strides_of(*tensors: torch.Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of such numbers are taken; of float32, as PyTorch takes its own on a GPU."""
+    # The older `allow_tf32` raises errors once anything, such as Trainer with `tf32=True`, has set this one
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "ieee" if exact else "tf32"
+
+
 def row_constants(query: torch.Tensor, blocks: Blocks) -> dict:
     """What any kernel is compiled for that multiplies rows of queries and keys."""
-    exact = query.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     return dict(
         HEAD_DIM=query.shape[3],
         BLOCK_D=padded(query.shape[3]),
-        PRECISION="ieee" if exact else "tf32",
+        PRECISION=precision_of(query.dtype),
         STAGES=blocks.stages,
     )
 
@@ -104,9 +110,9 @@ class Launches:
     those that can make a difference, once for all calls whose tensors lie alike.
 
     Args:
-        kernel: the kernel.
+        kernel: the kernel, which is not compiled for any number.
         launches: every grid, and the tensors of its launch alone, which are alike in number and dtype.
-        arguments: the others; of the tensors, which calls give, only the dtypes and the device are kept.
+        arguments: the others; of the tensors, only the dtypes and the device are kept.
         blocks: what else the kernel is compiled for.
     """
 
@@ -117,29 +123,32 @@ class Launches:
         arguments: Arguments,
         blocks: Blocks | None = None,
     ):
-        tensors, self.numbers, self.strides, self.constants = arguments
+        tensors, _, self.strides, self.constants = arguments
         self.kernel, self.blocks, self.device = kernel, blocks, tensors[0].device
         self.launches = [(grid, own) for grid, own in launches if 0 not in grid]
         own_pointers = [[x.data_ptr() for x in own] for _, own in self.launches]
         self.are_aligned = _are_aligned(pointer for of_launch in own_pointers for pointer in of_launch)
-        in_order = (self.constants[name] for name in kernel.arg_names[-len(self.constants) :])
-        rest = *self.numbers, *self.strides, *in_order
-        self.rest = [(grid, (*own, *rest)) for (grid, _), own in zip(self.launches, own_pointers, strict=True)]
+        self.grids = [(grid, own) for (grid, _), own in zip(self.launches, own_pointers, strict=True)]
+        names = kernel.arg_names[len(kernel.arg_names) - len(self.constants) :]
+        self.rest = *self.strides, *(self.constants[name] for name in names)
         dtypes = [x.dtype for x in (*tensors, *(x for _, own in self.launches[:1] for x in own))]
         kinds = [stride if stride <= 1 else (stride % 16 == 0, stride >= 2**31) for stride in self.strides]
+        # Kernels live as long as their modules; their own hash takes as long as all of this
         self.kind = (id(kernel), self.device, *dtypes, *kinds, blocks, *self.constants.values())
         self.compiled = _compiled.get(self.kind)
 
-    def __call__(self, *tensors: torch.Tensor) -> None:
+    def __call__(self, tensors: Sequence[torch.Tensor], numbers: Sequence[int | float]) -> None:
+        """Launch, given tensors of the dtypes and strides of `arguments`, and its numbers or others."""
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
-                return self(*tensors)
+                return self(tensors, numbers)
         # Of a tensor Triton's launcher asks for its pointer, and the driver about that; a number is taken as it is
         pointers = [x.data_ptr() for x in tensors]
         is_aligned = self.are_aligned and _are_aligned(pointers)
-        if is_aligned and self.compiled is not None:
-            for grid, rest in self.rest:
-                self.compiled[grid](*pointers, *rest)
+        is_cuda = self.device.type == "cuda"
+        if is_aligned and self.compiled is not None and all(x.is_cuda == is_cuda for x in tensors):
+            for grid, own in self.grids:
+                self.compiled[grid](*pointers, *own, *numbers, *self.rest)
             return
         options, compiled = {}, None
         if self.blocks is not None:
@@ -147,7 +156,7 @@ class Launches:
             if self.blocks.registers is not None:
                 options["maxnreg"] = self.blocks.registers
         for grid, own in self.launches:
-            arguments = *tensors, *own, *self.numbers, *self.strides
+            arguments = *tensors, *own, *numbers, *self.strides
             compiled = self.kernel[grid](*arguments, **self.constants, **options)
         if is_aligned and compiled is not None:  # Triton's interpreter returns nothing
             self.compiled = _compiled[self.kind] = compiled
@@ -159,4 +168,4 @@ def _are_aligned(pointers: Iterable[int]) -> bool:
 
 def launch(kernel, grid: tuple[int, int, int], arguments: Arguments, blocks: Blocks | None = None) -> None:
     """`kernel[grid](*tensors, *numbers, *strides, **constants)`, but faster, see `Launches`."""
-    Launches(kernel, [(grid, ())], arguments, blocks)(*arguments.tensors)
+    Launches(kernel, [(grid, ())], arguments, blocks)(arguments.tensors, arguments.numbers)

@@ -6,6 +6,7 @@ Triton decides when it is imported whether it interprets.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from triton._C.libtriton import ir
@@ -47,10 +48,10 @@ NONE_DENSE = DilatedPattern([64, 200], [2, 3])
 PATTERNS = [MIXED, NONE_DENSE, DilatedPattern([64, 200], [1, 4]), DilatedPattern([64, 4], [1, 1], ["window", "sink"])]
 
 
-def source_of(launches: Launches, tensors: tuple[torch.Tensor, ...]) -> ASTSource:
+def source_of(launches: Launches, tensors: Sequence[torch.Tensor], numbers: Sequence[int | float]) -> ASTSource:
     """Of the first of the launches, which are alike."""
     kernel, own = launches.kernel, launches.launches[0][1]
-    arguments = *tensors, *own, *launches.numbers, *launches.strides
+    arguments = *tensors, *own, *numbers, *launches.strides
     values = dict(zip(kernel.arg_names, arguments, strict=False))
     kinds = {torch.Tensor: lambda x: TYPES[x.dtype], float: lambda x: "fp32", int: lambda x: "i32"}
     signature = {
@@ -63,7 +64,7 @@ def source_of(launches: Launches, tensors: tuple[torch.Tensor, ...]) -> ASTSourc
     return ASTSource(kernel, signature, constexprs=places, attrs=attributes)
 
 
-def check_types(launches: Launches, *tensors: torch.Tensor) -> None:
+def check_types(launches: Launches, tensors: Sequence[torch.Tensor], numbers: Sequence[int | float]) -> None:
     """In place of launching."""
     if not launches.launches:
         return
@@ -72,18 +73,20 @@ def check_types(launches: Launches, *tensors: torch.Tensor) -> None:
     ir.load_dialects(context)
     backend.load_dialects(context)
     modules = backend.get_module_map()
-    source_of(launches, tensors).make_ir(
+    source_of(launches, tensors, numbers).make_ir(
         HOPPER, options, backend.get_codegen_implementation(options), modules, context
     )
     compiled.add(launches.kernel.fn.__name__)
 
 
-def check_shared_memory(launches: Launches, *tensors: torch.Tensor, target=HOPPER) -> None:
+def check_shared_memory(
+    launches: Launches, tensors: Sequence[torch.Tensor], numbers: Sequence[int | float], target=HOPPER
+) -> None:
     """Likewise, of kernels in blocks."""
     blocks = launches.blocks
     if blocks is not None and launches.launches:
         options = dict(num_warps=blocks.warps)
-        shared = compile(source_of(launches, tensors), target=target, options=options).metadata.shared
+        shared = compile(source_of(launches, tensors, numbers), target=target, options=options).metadata.shared
         assert shared <= SHARED_MEMORY[target], (launches.kernel, blocks, target, shared)
 
 

@@ -331,18 +331,18 @@ def test_launches_past_triton_have_the_same_arguments(monkeypatch):
     arguments = kernel_launch.Arguments((x,), (7,), [16], {"TWO": 2, "ONE": 1})  # in another order
     own_of_launches = [((0, 1, 1), (own,)), ((2, 1, 1), (own,)), ((3, 1, 1), (other,))]
     launches = kernel_launch.Launches(kernel, own_of_launches, arguments, blocks)
-    launches(x)
-    launches(other)
-    kernel_launch.Launches(kernel, own_of_launches[:2], arguments, blocks)(x)  # of a kernel that is compiled
-    launches(x[1:])  # not aligned
-    kernel_launch.Launches(kernel, [((2, 1, 1), (own[1:],))], arguments, blocks)(x)
+    launches((x,), (7,))
+    launches((other,), (8,))
+    kernel_launch.Launches(kernel, own_of_launches[:2], arguments, blocks)((x,), (7,))  # of a compiled kernel
+    launches((x[1:],), (7,))  # not aligned
+    kernel_launch.Launches(kernel, [((2, 1, 1), (own[1:],))], arguments, blocks)((x,), (7,))
     options = {"TWO": 2, "ONE": 1, "num_warps": 4, "maxnreg": 128}
     at_x, at_own, at_other = (tensor.data_ptr() for tensor in (x, own, other))
     expected = [
         ("triton", (2, 1, 1), x, own, 7, 16, options),
         ("triton", (3, 1, 1), x, other, 7, 16, options),
-        ("compiled", (2, 1, 1), at_other, at_own, 7, 16, 1, 2),
-        ("compiled", (3, 1, 1), at_other, at_other, 7, 16, 1, 2),
+        ("compiled", (2, 1, 1), at_other, at_own, 8, 16, 1, 2),
+        ("compiled", (3, 1, 1), at_other, at_other, 8, 16, 1, 2),
         ("compiled", (2, 1, 1), at_x, at_own, 7, 16, 1, 2),
     ]
     for call, right in zip(calls, expected, strict=False):
@@ -352,7 +352,7 @@ def test_launches_past_triton_have_the_same_arguments(monkeypatch):
 
 
 def test_launches_are_prepared_once_for_tensors_that_lie_alike(interpreted, monkeypatch):
-    """And not taken for those of other strides, scales and phases."""
+    """And not taken for those of other strides and phases."""
     prepared = []
 
     class Counted(kernel_launch.Launches):
@@ -364,10 +364,9 @@ def test_launches_are_prepared_once_for_tensors_that_lie_alike(interpreted, monk
     dilated_plan.make_plan.cache_clear()
     first = DilatedPattern([16, 48], [1, 3]).with_branch("sink", 2)
     rotated = replace(first, head_offset="rotating", layer_idx=1)
-    kinds = (first, None, False), (first, None, True), (first, 0.3, True), (rotated, 0.3, True)
-    for pattern, scale, is_transposed in kinds:
+    for pattern, is_transposed in ((first, False), (first, True), (rotated, True)):
         before = len(prepared)
-        for _ in range(2):
+        for scale in (None, 0.3):
             inputs, grad = random_tensors(1, 2, 2, 50, 50, 8, torch.float32)
             if is_transposed:
                 inputs = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
@@ -377,6 +376,20 @@ def test_launches_are_prepared_once_for_tensors_that_lie_alike(interpreted, monk
             ours, theirs = (gradients(x, inputs, grad) for x in (output, expected))
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
             assert len(prepared) == before + 3 * 2  # forward, queries and keys: dense and dilated launches
+
+
+def test_products_of_float32_are_taken_as_pytorch_takes_its_own(interpreted):
+    """Whose older switch cannot be asked once Trainer (`tf32=True`) has set the newer one."""
+    assert kernel_launch.precision_of(torch.float32) == "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert kernel_launch.precision_of(torch.float32) == "tf32"
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs, grad = random_tensors(1, 2, 1, 40, 40, 8, dtype)
+            gradients(dilated_attention(*inputs, DilatedPattern([16, 48], [1, 3])), inputs, grad)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_where_documents_lie_is_not_captured(monkeypatch):

@@ -904,6 +904,13 @@ def test_models_are_trained_from_scratch_and_training_goes_on_where_it_was_stopp
     assert done.returncode == 0, done.stderr[-2000:]
     start, end = (load_file(x / "model.safetensors") for x in (folder, tmp_path / "on" / "windows"))
     assert all(torch.equal(start[name], end[name]) for name in start)
+    for wrong, message in (
+        (("--start_from", folder / "nowhere"), "`--start_from` must be the folder of a trained arm"),
+        (("--start_from", folder, "--num_hidden_layers", 3), "num_hidden_layers is 2 in .*config.json, and 3 here"),
+        (("--arms", "paper", "windows-64"), "`windows-64`, which needs a GPU to be trained, got cpu"),
+    ):
+        done = train("--arms", "windows", *wrong, "--output_dir", "wrong")
+        assert re.search(message, done.stderr) and not (tmp_path / "wrong" / "contexts.safetensors").exists()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
