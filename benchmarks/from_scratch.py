@@ -7,9 +7,9 @@ The models have the size of the paper's base model (12 layers, 768 wide), and co
 Every arm starts from the same seed and sees the same contexts in the same order: the paper's pattern, the same shifted
 in odd layers, a sliding window of its work with a sink, that with full attention in every fourth head, and full
 attention; windows that keep one key in *r* far away, or one block of 64 keys in *r* (computed by FlexAttention; a GPU
-is needed); and a recurrent model of equal width and depth, gated DeltaNet (`pip install flash-linear-attention`; a GPU
-is needed, and on a Hopper Triton 3.7.1 or tilelang). With `--start_from` arms with attention go on from the weights of
-one of them.
+is needed); and recurrent models of equal width and depth, DeltaNet and gated DeltaNet (`pip install
+flash-linear-attention`; a GPU is needed, and for the gated one on a Hopper Triton 3.7.1 or tilelang). With
+`--start_from` arms with attention go on from the weights of one of them.
 
 Texts are held out of every kind; their loss is measured as training goes on, whose time is counted without these
 measurements: of all tokens, and of those that repeat what stood further back than a sixteenth of the context. By
@@ -71,17 +71,20 @@ ARMS = {
     "full": "full attention",
     "windows": "windows of N/16, N/4 and N tokens that keep one key in 1, 4 and 16, and a sink",
     "windows-64": "the same, of one block of 64 keys in 1, 4 and 16",
+    "deltanet": "DeltaNet (arXiv 2406.06484)",
     "gated-deltanet": "gated DeltaNet (arXiv 2412.06464)",
 }
+RECURRENT = "deltanet", "gated-deltanet"
 SINK_TOKENS = 4
 BLOCK = 64
 
 
-def missing_for_gated_deltanet() -> str | None:
-    """What has to be installed to train it here."""
+def missing_for(arm: str) -> str | None:
+    """What has to be installed to train a recurrent arm here."""
     if find_spec("fla") is None:
         return "`pip install flash-linear-attention`"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and find_spec("tilelang") is None:
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    if arm == "gated-deltanet" and is_hopper and find_spec("tilelang") is None:
         triton = version("triton")
         if Version("3.4") <= Version(triton) < Version("3.7.1"):  # flash-linear-attention says so in the backward pass
             return f"Triton 3.7.1 or tilelang on a Hopper GPU, where its gradients are wrong with Triton {triton}"
@@ -115,12 +118,13 @@ class Arguments:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or not self.arms:
             raise ValueError(f"`--arms` must be of {list(ARMS)}, got {self.arms}.")
-        missing = missing_for_gated_deltanet() if "gated-deltanet" in self.arms else None
-        if missing:  # said before the other arms are trained
-            raise ValueError(
-                f"`--arms` has `gated-deltanet`, which needs {missing}; without it, give others: "
-                f"{' '.join(arm for arm in ARMS if arm != 'gated-deltanet')}."
-            )
+        missing = {arm: missing_for(arm) for arm in RECURRENT}
+        for arm in self.arms:
+            if missing.get(arm) is not None:  # said before the other arms are trained
+                others = " ".join(other for other in ARMS if missing.get(other) is None)
+                raise ValueError(
+                    f"`--arms` has `{arm}`, which needs {missing[arm]}; without it, give others: {others}."
+                )
         if self.start_from is not None:
             self._check_start()
         if self.held_out < 1:
@@ -130,7 +134,7 @@ class Arguments:
 
     def _check_start(self):
         file = Path(self.start_from, "config.json")
-        if not file.exists() or "gated-deltanet" in self.arms:
+        if not file.exists() or set(RECURRENT) & set(self.arms):
             raise ValueError(
                 "`--start_from` must be the folder of a trained arm with attention, as all `--arms` must be then, got "
                 f"{self.start_from!r} and {self.arms}."
@@ -209,16 +213,18 @@ def make_model(arm: str, args: Arguments, vocabulary: int) -> PreTrainedModel:
         tie_word_embeddings=True,
         use_cache=False,
     )
-    if arm != "gated-deltanet":
+    if arm not in RECURRENT:
         heads = args.hidden_size // args.head_dim
         fields = dict(num_attention_heads=heads, intermediate_size=4 * args.hidden_size, **attention_of(arm, args))
         config = LongNetConfig(**shape, **fields)
         if args.start_from is not None:
             return LongNetForCausalLM.from_pretrained(args.start_from, config=config, dtype=torch.float32)
         return LongNetForCausalLM(config)
-    from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+    from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
-    # Keys of half the width and values of all of it: as many weights as the attention of the others
+    # As many weights as the attention of the others; of the gated one that makes keys of half the width
+    if arm == "deltanet":
+        return DeltaNetForCausalLM(DeltaNetConfig(**shape, num_heads=max(1, args.hidden_size // 128)))
     heads = max(1, args.hidden_size // 192)
     return GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**shape, num_heads=heads, head_dim=96, expand_v=2))
 
@@ -368,7 +374,7 @@ def run_arm(arm: str, args: Arguments, training_args: TrainingArguments, context
     if not results["curve"] or results["curve"][-1]["step"] < trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model(str(folder))
-    pairs = None if arm == "gated-deltanet" else round(describe(model, args.context_length).pairs_per_token)
+    pairs = None if arm in RECURRENT else round(describe(model, args.context_length).pairs_per_token)
     results.save(
         parameters=model.num_parameters(),
         pairs=pairs,

@@ -934,15 +934,20 @@ def test_windows_of_blocks_are_those_of_the_pattern_where_blocks_have_one_key(mo
 def test_an_arm_that_cannot_be_trained_is_refused_before_the_others_are(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples"), monkeypatch.syspath_prepend(ROOT / "benchmarks")
     study = importlib.import_module("from_scratch")
-    with pytest.raises(ValueError, match="needs `pip install flash-linear-attention`; .*: paper shifted window"):
+    with pytest.raises(
+        ValueError, match="`deltanet`, which needs `pip install flash-linear-attention`; .*: paper .* windows-64.$"
+    ):
         study.Arguments()
     assert study.Arguments(arms=["paper"]).arms == ["paper"]
     monkeypatch.setattr(study, "find_spec", lambda name: None if name == "tilelang" else name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(study, "version", lambda name: "3.6.0")
-    with pytest.raises(ValueError, match="needs Triton 3.7.1 or tilelang on a Hopper GPU.*3.6.0; .*paper"):
+    with pytest.raises(
+        ValueError, match="needs Triton 3.7.1 or tilelang on a Hopper GPU.*3.6.0; .*paper .* deltanet.$"
+    ):
         study.Arguments()
+    assert study.Arguments(arms=["full", "deltanet"]).arms == ["full", "deltanet"]
     monkeypatch.setattr(study, "version", lambda name: "3.7.1")
     assert study.Arguments().arms[-1] == "gated-deltanet"
 
