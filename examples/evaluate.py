@@ -1,6 +1,7 @@
 """A report of what a causal language model makes of long texts, beside its baselines.
 
     python examples/evaluate.py --model HuggingFaceTB/SmolLM2-135M --data 'books/*.txt' --lengths 4096 16384 32768
+    python examples/evaluate.py --model runs/tuned --beside before=runs/base --arms model --data 'books/*.txt'
 
 Any causal language model of Transformers, with a LongNet's pattern or without. Into `--output_dir` come report.md,
 report.json and pictures of
@@ -16,7 +17,8 @@ report.json and pictures of
 
 Beside the model: the same weights with full attention, if they have a pattern, and with a sliding window and a sink,
 of as many pairs of a text of the longest length (for a model with full attention: as many as the paper's pattern has);
-and chance. Stopped, the same command goes on where it was.
+other models (`--beside`), on the same texts; and chance. Differences are of text by text. Stopped, the same command
+goes on where it was.
 """
 
 import math
@@ -93,6 +95,10 @@ class Arguments:
         },
     )
     arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
+    beside: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME=MODEL, other models of the same tokenizer, measured as they are."},
+    )
     seed: int = field(default=0, metadata={"help": "Of numbers, their places and the order of shuffled parts."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to run."})
     output_dir: str = field(default="runs/evaluate", metadata={"help": "Folder of the report."})
@@ -102,6 +108,13 @@ class Arguments:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or "model" not in self.arms:
             raise ValueError(f"`--arms` must be `model` and others of {list(ARMS)}, got {self.arms}.")
+        names = [entry.partition("=")[0] for entry in self.beside]
+        for entry, name in zip(self.beside, names, strict=True):
+            if not (name.isidentifier() and entry.partition("=")[2]) or name in ARMS or names.count(name) > 1:
+                raise ValueError(
+                    f"`--beside` takes NAME=MODEL, with a name of letters, digits and underscores that is used once "
+                    f"and is none of {list(ARMS)}, got {entry!r}."
+                )
         for name, least in (("texts", 2), ("needle_texts", 0), ("ruler_texts", 0), ("target_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`--{name}` must be at least {least}, got {getattr(self, name)}.")
@@ -112,6 +125,11 @@ class Arguments:
                 f"`--target_tokens` must be at most half of the longest of `--lengths`, {self.lengths[-1]}, got "
                 f"{self.target_tokens}."
             )
+
+    @property
+    def others(self) -> dict[str, str]:
+        """The models of `beside`, by their names."""
+        return dict(entry.split("=", maxsplit=1) for entry in self.beside)
 
 
 # Texts
@@ -299,11 +317,20 @@ class ArmMissing(Exception):
     """Why a model has no such baseline."""
 
 
+def check_others(args: Arguments, tokenizer) -> None:
+    """Refuse models whose tokens are others: their losses would be of other things."""
+    for name, model in args.others.items():
+        if AutoTokenizer.from_pretrained(model).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"`--beside {name}={model}` must be a model of the tokenizer of `--model {args.model}`.")
+
+
 def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
     """The model of an arm, and what is said of it: pairs per token and the width of its dense
     window, that of the heads that see least (None: all)."""
-    longest = args.lengths[-1]
-    config = AutoConfig.from_pretrained(args.model)
+    longest, name = args.lengths[-1], args.others.get(arm, args.model)
+    if arm in args.others:
+        arm = "model"
+    config = AutoConfig.from_pretrained(name)
     text_config = config.get_text_config()
     has_pattern = hasattr(text_config, "layer_patterns") or hasattr(text_config, "dilated_attention")
     if arm == "full" and not has_pattern:
@@ -313,12 +340,12 @@ def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
     if longest > (getattr(text_config, "max_position_embeddings", None) or longest):
         if not rope or "rope_type" not in rope:
             raise ValueError(
-                f"`--lengths` must be at most {text_config.max_position_embeddings} for `--model {args.model}`, whose "
+                f"`--lengths` must be at most {text_config.max_position_embeddings} for {name}, whose "
                 f"positions cannot be stretched, got {longest}."
             )
         if text_config is not config:
             raise ValueError(
-                f"`--lengths` must be at most {text_config.max_position_embeddings} for `--model {args.model}`, which "
+                f"`--lengths` must be at most {text_config.max_position_embeddings} for {name}, which "
                 f"is not of text alone: the positions of its part cannot be stretched from here, got {longest}."
             )
         fields = stretched_positions(text_config, longest)
@@ -337,7 +364,7 @@ def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
     is_longnet = hasattr(text_config, "layer_patterns")
     if arm != "model" and is_longnet:
         fields |= NO_PATTERN | pattern
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, **fields).to(args.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **fields).to(args.device).eval()
     if arm != "model" and not is_longnet:
         try:
             set_dilated_attention(model, **pattern)
@@ -389,13 +416,15 @@ def main():
     settings = asdict(args) | dict.fromkeys(("arms", "output_dir", "device"))
     check_settings(folder / "settings.json", settings)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    check_others(args, tokenizer)
     material = Material(args, tokenizer)
     check_shortest(material)
     results = Results(folder / "report.json")
     results.save(settings=settings)
-    for arm in sorted(args.arms, key=list(ARMS).index):
+    words = ARMS | {name: f"{model} as it is" for name, model in args.others.items()}
+    for arm in (*sorted(args.arms, key=list(ARMS).index), *args.others):
         measure_arm(arm, args, material, results)
-    write_report(args, ARMS, Results(folder / "report.json"), folder)  # read again: JSON makes text of the keys
+    write_report(args, words, Results(folder / "report.json"), folder)  # read again: JSON makes text of the keys
     print(f"Written to {folder / 'report.md'}")
 
 

@@ -80,6 +80,7 @@ def write_report(args, words: dict[str, str], results: Results, folder: Path) ->
     parts = [f"# {args.model} in long texts", ""]
     parts += [f"- `{arm}`: {what}" for arm, what in words.items() if arm in arms]
     parts += [f"- `{x}` is left out: {results[x]['missing']}" for x in words if "missing" in results.get(x, {})]
+    stretched = [f"`{arm}`" for arm, result in arms.items() if result["stretched"]]
     chance, asks_numbers = math.log(first["vocabulary"]), args.needle_texts > 0
     parts += [
         f"- chance: a loss of {chance:.2f} nats"
@@ -91,7 +92,8 @@ def write_report(args, words: dict[str, str], results: Results, folder: Path) ->
         + f"seed {args.seed}. ± is one standard error over texts. Losses in nats per token. "
         f"{first['hardware']}, torch {first['torch']}, transformers {first['transformers']}, longnet-hf "
         f"{first['longnet_hf']}."
-        + (" Rotary positions are stretched to the longest length with YaRN, at all lengths." * first["stretched"]),
+        + f" Rotary positions of {', '.join(stretched)} are stretched to the longest length with YaRN, at all lengths."
+        * bool(stretched),
         "",
     ]
 

@@ -674,6 +674,35 @@ def test_a_report_of_short_texts_leaves_numbers_out(tiny_llama, tmp_path):
     assert not (tmp_path / "run" / "needles.png").exists()
 
 
+def test_models_are_reported_beside_each_other(evaluation, tiny_llama, tmp_path):
+    config = LongNetConfig.from_llama(AutoModelForCausalLM.from_pretrained(tiny_llama).config)
+    config.segment_lengths, config.dilation_rates = [64, 512], [1, 4]
+    LongNetForCausalLM(config).save_pretrained(tmp_path / "longnet")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "longnet")
+    command = ("--model", tiny_llama, "--data", ROOT / "longnet_hf", "--texts", 2, "--lengths", 256, 4096)
+    command += ("--target_tokens", 128, "--needle_texts", 0, "--ruler_texts", 0, "--arms", "model")
+    done = run("evaluate.py", *command, "--beside", "again=longnet", "--output_dir", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "- `again`: longnet as it is" in report and "| positions | model | again | again - model |" in report
+    assert "positions of `model`, `again` are stretched" in report
+    alone = json.loads((tmp_path / "run" / "report.json").read_text())["again"]["losses"]["position"]
+    done = run("evaluate.py", *command, "--model", "longnet", "--output_dir", "alone", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "alone" / "report.json").read_text())["model"]["losses"]["position"] == alone
+
+    arguments = functools.partial(evaluation.report.Arguments, model=str(tiny_llama))
+    for wrong in (["longnet"], ["full=longnet"], ["a=x", "a=y"], ["a="], ["a b=x"]):
+        with pytest.raises(ValueError, match="`--beside` takes NAME=MODEL"):
+            arguments(beside=wrong)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(tmp_path / "longnet")
+    with pytest.raises(ValueError, match="`--beside again=.*longnet` must be a model of the tokenizer of"):
+        others = arguments(beside=[f"again={tmp_path / 'longnet'}"])
+        evaluation.report.check_others(others, AutoTokenizer.from_pretrained(tiny_llama))
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_record_is_of_the_gpu_that_was_used(evaluation, device, monkeypatch):
     record, gpu = importlib.import_module("record"), torch.device(device)
