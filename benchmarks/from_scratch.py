@@ -55,7 +55,7 @@ from longnet_hf import DilatedPattern, LongNetConfig, LongNetForCausalLM, descri
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # whose measurements and records it shares
 from measurements import copy_distance, papers_pattern, read_texts, token_losses, window_of_equal_work  # noqa: E402
 from record import Results, environment, peak_gibibytes, read, write  # noqa: E402
-from report import table  # noqa: E402
+from report import above, said, signed, table  # noqa: E402
 from training import RESUME_WITH_SAME, check_settings, checkpoint_step, train_on  # noqa: E402
 
 
@@ -98,7 +98,7 @@ class Arguments:
     tokenizer: str = field(default="HuggingFaceTB/SmolLM2-135M", metadata={"help": "Whose tokenizer is used."})
     data: list[str] = field(default_factory=list, metadata={"help": "KIND=FILES, a pattern, for every kind of text."})
     arms: list[str] = field(
-        default_factory=lambda: [arm for arm in ARMS if not arm.startswith("windows")],
+        default_factory=lambda: ["paper", "shifted", "window", "window-heads", "full"],
         metadata={"help": f"Of {', '.join(ARMS)}."},
     )
     context_length: int = field(default=32768, metadata={"help": "Tokens of a context."})
@@ -118,13 +118,10 @@ class Arguments:
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or not self.arms:
             raise ValueError(f"`--arms` must be of {list(ARMS)}, got {self.arms}.")
-        missing = {arm: missing_for(arm) for arm in RECURRENT}
         for arm in self.arms:
-            if missing.get(arm) is not None:  # said before the other arms are trained
-                others = " ".join(other for other in ARMS if missing.get(other) is None)
-                raise ValueError(
-                    f"`--arms` has `{arm}`, which needs {missing[arm]}; without it, give others: {others}."
-                )
+            missing = missing_for(arm) if arm in RECURRENT else None
+            if missing is not None:  # said before the other arms are trained
+                raise ValueError(f"`--arms` has `{arm}`, which needs {missing}, got {self.arms}.")
         if self.start_from is not None:
             self._check_start()
         if self.held_out < 1:
@@ -224,7 +221,8 @@ def make_model(arm: str, args: Arguments, vocabulary: int) -> PreTrainedModel:
 
     # As many weights as the attention of the others; of the gated one that makes keys of half the width
     if arm == "deltanet":
-        return DeltaNetForCausalLM(DeltaNetConfig(**shape, num_heads=max(1, args.hidden_size // 128)))
+        heads = max(n for n in range(1, max(1, args.hidden_size // 128) + 1) if args.hidden_size % n == 0)
+        return DeltaNetForCausalLM(DeltaNetConfig(**shape, num_heads=heads))
     heads = max(1, args.hidden_size // 192)
     return GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**shape, num_heads=heads, head_dim=96, expand_v=2))
 
@@ -303,7 +301,7 @@ class CurveTrainer(Trainer):
         held_out: contexts `[contexts, N]` by kind.
         results: takes the curve: steps, tokens, seconds, and for every measure the mean losses of the contexts, by
             kind: of all tokens ("loss"), of the last quarter ("end"), and of those that repeat, after the same three
-            tokens, what stood further back than N / 16 ("copies").
+            tokens, what stood further back than N / 16 ("copies"; None where there are none).
     """
 
     def __init__(self, *args, held_out: dict[str, torch.Tensor], results: Results, **kwargs):
@@ -333,10 +331,10 @@ class CurveTrainer(Trainer):
         point |= {measure: {} for measure in MEASURES}
         for kind, contexts in self.held_out.items():
             losses = [token_losses(self.model, ids.long(), 1)[0] for ids in contexts]
-            copies = zip(losses, self.are_copies[kind], strict=True)
+            copies = [x[are] for x, are in zip(losses, self.are_copies[kind], strict=True)]
             point["loss"][kind] = [x.mean().item() for x in losses]
             point["end"][kind] = [x[-length // 4 :].mean().item() for x in losses]
-            point["copies"][kind] = [x[are].mean().item() for x, are in copies]
+            point["copies"][kind] = [x.mean().item() if len(x) else None for x in copies]
         before = [point for point in curve if point["step"] < step]  # Trainer may ask twice at its end
         self.results.save(curve=[*before, point])
         metrics = {f"eval_loss_{kind}": float(np.mean(losses)) for kind, losses in point["loss"].items()}
@@ -389,20 +387,6 @@ def at_time(curve: list[dict], seconds: float, kind: str) -> float:
     return float(np.interp(seconds, times, losses))
 
 
-def mean(losses: list[float] | np.ndarray) -> float:
-    """Over the contexts that have such tokens."""
-    known = [loss for loss in losses if not math.isnan(loss)]
-    return sum(known) / len(known) if known else math.nan
-
-
-def above(losses: list[float], others: list[float]) -> str:
-    """Mean difference of the losses of the same contexts, with its standard error."""
-    differences = np.subtract(losses, others)
-    known = differences[~np.isnan(differences)]
-    error = known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan
-    return f"{mean(differences):+.3f} ± {error:.3f}"
-
-
 def write_results(results: dict[str, dict], kinds: list[str], folder: Path) -> None:
     """Tables and a picture of all arms, at equal tokens and at equal time."""
     tokens = min(result["curve"][-1]["tokens"] for result in results.values())
@@ -412,12 +396,12 @@ def write_results(results: dict[str, dict], kinds: list[str], folder: Path) -> N
     for arm, result in results.items():
         end = next(point for point in result["curve"] if point["tokens"] >= tokens)
         ends.append(end)
-        losses = [f"{mean(end[measure][kind]):.3f}" for kind, measure in measures]
+        losses = [said(end[measure][kind]).partition(" ")[0] for kind, measure in measures]
         in_time = [f"{at_time(result['curve'], seconds, kind):.3f}" for kind in kinds]
         speed = end["tokens"] / max(end["seconds"], 1e-9)
         about = (f"{result['parameters'] / 1e6:.0f} M", result["pairs"] or "", f"{speed:.0f}")
         rows.append([f"`{arm}`: {ARMS[arm]}", *about, f"{result['peak_gibibytes']:.1f}", *losses, *in_time])
-        differences.append([f"`{arm}`", *(above(end[x][kind], ends[0][x][kind]) for kind, x in measures)])
+        differences.append([f"`{arm}`", *(signed(above(end[x][kind], ends[0][x][kind])) for kind, x in measures)])
     head = ["attention", "parameters", "pairs per token", "tokens/s", "GiB"]
     names = [f"{kind}{MEASURES[measure]}" for kind, measure in measures]
     in_time = [f"{kind} after {seconds:.0f} s" for kind in kinds]
@@ -454,9 +438,12 @@ def main():
             f"`--save_steps` must be {training_args.eval_steps}, as `--eval_steps` is, so that a run which goes on "
             f"knows what it has measured; got {training_args.save_steps}."
         )
-    if "windows-64" in args.arms and training_args.device.type != "cuda":
-        raise ValueError(f"`--arms` has `windows-64`, which needs a GPU to be trained, got {training_args.device}.")
-    names = (*RESUME_WITH_SAME, "eval_steps")
+    for arm in args.arms:
+        if arm in ("windows-64", *RECURRENT) and training_args.device.type != "cuda":
+            raise ValueError(f"`--arms` has `{arm}`, which needs a GPU to be trained, got {training_args.device}.")
+        if arm in RECURRENT and not (training_args.bf16 or training_args.fp16):
+            raise ValueError(f"`--arms` has `{arm}`, whose kernels take 16 bits: give `--bf16` or `--fp16`.")
+    names = (*RESUME_WITH_SAME, "eval_steps", "lr_scheduler_kwargs")
     settings = asdict(args) | {name: getattr(training_args, name) for name in names}
     settings |= {"arms": None, "measures": list(MEASURES)}  # of older results, there is less
     check_settings(folder / "settings.json", settings)

@@ -43,7 +43,14 @@ from ruler import TASKS, make_tasks
 from text_files import find_files, standard_library_files
 from tqdm.auto import tqdm
 from training import check_settings, stretched_positions
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from longnet_hf import Branch, DilatedPattern, describe, set_dilated_attention
 
@@ -110,10 +117,11 @@ class Arguments:
             raise ValueError(f"`--arms` must be `model` and others of {list(ARMS)}, got {self.arms}.")
         names = [entry.partition("=")[0] for entry in self.beside]
         for entry, name in zip(self.beside, names, strict=True):
-            if not (name.isidentifier() and entry.partition("=")[2]) or name in ARMS or names.count(name) > 1:
+            taken = (*ARMS, "settings", "self")
+            if not (name.isidentifier() and entry.partition("=")[2]) or name in taken or names.count(name) > 1:
                 raise ValueError(
                     f"`--beside` takes NAME=MODEL, with a name of letters, digits and underscores that is used once "
-                    f"and is none of {list(ARMS)}, got {entry!r}."
+                    f"and is none of {list(taken)}, got {entry!r}."
                 )
         for name, least in (("texts", 2), ("needle_texts", 0), ("ruler_texts", 0), ("target_tokens", 1)):
             if getattr(self, name) < least:
@@ -317,17 +325,53 @@ class ArmMissing(Exception):
     """Why a model has no such baseline."""
 
 
-def check_others(args: Arguments, tokenizer) -> None:
-    """Refuse models whose tokens are others: their losses would be of other things."""
+def plain_vocabulary(tokenizer) -> dict[str, int]:
+    """The tokens that texts are made of: without those that were added, such as one for padding."""
+    return {token: i for token, i in tokenizer.get_vocab().items() if token not in tokenizer.get_added_vocab()}
+
+
+def check_others(args: Arguments, tokenizer, results: Results) -> None:
+    """Refuse models that cannot be measured beside the model, before anything is."""
     for name, model in args.others.items():
-        if AutoTokenizer.from_pretrained(model).get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"`--beside {name}={model}` must be a model of the tokenizer of `--model {args.model}`.")
+        where = f"`--beside {name}={model}`"
+        try:
+            other = AutoTokenizer.from_pretrained(model)
+        except (ImportError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{where} must be a model with its tokenizer, which could not be loaded: {error}"
+            ) from error
+        if plain_vocabulary(other) != plain_vocabulary(tokenizer):
+            raise ValueError(f"{where} must be a model of the tokenizer of `--model {args.model}`.")
+        before = results.get(name, {}).get("of", model)
+        if before != model:
+            raise ValueError(f"{where}: in {args.output_dir} {name} is {before}; give another name or `--output_dir`.")
+        longer_positions(AutoConfig.from_pretrained(model), args.lengths[-1], where)
+
+
+def longer_positions(config: PreTrainedConfig, longest: int, where: str) -> dict:
+    """The fields with which a model's positions reach over the texts."""
+    text_config = config.get_text_config()
+    rope = getattr(text_config, "rope_parameters", None)
+    native = getattr(text_config, "max_position_embeddings", None)
+    if longest <= (native or longest):
+        return {}
+    if not rope or "rope_type" not in rope:
+        raise ValueError(
+            f"`--lengths` must be at most {native} for {where}, whose positions cannot be stretched, got {longest}."
+        )
+    if text_config is not config:
+        raise ValueError(
+            f"`--lengths` must be at most {native} for {where}, which is not of text alone: the positions of its part "
+            f"cannot be stretched from here, got {longest}."
+        )
+    return stretched_positions(text_config, longest)
 
 
 def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
-    """The model of an arm, and what is said of it: pairs per token and the width of its dense
-    window, that of the heads that see least (None: all)."""
+    """The model of an arm, and what is said of it: its name, pairs per token and the width of its dense window, that
+    of the heads that see least (None: all)."""
     longest, name = args.lengths[-1], args.others.get(arm, args.model)
+    where = f"`--beside {arm}={name}`" if arm in args.others else f"`--model {name}`"
     if arm in args.others:
         arm = "model"
     config = AutoConfig.from_pretrained(name)
@@ -335,21 +379,8 @@ def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
     has_pattern = hasattr(text_config, "layer_patterns") or hasattr(text_config, "dilated_attention")
     if arm == "full" and not has_pattern:
         raise ArmMissing("the model has its own attention, which no pattern has replaced")
-    fields = {}
-    rope = getattr(text_config, "rope_parameters", None)
-    if longest > (getattr(text_config, "max_position_embeddings", None) or longest):
-        if not rope or "rope_type" not in rope:
-            raise ValueError(
-                f"`--lengths` must be at most {text_config.max_position_embeddings} for {name}, whose "
-                f"positions cannot be stretched, got {longest}."
-            )
-        if text_config is not config:
-            raise ValueError(
-                f"`--lengths` must be at most {text_config.max_position_embeddings} for {name}, which "
-                f"is not of text alone: the positions of its part cannot be stretched from here, got {longest}."
-            )
-        fields = stretched_positions(text_config, longest)
-    stretched = bool(fields)
+    fields = longer_positions(config, longest, where)
+    about: dict = {"of": name, "stretched": bool(fields)}
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
 
     pattern = FULL
@@ -372,11 +403,11 @@ def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
             raise ArmMissing(str(error)) from error
     if arm == "model" and not has_pattern:
         # Sliding windows of its own are not counted: nothing is known of what another model's layers attend to
-        return model, {"pairs": None, "dense_window": None, "stretched": stretched}
+        return model, about | {"pairs": None, "dense_window": None}
     described = describe(model, longest)
     widths = [dense_width(head.branches) for layer in described.layers for head in layer.heads]
     window = None if min(widths) == math.inf else min(widths)
-    return model, {"pairs": described.pairs_per_token, "dense_window": window, "stretched": stretched}
+    return model, about | {"pairs": described.pairs_per_token, "dense_window": window}
 
 
 def measure_arm(arm: str, args: Arguments, material: Material, results: Results) -> None:
@@ -413,13 +444,12 @@ def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = asdict(args) | dict.fromkeys(("arms", "output_dir", "device"))
+    settings = asdict(args) | dict.fromkeys(("arms", "beside", "output_dir", "device"))
     check_settings(folder / "settings.json", settings)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    check_others(args, tokenizer)
+    tokenizer, results = AutoTokenizer.from_pretrained(args.model), Results(folder / "report.json")
+    check_others(args, tokenizer, results)
     material = Material(args, tokenizer)
     check_shortest(material)
-    results = Results(folder / "report.json")
     results.save(settings=settings)
     words = ARMS | {name: f"{model} as it is" for name, model in args.others.items()}
     for arm in (*sorted(args.arms, key=list(ARMS).index), *args.others):

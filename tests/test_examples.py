@@ -32,6 +32,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -691,16 +692,42 @@ def test_models_are_reported_beside_each_other(evaluation, tiny_llama, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "alone" / "report.json").read_text())["model"]["losses"]["position"] == alone
 
-    arguments = functools.partial(evaluation.report.Arguments, model=str(tiny_llama))
-    for wrong in (["longnet"], ["full=longnet"], ["a=x", "a=y"], ["a="], ["a b=x"]):
+    # One is added to a report that is there; its name stays its own
+    done = run("evaluate.py", *command, "--beside", "more=longnet", "--output_dir", "run", folder=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("is measured already") == 1, done.stderr[-2000:]
+    done = run("evaluate.py", *command, "--beside", f"more={tiny_llama}", "--output_dir", "run", folder=tmp_path)
+    assert "in run more is longnet; give another name or `--output_dir`" in done.stderr
+
+
+def test_models_that_cannot_stand_beside_a_model_are_refused_before_anything_is_measured(
+    evaluation, tiny_llama, tmp_path
+):
+    arguments = functools.partial(evaluation.report.Arguments, model=str(tiny_llama), lengths=[4096])
+    for wrong in (["longnet"], ["full=x"], ["settings=x"], ["a=x", "a=y"], ["a="], ["a b=x"]):
         with pytest.raises(ValueError, match="`--beside` takes NAME=MODEL"):
             arguments(beside=wrong)
+    assert arguments(beside=["a=x=y"]).others == {"a": "x=y"}
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    tokenizer.add_tokens(["<another>"])
-    tokenizer.save_pretrained(tmp_path / "longnet")
-    with pytest.raises(ValueError, match="`--beside again=.*longnet` must be a model of the tokenizer of"):
-        others = arguments(beside=[f"again={tmp_path / 'longnet'}"])
-        evaluation.report.check_others(others, AutoTokenizer.from_pretrained(tiny_llama))
+
+    def check(model: Path):
+        evaluation.report.check_others(arguments(beside=[f"other={model}"]), tokenizer, {})
+
+    with pytest.raises(ValueError, match="`--beside other=.*nowhere` must be a model with its tokenizer"):
+        check(tmp_path / "nowhere")
+    other = tmp_path / "other"
+    padded = AutoTokenizer.from_pretrained(tiny_llama)
+    padded.add_special_tokens({"pad_token": "<another>"})
+    padded.save_pretrained(other)
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(other)
+    check(other)
+    GPT2Config(n_positions=128).save_pretrained(other)
+    with pytest.raises(ValueError, match="at most 128 for `--beside other=.*, whose positions cannot be stretched"):
+        check(other)
+    tokens = Tokenizer(BPE())
+    tokens.train_from_iterator(["another"], BpeTrainer(show_progress=False))
+    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(other)
+    with pytest.raises(ValueError, match="`--beside other=.*other` must be a model of the tokenizer of"):
+        check(other)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
@@ -960,25 +987,27 @@ def test_windows_of_blocks_are_those_of_the_pattern_where_blocks_have_one_key(mo
 
 
 @pytest.mark.skipif(find_spec("fla") is not None, reason="flash-linear-attention is installed")
-def test_an_arm_that_cannot_be_trained_is_refused_before_the_others_are(monkeypatch):
+def test_an_arm_that_cannot_be_trained_is_refused_before_the_others_are(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "examples"), monkeypatch.syspath_prepend(ROOT / "benchmarks")
     study = importlib.import_module("from_scratch")
-    with pytest.raises(
-        ValueError, match="`deltanet`, which needs `pip install flash-linear-attention`; .*: paper .* windows-64.$"
-    ):
-        study.Arguments()
-    assert study.Arguments(arms=["paper"]).arms == ["paper"]
+    assert set(study.Arguments().arms) == {"paper", "shifted", "window", "window-heads", "full"}
+    for arm in ("deltanet", "gated-deltanet"):
+        with pytest.raises(ValueError, match=f"`{arm}`, which needs `pip install flash-linear-attention`, got"):
+            study.Arguments(arms=["paper", arm])
     monkeypatch.setattr(study, "find_spec", lambda name: None if name == "tilelang" else name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(study, "version", lambda name: "3.6.0")
-    with pytest.raises(
-        ValueError, match="needs Triton 3.7.1 or tilelang on a Hopper GPU.*3.6.0; .*paper .* deltanet.$"
-    ):
-        study.Arguments()
-    assert study.Arguments(arms=["full", "deltanet"]).arms == ["full", "deltanet"]
-    monkeypatch.setattr(study, "version", lambda name: "3.7.1")
-    assert study.Arguments().arms[-1] == "gated-deltanet"
+    with monkeypatch.context() as hopper:
+        hopper.setattr(torch.cuda, "is_available", lambda: True)
+        hopper.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        hopper.setattr(study, "version", lambda name: "3.6.0")
+        with pytest.raises(ValueError, match="needs Triton 3.7.1 or tilelang on a Hopper GPU.*3.6.0, got"):
+            study.Arguments(arms=["gated-deltanet"])
+        assert study.Arguments(arms=["full", "deltanet"]).arms == ["full", "deltanet"]
+        hopper.setattr(study, "version", lambda name: "3.7.1")
+        assert study.Arguments(arms=["gated-deltanet"]).arms == ["gated-deltanet"]
+    command = ("from_scratch.py", "--arms", "paper", "deltanet", "--use_cpu", "--output_dir", tmp_path)
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    with pytest.raises(ValueError, match="`deltanet`, which needs a GPU to be trained, got cpu"):
+        study.main()
 
 
 def test_a_pretrained_model_is_converted_by_its_heads(tiny_llama, tmp_path):
