@@ -794,7 +794,6 @@ def _run_queries(
     blocks = blocks_of(query, "queries" if is_gradient else "forward")
     plan, head_table = find_tables(pattern, key.shape[1], documents, blocks.own, True, is_causal, query.device)
     tensors = query, key, value, result, lse_or_stats, grad_output
-
     numbers = query.shape[2], query.shape[1], scale
 
     def prepare() -> list[Launches]:
@@ -802,7 +801,7 @@ def _run_queries(
         constants = dict(GRADIENT=is_gradient, BLOCK_M=blocks.own, BLOCK_N=blocks.met)
         constants |= _constants(attention, plan, blocks, strides)
         arguments, group = Arguments(tensors, numbers, strides, constants), query.shape[1] // key.shape[1]
-        return _prepare(_query_kernel, len(head_table) * group, plan, head_table, arguments, blocks)
+        return _launches_of(_query_kernel, len(head_table) * group, plan, head_table, arguments, blocks)
 
     for launches in _prepared(plan, attention, tensors, blocks, is_gradient, prepare):
         launches(tensors, numbers)
@@ -823,7 +822,7 @@ def _run_keys(
         strides = strides_of(query, key, value, grad_output, dk, dv)
         constants = dict(BLOCK_M=blocks.met, BLOCK_N=blocks.own) | _constants(attention, plan, blocks, strides)
         arguments = Arguments(tensors, numbers, strides, constants)
-        return _prepare(_key_kernel, len(head_table), plan, head_table, arguments, blocks)
+        return _launches_of(_key_kernel, len(head_table), plan, head_table, arguments, blocks)
 
     for launches in _prepared(plan, attention, tensors, blocks, is_gradient=True, prepare=prepare):
         launches(tensors, numbers)
@@ -865,7 +864,7 @@ def _prepared(
     is_gradient: bool,
     prepare: Callable[[], list[Launches]],
 ) -> list[Launches]:
-    """What `prepare` gives: made for the first call whose tensors lie so, and kept with the plan."""
+    """What `prepare` gives: made for the first call whose tensors lie so, and kept as long as the plan."""
     query = attention.query
     layout = query.dtype, query.shape, attention.key.shape[1:3], *(x.stride() for x in tensors)
     kind = attention.pattern, blocks, is_gradient, precision_of(query.dtype), layout
@@ -875,7 +874,7 @@ def _prepared(
     return launches
 
 
-def _prepare(
+def _launches_of(
     kernel, heads: int, plan: Plan, head_table: torch.Tensor, arguments: Arguments, blocks: Blocks
 ) -> list[Launches]:
     """The dense programs of a plan, then those of one dilated branch after another, which go on with what is there."""
@@ -883,7 +882,7 @@ def _prepare(
     prepared = []
     for tables, is_dilated in (((plan.dense,), False), (plan.dilated, True)):
         launches = [
-            ((programs.shape[0] // PROGRAM_SIZE.value, heads, 1), (plan.entries, head_table, programs))
+            ((len(programs) // PROGRAM_SIZE.value, heads, 1), (plan.entries, head_table, programs))
             for programs in tables
         ]
         of_kind = Arguments(tensors, numbers, strides, dict(DILATED=is_dilated) | constants)
