@@ -1,5 +1,6 @@
-"""What the benchmarks share: how they time, and what is said above their tables."""
+"""What the benchmarks share: how they time, what is said above their tables, and windows that keep blocks of keys."""
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from record import environment  # noqa: E402
+
+from longnet_hf import DilatedPattern  # noqa: E402
 
 
 def describe(device: str) -> str:
@@ -41,3 +44,25 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def dilated_windows(length: int) -> dict:
+    """The fields of windows of N/16, N/4 and N tokens at rates 1, 4 and 16."""
+    widths = [max(1, length >> shift) for shift in (4, 2, 0)]
+    kinds = dict(branch_types=["window"] * 3, head_offset="rotating")
+    return dict(segment_lengths=widths, dilation_rates=[1, 4, 16], **kinds)
+
+
+def windows_of_blocks(pattern: DilatedPattern, heads: int, block: int, sinks: int, device):
+    """`(n, m, head) -> C[n, m]` for the windows of a pattern and a sink, that keep key m if (m // block) mod r = s_j;
+    with blocks of one key it is the multiplicity of the pattern."""
+    windows = [branch for branch in pattern.branches if branch.type == "window"]
+    phases = [[pattern.phase(branch, head, heads) for branch in windows] for head in range(heads)]
+    phases = torch.tensor(phases, device=device)
+
+    def count(n, m, head):
+        kept = [(m // block % x.rate == phases[head, i]) & (n - m < x.length) for i, x in enumerate(windows)]
+        of_windows = functools.reduce(torch.add, (x.int() for x in kept))
+        return torch.where(m <= n, torch.maximum((m < sinks).int(), of_windows), 0)
+
+    return count

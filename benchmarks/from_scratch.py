@@ -35,6 +35,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from common import dilated_windows, windows_of_blocks
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -186,9 +187,7 @@ def attention_of(arm: str, args: Arguments) -> dict:
     if arm in ("paper", "shifted"):
         return paper | {"segment_shift": arm == "shifted"}
     if arm.startswith("windows"):
-        widths = [args.context_length >> shift for shift in (4, 2, 0)]
-        of_windows = dict(segment_lengths=widths, dilation_rates=[1, 4, 16], branch_types=["window"] * 3)
-        return of_windows | dict(head_offset="rotating", sink_tokens=SINK_TOKENS)
+        return dilated_windows(args.context_length) | {"sink_tokens": SINK_TOKENS}
     width = None if arm == "full" else window_of_equal_work(DilatedPattern(**paper), args.context_length)
     fields = dict(segment_lengths=[width], dilation_rates=[1], branch_types=["window"])
     if arm == "full":
@@ -227,27 +226,10 @@ def make_model(arm: str, args: Arguments, vocabulary: int) -> PreTrainedModel:
     return GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**shape, num_heads=heads, head_dim=96, expand_v=2))
 
 
-def windows_of_blocks(pattern: DilatedPattern, heads: int, block: int, device: torch.device):
-    """`(n, m, head) -> C[n, m]` for windows that keep key m if (m // block) mod r = s_j; with blocks of one key it is
-    the multiplicity of `pattern`, whose branches are windows and a sink."""
-    windows = [branch for branch in pattern.branches if branch.type == "window"]
-    sinks = sum(branch.length for branch in pattern.branches if branch.type == "sink")
-    phases = [[pattern.phase(branch, head, heads) for branch in windows] for head in range(heads)]
-    phases = torch.tensor(phases, device=device)
-
-    def count(n, m, head):
-        total = (m < sinks).int()
-        kept = [(m // block % x.rate == phases[head, i]) & (n - m < x.length) for i, x in enumerate(windows)]
-        of_windows = functools.reduce(torch.add, (x.int() for x in kept))
-        return torch.where(m <= n, torch.maximum(total, of_windows), 0)
-
-    return count
-
-
 @functools.lru_cache(maxsize=64)
 def flex_inputs(pattern: DilatedPattern, heads: int, length: int, block: int, device: torch.device) -> dict:
     """What FlexAttention takes for `windows_of_blocks`."""
-    count = windows_of_blocks(pattern, heads, block, device)
+    count = windows_of_blocks(pattern, heads, block, SINK_TOKENS, device)
     mask = create_block_mask(
         lambda b, h, n, m: count(n, m, h) > 0,
         *(None, heads, length, length),
@@ -271,9 +253,9 @@ def attend_to_blocks(module, query, key, value, layout, scaling, block: int = BL
 def attention_function(arm: str):
     """Lets LongNets attend as an arm does."""
     functions = modeling_longnet.ALL_ATTENTION_FUNCTIONS
-    names = [name for name in ("dilated", "sdpa") if arm == "windows-64"]
-    before = {name: functions[name] for name in names}
-    functions.update(dict.fromkeys(names, attend_to_blocks))
+    own = dict.fromkeys(("dilated", "sdpa"), attend_to_blocks) if arm == "windows-64" else {}
+    before = {name: functions[name] for name in own}
+    functions.update(own)
     try:
         yield
     finally:

@@ -39,6 +39,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import dilated_windows, windows_of_blocks
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
@@ -354,15 +355,12 @@ def selected_mask(chooser: Callable, block: int, window: int, sinks: int, device
 def dilated_mask(pattern: DilatedPattern, block: int, heads: int, sinks: int, device, dtype):
     """The mask of windows that keep one block of `block` keys in r: m // block % r == s_j."""
 
+    count = windows_of_blocks(pattern, heads, block, sinks, device)
+    head = torch.arange(heads, device=device)[:, None, None]
+
     def mask(start: int, stop: int) -> torch.Tensor:
         n, m = torch.arange(start, stop, device=device)[:, None], torch.arange(stop, device=device)
-        count = torch.zeros(heads, stop - start, stop, device=device, dtype=torch.int8)
-        for branch in pattern.branches:
-            phase = torch.tensor([pattern.phase(branch, head, heads) for head in range(heads)], device=device)
-            kept = m // block % branch.rate == phase[:, None]
-            count += kept[:, None] & (n - m < branch.length)
-        count = torch.where(m < sinks, count.clamp(min=1), count) * (m <= n)
-        return count.to(torch.float32).log().to(dtype)
+        return count(n, m, head).to(torch.float32).log().to(dtype)
 
     return mask
 
@@ -397,7 +395,7 @@ class StudiedAttention:
                 self.observe(layer, query[0].unflatten(0, (heads, -1)), key[0], scaling)
             return dilated_attention(query, key, value, DilatedPattern.full(), scale=scaling)
         if arm.kind == "dilated":
-            pattern = dilated_windows(self.args.context_length, layer)
+            pattern = DilatedPattern(**dilated_windows(self.args.context_length), layer_idx=layer)
             mask = dilated_mask(pattern, arm.size, heads, SINK_TOKENS, query.device, query.dtype)
             q = query[0].unflatten(0, (heads, -1))
             return masked_attention(q, key[0], value[0], scaling, mask).flatten(0, 1)[None]
@@ -429,11 +427,6 @@ class StudiedAttention:
         keys, queries = sum(int(x) for x, _ in self.chosen), sum(x for _, x in self.chosen)
         self.chosen.clear()
         return keys / max(1, queries)
-
-
-def dilated_windows(length: int, layer: int) -> DilatedPattern:
-    widths = [max(1, length >> shift) for shift in (4, 2, 0)]
-    return DilatedPattern(widths, [1, 4, 16], ["window"] * 3, head_offset="rotating", layer_idx=layer)
 
 
 # Products of low rank

@@ -327,7 +327,8 @@ class ArmMissing(Exception):
 
 def plain_vocabulary(tokenizer) -> dict[str, int]:
     """The tokens that texts are made of: without those that were added, such as one for padding."""
-    return {token: i for token, i in tokenizer.get_vocab().items() if token not in tokenizer.get_added_vocab()}
+    added = tokenizer.get_added_vocab()
+    return {token: i for token, i in tokenizer.get_vocab().items() if token not in added}
 
 
 def check_others(args: Arguments, tokenizer, results: Results) -> None:

@@ -939,11 +939,13 @@ def test_models_are_trained_from_scratch_and_training_goes_on_where_it_was_stopp
     assert "Going on from run/paper/checkpoint-2" in done.stdout and "window-heads is done already." in done.stdout
     again = json.loads((folder / "result.json").read_text())
     for ours, theirs in zip(again["curve"], result["curve"], strict=True):
-        assert ours["step"] == theirs["step"]
-        assert ours["loss"]["docs"] == pytest.approx(theirs["loss"]["docs"], abs=1e-4)
+        assert ours["step"] == theirs["step"] and ours["loss"].keys() == theirs["loss"].keys()
+        for kind, losses in theirs["loss"].items():
+            assert ours["loss"][kind] == pytest.approx(losses, abs=1e-4)
     times = [point["seconds"] for point in again["curve"]]
     assert times == sorted(times)
-    assert done.stdout.count("| `") == 3 + 2 and "above `paper` on the same contexts" in done.stdout
+    assert done.stdout.count("| `") == 3 + 2 and "after 2560 tokens" in done.stdout
+    assert "above `paper` on the same contexts" in done.stdout
 
     # or after its last, before that was measured
     (folder / "result.json").write_text(json.dumps({"curve": again["curve"][:2]}))
@@ -951,7 +953,8 @@ def test_models_are_trained_from_scratch_and_training_goes_on_where_it_was_stopp
     assert done.returncode == 0, done.stderr[-2000:]
     last = json.loads((folder / "result.json").read_text())["curve"]
     assert [point["step"] for point in last] == [2, 4, 5] and last[2]["seconds"] >= last[1]["seconds"] > 0
-    assert last[2]["loss"]["docs"] == pytest.approx(again["curve"][2]["loss"]["docs"], abs=1e-4)
+    for kind, losses in again["curve"][2]["loss"].items():
+        assert last[2]["loss"][kind] == pytest.approx(losses, abs=1e-4)
 
     done = train("--arms", "full", "--save_steps", 3)
     assert "`--save_steps` must be 2, as `--eval_steps` is" in done.stderr
@@ -979,7 +982,7 @@ def test_windows_of_blocks_are_those_of_the_pattern_where_blocks_have_one_key(mo
     attend = functools.partial(study.attend_to_blocks, SimpleNamespace(pattern=pattern), query, key, value, None, 0.3)
     expected = dilated_attention_reference(query, key, value, pattern, scale=0.3).transpose(1, 2)
     torch.testing.assert_close(attend(block=1, attend=flex_attention)[0], expected, rtol=0, atol=1e-5)
-    count = study.windows_of_blocks(pattern, 6, 8, query.device)
+    count = study.windows_of_blocks(pattern, 6, 8, 4, query.device)
     n, m = torch.arange(150)[:, None], torch.arange(150)
     for head in range(6):  # of the widest branch, behind the others
         far = count(n, m, torch.tensor(head))[140, 4:100] > 0
