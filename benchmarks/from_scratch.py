@@ -24,6 +24,7 @@ curves, and a record in JSON. The models stay in `--output_dir`, for the report 
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import sys
 import time
@@ -44,6 +45,7 @@ from transformers import (
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -54,7 +56,14 @@ from longnet_hf import DilatedPattern, LongNetConfig, LongNetForCausalLM, descri
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # whose measurements and records it shares
-from measurements import copy_distance, papers_pattern, read_texts, token_losses, window_of_equal_work  # noqa: E402
+from measurements import (  # noqa: E402
+    copy_distance,
+    find_documents,
+    papers_pattern,
+    read_texts,
+    token_losses,
+    window_of_equal_work,
+)
 from record import Results, environment, peak_gibibytes, read, write  # noqa: E402
 from report import above, said, signed, table  # noqa: E402
 from training import RESUME_WITH_SAME, check_settings, checkpoint_step, train_on  # noqa: E402
@@ -97,6 +106,13 @@ class Arguments:
     """What is trained, on what."""
 
     tokenizer: str = field(default="HuggingFaceTB/SmolLM2-135M", metadata={"help": "Whose tokenizer is used."})
+    vocab_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Learn a tokenizer of so many tokens, of the kind of `--tokenizer`, from the texts: the tables of "
+            "a large one outweigh the layers of a small model."
+        },
+    )
     data: list[str] = field(default_factory=list, metadata={"help": "KIND=FILES, a pattern, for every kind of text."})
     arms: list[str] = field(
         default_factory=lambda: ["paper", "shifted", "window", "window-heads", "full"],
@@ -168,6 +184,20 @@ DEFAULTS = dict(
     save_total_limit=1,
     report_to="none",
 )
+
+
+def make_tokenizer(args: Arguments, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that is named, or one of its kind for these texts, learned once."""
+    named = AutoTokenizer.from_pretrained(args.tokenizer)
+    if args.vocab_size is None:
+        return named
+    learned = folder / "tokenizer"
+    if not learned.exists():
+        texts = itertools.chain.from_iterable(find_documents(args.data).values())
+        unfinished = learned.with_suffix(".unfinished")
+        named.train_new_from_iterator(texts, args.vocab_size).save_pretrained(unfinished)
+        unfinished.replace(learned)
+    return AutoTokenizer.from_pretrained(learned)
 
 
 def read_contexts(args: Arguments, tokenizer, folder: Path) -> dict[str, torch.Tensor]:
@@ -429,7 +459,7 @@ def main():
     settings = asdict(args) | {name: getattr(training_args, name) for name in names}
     settings |= {"arms": None, "measures": list(MEASURES)}  # of older results, there is less
     check_settings(folder / "settings.json", settings)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = make_tokenizer(args, folder)
     contexts = read_contexts(args, tokenizer, folder)
     for arm in args.arms:
         with attention_function(arm):

@@ -21,10 +21,12 @@ other models (`--beside`), on the same texts; and chance. Differences are of tex
 goes on where it was.
 """
 
+import importlib
 import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -106,6 +108,10 @@ class Arguments:
         default_factory=list,
         metadata={"help": "NAME=MODEL, other models of the same tokenizer, measured as they are."},
     )
+    imports: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Packages that know the models and tell Transformers when they are imported, such as fla."},
+    )
     seed: int = field(default=0, metadata={"help": "Of numbers, their places and the order of shuffled parts."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to run."})
     output_dir: str = field(default="runs/evaluate", metadata={"help": "Folder of the report."})
@@ -126,6 +132,9 @@ class Arguments:
         for name, least in (("texts", 2), ("needle_texts", 0), ("ruler_texts", 0), ("target_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`--{name}` must be at least {least}, got {getattr(self, name)}.")
+        for package in self.imports:
+            if find_spec(package) is None:
+                raise ValueError(f"`--imports` must name installed packages, got {package!r}.")
         if self.lengths[0] < 2:
             raise ValueError(f"`--lengths` must be of at least 2 tokens, got {self.lengths[0]}.")
         if 2 * self.target_tokens > self.lengths[-1]:
@@ -443,9 +452,11 @@ def measure_arm(arm: str, args: Arguments, material: Material, results: Results)
 
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    for package in args.imports:
+        importlib.import_module(package)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = asdict(args) | dict.fromkeys(("arms", "beside", "output_dir", "device"))
+    settings = asdict(args) | dict.fromkeys(("arms", "beside", "imports", "output_dir", "device"))
     check_settings(folder / "settings.json", settings)
     tokenizer, results = AutoTokenizer.from_pretrained(args.model), Results(folder / "report.json")
     check_others(args, tokenizer, results)

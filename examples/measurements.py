@@ -8,6 +8,7 @@ import base64
 import glob
 import inspect
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,23 +56,35 @@ def window_of_equal_work(pattern: DilatedPattern, length: int) -> int:
     return window_of_pairs(pattern.pairs(length, heads) / heads / length, length)
 
 
-def read_texts(data: list[str], tokenizer, length: int, at_least: int) -> dict[str, torch.Tensor]:
-    """Texts `[texts, N]` of every kind in `data` (KIND=FILES), as many as there are. Files are laid end to end, folder
-    by folder."""
+def find_documents(data: list[str]) -> dict[str, Iterator[str]]:
+    """The texts of the files of every kind in `data` (KIND=FILES), folder by folder."""
     if not data:
         raise ValueError("`--data` must name texts: KIND=FILES, such as code='src/**/*.py'.")
-    texts = {}
+    found = {}
     for entry in data:
         kind, _, pattern = entry.partition("=")
         files = sorted(glob.glob(pattern, recursive=True))
         if not files:
             raise ValueError(f"`--data` names no file: {entry!r}; it takes KIND=FILES, such as code='src/**/*.py'.")
-        documents = (Path(file).read_text(encoding="utf-8", errors="replace") for file in files)
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in tqdm(documents, desc=f"Read {kind}")]
+        found[kind] = _read(files, f"Read {kind}")
+    return found
+
+
+def _read(files: list[str], description: str) -> Iterator[str]:
+    for file in tqdm(files, desc=description):
+        yield Path(file).read_text(encoding="utf-8", errors="replace")
+
+
+def read_texts(data: list[str], tokenizer, length: int, at_least: int) -> dict[str, torch.Tensor]:
+    """Texts `[texts, N]` of every kind in `data` (KIND=FILES), as many as there are. Files are laid end to end, folder
+    by folder."""
+    texts = {}
+    for kind, documents in find_documents(data).items():
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
         ids = torch.tensor([token for document in ids for token in document])
         texts[kind] = ids[: len(ids) // length * length].view(-1, length)
         if len(texts[kind]) < at_least:
-            raise ValueError(f"`--data {entry}` fills {len(texts[kind])} texts, and {at_least} are needed.")
+            raise ValueError(f"`--data` fills {len(texts[kind])} texts of {kind}, and {at_least} are needed.")
     return texts
 
 

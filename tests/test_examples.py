@@ -699,6 +699,35 @@ def test_models_are_reported_beside_each_other(evaluation, tiny_llama, tmp_path)
     assert "in run more is longnet; give another name or `--output_dir`" in done.stderr
 
 
+def test_models_of_a_package_that_registers_them_are_reported(evaluation, tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "strangers.py").write_text("""
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+class StrangeConfig(LlamaConfig):
+    model_type = "strange"
+
+class StrangeForCausalLM(LlamaForCausalLM):
+    config_class = StrangeConfig
+
+AutoConfig.register("strange", StrangeConfig)
+AutoModelForCausalLM.register(StrangeConfig, StrangeForCausalLM)
+""")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"model_type": "strange"}))
+    command = ("evaluate.py", "--model", tiny_llama, "--data", ROOT / "longnet_hf", "--texts", 2, "--lengths", 512)
+    command += ("--target_tokens", 128, "--needle_texts", 0, "--ruler_texts", 0, "--arms", "model", "--device", "cpu")
+    command += ("--beside", f"strange={tmp_path}/model", "--imports", "strangers", "--output_dir", tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    with pytest.raises(ValueError, match="`--imports` must name installed packages, got 'strangers'"):
+        evaluation.report.main()
+    monkeypatch.syspath_prepend(tmp_path)
+    evaluation.report.main()
+    results = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert results["strange"]["losses"]["position"] == results["model"]["losses"]["position"]
+
+
 def test_models_that_cannot_stand_beside_a_model_are_refused_before_anything_is_measured(
     evaluation, tiny_llama, tmp_path
 ):
@@ -955,6 +984,15 @@ def test_models_are_trained_from_scratch_and_training_goes_on_where_it_was_stopp
     assert [point["step"] for point in last] == [2, 4, 5] and last[2]["seconds"] >= last[1]["seconds"] > 0
     for kind, losses in again["curve"][2]["loss"].items():
         assert last[2]["loss"][kind] == pytest.approx(losses, abs=1e-4)
+
+    learned = ("--vocab_size", 300, "--output_dir", "learned", "--max_steps", 1)
+    for words in ("full", ""), ("full", "full is done already."):
+        done = train("--arms", words[0], *learned)
+        assert done.returncode == 0 and words[1] in done.stdout, done.stderr[-2000:]
+    ids = load_file(tmp_path / "learned" / "contexts.safetensors")["docs"][0]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "learned" / "full")
+    begins = (ROOT / "docs" / "architecture.md").read_text()[:99]
+    assert len(tokenizer) == 300 and tokenizer.decode(ids).startswith(begins)
 
     done = train("--arms", "full", "--save_steps", 3)
     assert "`--save_steps` must be 2, as `--eval_steps` is" in done.stderr
