@@ -3,16 +3,15 @@
 python examples/draw_pattern.py --output docs/pattern.png
 """
 
-import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from transformers import HfArgumentParser
 
 from longnet_hf import DilatedPattern
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 
 LENGTH, HEADS = 64, 4
@@ -26,14 +25,19 @@ PANELS = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="pattern.png", help="where to save the picture")
-    output = parser.parse_args().output
+@dataclass
+class Arguments:
+    """Where the picture goes."""
 
+    output: str = field(default="runs/pattern.png", metadata={"help": "Where to save the picture."})
+
+
+def main():
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     n, m = np.arange(LENGTH)[:, None], np.arange(LENGTH)
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(17, 4), sharey=True, layout="constrained")
-    colors = matplotlib.colors.ListedColormap(["#f4f4f4", "#9ecae1", "#4292c6", "#084594"])
+    figure = Figure(figsize=(17, 4), layout="constrained")
+    axes = figure.subplots(1, len(PANELS), sharey=True)
+    colors = ListedColormap(["#f4f4f4", "#9ecae1", "#4292c6", "#084594"])
     for axis, (title, (pattern, heads)) in zip(axes, PANELS.items(), strict=True):
         count = np.max([pattern.multiplicity(n, m, head, HEADS) for head in heads], axis=0)
         image = axis.imshow(count, cmap=colors, vmin=-0.5, vmax=3.5, interpolation="nearest")
@@ -43,7 +47,9 @@ def main():
     axes[0].set_ylabel("query position")
     figure.colorbar(image, ax=axes, ticks=range(4), label="branches that join the pair", shrink=0.8)
     figure.suptitle(f"Dilated attention, segment lengths {LENGTHS}, dilation rates {RATES}")
-    figure.savefig(output, dpi=110)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=110)
+    print(f"Written to {args.output}")
 
 
 if __name__ == "__main__":

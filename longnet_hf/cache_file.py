@@ -20,7 +20,7 @@ _VERSION = 2
 # Fields of a configuration that change no key and no value
 _OF_NO_MATTER = {
     *(field.name for field in dataclasses.fields(PreTrainedConfig)),
-    *("attention_dropout", "embedding_dropout", "hidden_dropout", "drop_path_rate"),
+    *("attention_dropout", "embedding_dropout", "hidden_dropout", "drop_path_rate", "classifier_dropout"),
     *("initializer_range", "use_cache", "skip_logits", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 }

@@ -14,6 +14,17 @@ from .input_checks import check_integer, check_number
 from .pattern_report import pattern_warnings
 
 
+# Names that torchscale and other models have for fields of ours: Transformers would keep them, and nothing read them
+_INSTEAD = {
+    "segment_length": "segment_lengths",
+    "dilated_ratio": "dilation_rates",
+    "dilation_rate": "dilation_rates",
+    "rms_norm_eps": "norm_eps",
+    "layer_norm_eps": "norm_eps",
+    "dropout": "hidden_dropout",
+    "hidden_dropout_prob": "hidden_dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -65,6 +76,8 @@ class LongNetConfig(PreTrainedConfig):
         attention_dropout (`float`): dropout of attention weights in training.
         embedding_dropout, hidden_dropout (`float`): dropout of the embeddings, and of what attention and MLP add to
             the hidden states.
+        classifier_dropout (`float`, *optional*): dropout before the head of [`LongNetForTokenClassification`]. `None`:
+            0.1, as in all of Transformers.
         drop_path_rate (`float`): probability with which the last layer's attention, and its MLP, is left out for a
             whole row in training (stochastic depth, arXiv 1603.09382); it grows linearly from 0 in the first layer.
         use_rope (`bool`): rotary positions; without them attention knows of positions only through the pattern.
@@ -108,6 +121,7 @@ class LongNetConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     embedding_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
+    classifier_dropout: float | int | None = None
     drop_path_rate: float | int = 0.0
     segment_lengths: list[int | None] | tuple[int | None, ...] = (2048, 4096, 8192, 16384, 32768)
     dilation_rates: list[int] | tuple[int, ...] = (1, 2, 4, 6, 12)
@@ -231,6 +245,9 @@ class LongNetConfig(PreTrainedConfig):
         patterns = self.layer_patterns  # made anew each time
         for pattern in patterns:
             check_segment_padding(pattern, self.segment_padding, self.is_causal)
+        for name, instead in _INSTEAD.items():
+            if getattr(self, name, None) is not None:
+                raise ValueError(f"LongNet does not read `{name}` (got {getattr(self, name)!r}): give `{instead}`.")
         for name in ("sliding_window", "use_sliding_window", "layer_types"):
             if getattr(self, name, None):
                 raise ValueError(
@@ -251,7 +268,7 @@ class LongNetConfig(PreTrainedConfig):
             check_integer(name, getattr(self, name), at_least=0)
         check_number("norm_eps", self.norm_eps, above=0)
         check_number("initializer_range", self.initializer_range, at_least=0)
-        if getattr(self, "classifier_dropout", None) is not None:
+        if self.classifier_dropout is not None:
             check_number("classifier_dropout", self.classifier_dropout, at_least=0, below=1)
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"`problem_type` must be one of {PROBLEM_TYPES} or None, got {self.problem_type!r}.")

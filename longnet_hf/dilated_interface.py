@@ -742,4 +742,4 @@ if not getattr(PreTrainedModel._check_and_adjust_attn_implementation, "chooses_d
     _check = _choose_dilated(PreTrainedModel._check_and_adjust_attn_implementation)
     PreTrainedModel._check_and_adjust_attn_implementation = _check
 
-__all__ = ["ContextParallelTrainerMixin", "set_dilated_attention"]
+__all__ = ["ContextParallelTrainerMixin", "describe", "set_dilated_attention"]

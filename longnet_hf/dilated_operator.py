@@ -24,7 +24,7 @@ from .dilated_tiles import (
     in_groups,
     tile_gradients,
 )
-from .documents import BatchDocuments, find_documents, positions_in_documents, resolve_documents
+from .documents import BatchDocuments, positions_in_documents, resolve_documents
 from .full_heads import attend_with_full_heads, find_full_heads
 from .input_checks import check_flag, check_number, check_tensor
 from .kernel_launch import runs_in_triton
@@ -433,4 +433,4 @@ _forward_op = Operator(
 backward_op = Operator("backward", __name__, _gradients, _fake_gradients, flops=_gradient_flops, in_cuda_graphs=False)
 
 
-__all__ = ["dilated_attention", "dilated_attention_reference", "find_documents"]
+__all__ = ["dilated_attention", "dilated_attention_reference"]

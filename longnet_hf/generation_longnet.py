@@ -59,7 +59,8 @@ class ReadingMixin:
         chunk_size: int = 1 << 16,
         progress: bool = True,
     ) -> Iterator[LongNetChunkOutput]:
-        """The forward pass over a sequence of any length, in memory that does not grow with it: a generator.
+        """The forward pass over a sequence of any length, in memory that does not grow with it (but with the keys of
+        heads that have full attention): a generator.
 
         A chunk attends to what a [`DilatedCache`] keeps of all chunks before it, so that the outputs are those of the
         whole sequence. To go on after an interruption, give the cache, and the tokens that it does not hold yet; if it

@@ -22,7 +22,7 @@ _KINDS["numbers or integers"] = (*_KINDS["numbers"], *_KINDS["integers"])
 _KINDS["zeros and ones"] = (torch.bool, *_KINDS["numbers or integers"])
 
 
-def describe(x) -> str:
+def _describe(x) -> str:
     """What a caller gave, in a few words."""
     if torch.is_tensor(x):
         return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
@@ -41,7 +41,7 @@ def check_tensor(name: str, x, kind: str, *sizes: int | str) -> None:
     if not fits:
         shape = f"of shape [{', '.join(map(str, sizes))}], " if sizes else ""
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _KINDS[kind])
-        raise ValueError(f"`{name}` must be {shape}a tensor of {kind} ({dtypes}), got {describe(x)}.")
+        raise ValueError(f"`{name}` must be {shape}a tensor of {kind} ({dtypes}), got {_describe(x)}.")
 
 
 def check_number(
@@ -66,7 +66,7 @@ def check_integer(name: str, x, *, at_least: int, at_most: int | None = None, or
 
 def check_flag(name: str, x) -> None:
     if not isinstance(x, bool):
-        raise ValueError(f"`{name}` must be True or False, got {describe(x)}.")
+        raise ValueError(f"`{name}` must be True or False, got {_describe(x)}.")
 
 
 def check_mask(name: str, mask) -> None:
@@ -77,7 +77,7 @@ def check_mask(name: str, mask) -> None:
         return
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(
-            f"`{name}` must be 1 at real tokens and 0 at padding, got {describe(mask)} with numbers from "
+            f"`{name}` must be 1 at real tokens and 0 at padding, got {_describe(mask)} with numbers from "
             f"{float(mask.min())} to {float(mask.max())}. A mask that is added to scores (0 and -inf) says the "
             "contrary."
         )
@@ -129,7 +129,8 @@ def _check_range(name: str, x: torch.Tensor, stop: int, meaning: str, other: int
 # nothing that is not known otherwise: what a loss is divided by (to a model without one), positions in a cache, sizes
 # of documents beside their boundaries, and what decorators of Transformers read.
 TAKEN_ARGUMENTS = {
-    *("is_causal", "output_attentions", "output_hidden_states", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"),
+    *("is_causal", "attention_rows", "output_attentions", "output_hidden_states"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"),
     *("use_cache", "num_items_in_batch", "cache_position", "max_length_q", "max_length_k"),
     *("debug_io", "debug_io_dir", "prune_layers"),
 }
@@ -176,5 +177,5 @@ def refuse_capture(device: torch.device, reason: str) -> None:
 
 __all__ = [
     "TAKEN_ARGUMENTS", "check_arguments", "check_embeds", "check_flag", "check_ids", "check_integer", "check_labels",
-    "check_mask", "check_not_empty", "check_number", "check_tensor", "describe", "is_captured", "refuse_capture",
+    "check_mask", "check_not_empty", "check_number", "check_tensor", "is_captured", "refuse_capture",
 ]  # fmt: skip

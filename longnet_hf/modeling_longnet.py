@@ -354,12 +354,21 @@ class LongNetPreTrainedModel(HubMixin, ReadingMixin, PreTrainedModel):
     def from_weights(cls, weights: dict[str, torch.Tensor], fields: dict, **kwargs):
         """The model with exactly these weights, whose configuration has `fields`, and those that `kwargs` hold beside
         arguments of `from_pretrained`."""
-        known = {field.name for field in dataclasses.fields(cls.config_class)} - {"dtype"}
-        config = cls.config_class(**fields | {name: kwargs.pop(name) for name in list(kwargs) if name in known})
+        config = cls.config_class(**fields | cls.pop_fields(kwargs))
         dtype = next(x.dtype for x in weights.values() if x.is_floating_point())
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype", dtype))
-        options = dict(config=config, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True)
-        model, info = cls.from_pretrained(None, **options, **kwargs)
+        return cls.load_exactly(None, config, state_dict=weights, ignore_mismatched_sizes=True, **kwargs)
+
+    @classmethod
+    def pop_fields(cls, kwargs: dict) -> dict:
+        """Take the fields of the configuration out of `kwargs`, the rest of which goes to `from_pretrained`."""
+        known = {field.name for field in dataclasses.fields(cls.config_class)} - {"dtype"}
+        return {name: kwargs.pop(name) for name in list(kwargs) if name in known}
+
+    @classmethod
+    def load_exactly(cls, path, config, **kwargs):
+        """`from_pretrained`, which has to find all weights and no others, and forgets where they came from."""
+        model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
         misfits = {name: sorted(map(str, info[name])) for name in info if name.endswith("_keys") and info[name]}
         if misfits:
             raise ValueError(f"The weights do not fit {cls.__name__} and its configuration: {misfits}.")
@@ -690,8 +699,8 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
                 "`model_or_path` must be a Transformers model, a path or a name on the Hub, got "
                 f"{type(model_or_path).__name__}. (Of a PEFT model, give `merge_and_unload()`.)"
             )
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in LongNetConfig.__annotations__}
-        fields |= {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
+        pattern = dict(segment_lengths=segment_lengths, dilation_rates=dilation_rates)
+        fields = cls.pop_fields(kwargs) | pattern
         if isinstance(model_or_path, PreTrainedModel):
             source, path = model_or_path.config, None
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype", model_or_path.dtype))
@@ -705,13 +714,9 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
             )
             path = model_or_path
         config = LongNetConfig.from_llama(source, **fields)
-        model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
-        misfits = {name: sorted(map(str, info[name])) for name in info if name.endswith("_keys") and info[name]}
-        if misfits:
-            raise ValueError(f"The weights of {path or type(model_or_path).__name__} do not fit LongNet: {misfits}.")
+        model = cls.load_exactly(path, config, **kwargs)
         if path is None and getattr(model_or_path, "generation_config", None) is not None:
             model.generation_config = copy.deepcopy(model_or_path.generation_config)
-        forget_name(model)
         return model
 
 
@@ -750,7 +755,8 @@ class LongNetForMaskedLM(TokenLossMixin, LongNetPreTrainedModel):
                 are more logits than 2**27. The loss itself never holds more.
         """
         own_loss = hasattr(self, "_loss_function")  # set by the user, who expects it to be given all logits
-        of_loss = {name: kwargs.pop(name) for name in list(kwargs) if own_loss and name not in TAKEN_ARGUMENTS}
+        takes_more = own_loss and labels is not None
+        of_loss = {name: kwargs.pop(name) for name in list(kwargs) if takes_more and name not in TAKEN_ARGUMENTS}
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -922,7 +928,7 @@ class LongNetForTokenClassification(LongNetPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = LongNetModel(config)
-        dropout = getattr(config, "classifier_dropout", None)
+        dropout = config.classifier_dropout
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)  # Transformers' default
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.register_forward_pre_hook(refuse_split)

@@ -21,6 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_longnet import LongNetConfig
+from .documents import check_padding_mask
 from .modeling_longnet import (
     LongNetForSequenceClassification,
     LongNetModel,
@@ -268,6 +269,12 @@ class LongNetSlideEmbeddings(nn.Module):
             return tiles, mask
         return torch.cat((self.cls_token.expand(len(tiles), -1, -1), tiles), dim=1), mask
 
+    def count_tiles(self, inputs_embeds, pixel_values) -> int:
+        """How many tiles, or patches of pixels, a slide of a batch has."""
+        if isinstance(self.tiles, LongNetPatchEmbeddings) and pixel_values is not None:
+            return math.prod(length // self.tiles.patch_size for length in pixel_values.shape[2:])
+        return (pixel_values if inputs_embeds is None else inputs_embeds).shape[1]
+
     def embed_tiles(self, inputs_embeds, coords, attention_mask, pixel_values):
         """The same without the cls token."""
         if isinstance(self.tiles, LongNetPatchEmbeddings):
@@ -278,11 +285,7 @@ class LongNetSlideEmbeddings(nn.Module):
             raise ValueError("This model takes features of tiles: give `inputs_embeds` and `coords`.")
         mask = None
         if attention_mask is not None:
-            if attention_mask.shape != inputs_embeds.shape[:2]:
-                raise ValueError(
-                    f"`attention_mask` must be of shape {tuple(inputs_embeds.shape[:2])}, as the tiles of "
-                    f"`inputs_embeds`, got {tuple(attention_mask.shape)}."
-                )
+            check_padding_mask(attention_mask, tuple(inputs_embeds.shape[:2]), "(slides, tiles)")
             mask = attention_mask != 0
         if inputs_embeds.dim() == 3 and inputs_embeds.shape[1] == 0:
             raise ValueError(f"Slides without tiles: `inputs_embeds` is of shape {tuple(inputs_embeds.shape)}.")
@@ -358,6 +361,9 @@ class LongNetSlideModel(LongNetSlidePreTrainedModel, LongNetModel):
         >>> features, coords = torch.randn(1, 500, 1536), 256 * torch.randint(100, (1, 500, 2))
         >>> slide = model(features, coords).pooler_output
         ```"""
+        for name in ("is_causal", "position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"):
+            if kwargs.get(name) is not None and kwargs[name] is not False:
+                raise ValueError(f"A slide model does not take `{name}`: its tiles have no order, a row is one slide.")
         hidden_states, mask = self.embeddings(inputs_embeds, coords, attention_mask, pixel_values)
         encoder_mask = None if mask is None else F.pad(mask, (self.first_tile, 0), value=True)
         kwargs["return_dict"] = True
@@ -410,9 +416,8 @@ class LongNetSlideModel(LongNetSlidePreTrainedModel, LongNetModel):
         if tiles is None and self.first_tile == 0:
             raise ValueError("This model has no cls token: say which `tiles` attend.")
         rows = torch.zeros(1, dtype=torch.long)
-        if tiles is not None:
-            rows = torch.as_tensor(tiles)
-            rows = torch.where(rows < 0, rows, rows + self.first_tile)
+        if tiles is not None and (inputs_embeds is not None or pixel_values is not None):  # else forward refuses
+            rows = self.rows_of_tiles(tiles, self.embeddings.count_tiles(inputs_embeds, pixel_values))
         outputs = self(
             inputs_embeds=inputs_embeds,
             coords=coords,
@@ -424,6 +429,15 @@ class LongNetSlideModel(LongNetSlidePreTrainedModel, LongNetModel):
         )
         maps = (weights[..., self.first_tile :] for weights in outputs.attentions)
         return tuple(weights[:, :, 0] if tiles is None else weights for weights in maps)
+
+    def rows_of_tiles(self, tiles: Sequence[int] | torch.Tensor, count: int) -> torch.Tensor:
+        """The tokens of `tiles`, those of them that are counted from the end of `count` tiles too."""
+        rows = torch.as_tensor(tiles)
+        if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+            raise ValueError(f"`tiles` must be integers of shape [R], got {rows.dtype} {tuple(rows.shape)}.")
+        if bool(((rows < -count) | (rows >= count)).any()):
+            raise ValueError(f"`tiles` must lie from {-count} to {count - 1}, got {rows.tolist()}.")
+        return rows % count + self.first_tile
 
     @classmethod
     def from_gigapath(

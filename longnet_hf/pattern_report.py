@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .dilated_pattern import Branch, DilatedPattern, clip
+from .dilated_pattern import Branch, DilatedPattern, clip, runs_of_neighbours
 from .input_checks import check_integer
 
 
@@ -331,13 +331,8 @@ def _rows_of(layer: LayerDescription, is_causal: bool) -> tuple[str, ...]:
 
 def _numbers(numbers: list[int]) -> str:
     """Numbers in ascending order, runs of them shortened: 0-3, 5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    runs = runs_of_neighbours(tuple(numbers))
+    return ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in runs)
 
 
 def pattern_warnings(patterns: Sequence[DilatedPattern], num_heads: int, is_causal: bool = True) -> list[str]:

@@ -6,6 +6,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from .dilated_tiles import adjacent_rows
 from .kernel_launch import runs_in_triton
 from .operators import Operator
 
@@ -106,8 +107,7 @@ def _save_for_activation_gradients(ctx, inputs, output):
 
 def _activation_backward(ctx, grad, _):
     tensors = ctx.saved_tensors
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    grads = _activation_gradients_op(grad, *tensors, ctx.activation, ctx.norm)
+    grads = _activation_gradients_op(adjacent_rows(grad), *tensors, ctx.activation, ctx.norm)
     there = (None if x is None else x_grad for x, x_grad in zip(tensors, grads, strict=False))
     return *there, None, None, None
 

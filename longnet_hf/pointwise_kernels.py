@@ -10,6 +10,7 @@ try:  # optional: of code from the Hub, Transformers requires whatever is import
 except ImportError as error:
     raise ImportError("The kernels need the package triton, which comes with PyTorch for GPUs.") from error
 
+from .dilated_tiles import adjacent_rows
 from .kernel_launch import Arguments, Blocks, launch, power_of_2, strides_of
 
 
@@ -73,7 +74,7 @@ def rotate_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys `[B, H, N, D]`, turned by `cos` and `sin` `[B or 1, N, D]`, or with `inverse` turned back (or,
     of any cosines and sines, multiplied by the transposed matrix)."""
-    query, key, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, cos, sin))
+    query, key, cos, sin = map(adjacent_rows, (query, key, cos, sin))
     outputs = torch.empty_like(query), torch.empty_like(key)
     batch, heads, length, head_dim = query.shape
     half = head_dim // 2

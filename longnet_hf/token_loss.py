@@ -56,7 +56,12 @@ def logits_loss(
     logits, labels = logits.flatten(0, -2), shift_labels.flatten().to(logits.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    divisor = loss_divisor(labels, num_items_in_batch, ignore_index)
+    return _mean(total, labels, num_items_in_batch, ignore_index)
+
+
+def _mean(total: torch.Tensor, *labels_and_divisor) -> torch.Tensor:
+    """A summed loss, divided by its [`loss_divisor`]."""
+    divisor = loss_divisor(*labels_and_divisor)
     return total / (divisor.to(total.device) if torch.is_tensor(divisor) else divisor)
 
 
@@ -106,11 +111,7 @@ class TokenLossMixin:
             loss = linear_cross_entropy(hidden_states, head.weight, shift_labels, ignore_index)
         else:
             loss = self.recomputed_loss(hidden_states, shift_labels, ignore_index)
-        if num_items_in_batch is None:
-            num_items_in_batch = (shift_labels != ignore_index).sum().clamp(min=1)
-        elif torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
+        return _mean(loss, shift_labels, num_items_in_batch, ignore_index)
 
     def recomputed_loss(
         self, hidden_states: torch.Tensor, shift_labels: torch.Tensor, ignore_index: int

@@ -154,7 +154,7 @@ def config_fields(args, weights: Mapping[str, torch.Tensor]) -> dict:
     Raises:
         ValueError: if an option is not supported, or unknown.
     """
-    options = dict(args) if isinstance(args, Mapping) else dict(vars(args))
+    options = dict(args) if isinstance(args, Mapping) else dict(getattr(args, "__dict__", {}))
     sides = {side for side in ("encoder", "decoder") if f"{side}_embed_dim" in options or f"{side}_layers" in options}
     if len(sides) != 1:
         raise ValueError(

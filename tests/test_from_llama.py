@@ -101,9 +101,11 @@ def test_from_llama_takes_fields_and_loading_options(tmp_path):
         segment_lengths=[8, 32],
         dilation_rates=[1, 2],
         segment_shift=True,
+        chunk_size_feed_forward=4,
         rope_parameters=yarn,
         dtype=torch.bfloat16,
     )
+    assert model.config.chunk_size_feed_forward == 4
     assert model.dtype == torch.bfloat16 and model.config.rope_parameters["rope_type"] == "yarn"
     again = LongNetForCausalLM.from_llama(
         llama_family("llama"), segment_lengths=[8], dilation_rates=[1], torch_dtype=torch.float64

@@ -299,6 +299,8 @@ def test_a_masked_language_model_uses_a_loss_of_its_own_and_compiles():
     model.loss_function = lambda logits, labels, vocab_size, num_items_in_batch, weight: logits.sum() * weight
     outputs = model(ids, attention_mask=mask, labels=labels, weight=2)
     assert outputs.loss == outputs.logits.sum() * 2
+    with pytest.raises(ValueError, match="does not take `weight`, got 2"):  # of no loss
+        model(ids, attention_mask=mask, weight=2)
 
 
 def test_a_masked_language_model_is_pretrained_by_trainer_with_the_collator(tmp_path):

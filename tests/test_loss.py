@@ -145,6 +145,17 @@ def test_a_loss_function_of_the_users_own_is_honoured():
     torch.testing.assert_close(model(ids, labels=ids, weight=3.0).loss, 3 * outputs.logits.mean())
     model.loss_function = lambda logits, labels, vocab_size: logits.mean()  # gets nothing that was not given
     torch.testing.assert_close(model(ids, labels=ids).loss, outputs.logits.mean())
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.mean()
+    rows = model(ids, labels=ids, attention_rows=[0, 3], output_attentions=True)  # the model's, not the loss's alone
+    assert rows.attentions[0].shape[-2:] == (2, 8)
+
+
+def test_a_loss_of_no_labels_is_divided_by_one():
+    model, hidden_states = build(LongNetForCausalLM), torch.randn(1, 5, 32)
+    labels = random_ids(1, 5)
+    expected = model.token_loss(hidden_states, model.lm_head(hidden_states), labels, 0)
+    torch.testing.assert_close(model.chunked_loss(hidden_states, labels, 0), expected)
+    torch.testing.assert_close(model.chunked_loss(hidden_states, labels, torch.tensor(0)), expected)
 
 
 def test_lora_on_the_head_gets_its_gradient_from_the_chunked_loss(monkeypatch):

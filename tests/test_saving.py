@@ -42,7 +42,8 @@ def test_save_and_load(model_class, kind, tmp_path):
 def test_weights_that_a_checkpoint_lacks_are_initialised(kind, tmp_path):
     build(LongNetModel, kind).save_pretrained(tmp_path)
     torch.manual_seed(1)
-    model = LongNetForTokenClassification.from_pretrained(tmp_path, num_labels=5)
+    model = LongNetForTokenClassification.from_pretrained(tmp_path, num_labels=5, classifier_dropout=0.3)
+    assert model.dropout.p == 0.3
     assert model.score.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.3)
     assert (model.score.bias == 0).all()
     empty = LongNetModel.from_pretrained(None, config=small_config(kind), state_dict={})

@@ -189,8 +189,11 @@ def test_attention_maps_are_rows_of_the_dense_attention(segment_padding):
         torch.testing.assert_close(ours, theirs[:, :, 0, 1:], rtol=0, atol=1e-10)
         torch.testing.assert_close(rows, theirs[:, :, [1, 6, -1], 1:], rtol=0, atol=1e-10)
         assert (ours[1, :, 20:] == 0).all() and (rows[1, :, 2] == 0).all()  # padding
-    with pytest.raises(ValueError, match="`attention_rows` must lie below the length 38, got .38."):
-        model.attention_maps(**batch, tiles=[37])
+    for wrong in (37, -38):  # of 38 tokens, the first is no tile
+        with pytest.raises(ValueError, match=rf"`tiles` must lie from -37 to 36, got \[{wrong}\]"):
+            model.attention_maps(**batch, tiles=[wrong])
+    with pytest.raises(ValueError, match=r"`tiles` must be integers of shape \[R\], got torch.float32 \(1,\)"):
+        model.attention_maps(**batch, tiles=[1.0])
 
 
 def test_attention_maps_take_memory_linear_in_the_tiles(monkeypatch):
@@ -229,7 +232,13 @@ def test_what_is_no_slide_is_refused(monkeypatch):
         (dict(coords=None), r"`coords` .*\(1, 9, 2\), got None"),
         (dict(coords=coords[:, :8]), r"`coords` .*\(1, 9, 2\), got \(1, 8, 2\)"),
         (dict(coords=coords.bfloat16()), "`coords` must be integers, float32 or float64, got torch.bfloat16"),
-        (dict(attention_mask=torch.ones(1, 10)), r"`attention_mask` must be of shape \(1, 9\).*got \(1, 10\)"),
+        (dict(attention_mask=torch.ones(1, 10)), r"`attention_mask` must be .*shape \(1, 9\).*got \(1, 10\)"),
+        (dict(attention_mask=torch.tensor([[0.0] * 8 + [-1e9]])), "`attention_mask` must be 1 at real tokens"),
+        (dict(is_causal=True), "does not take `is_causal`"),
+        (dict(position_ids=torch.arange(9)[None] % 3), "does not take `position_ids`"),
+        (dict(seq_idx=torch.zeros(1, 9)), "does not take `seq_idx`"),
+        (dict(cu_seq_lens_q=torch.tensor([0, 4, 9])), "does not take `cu_seq_lens_q`"),
+        (dict(cu_seq_lens_k=torch.tensor([0, 4, 9])), "does not take `cu_seq_lens_k`"),
         (dict(attention_mask=torch.zeros(1, 9)), r"Slides \[0\] of the batch have no tiles"),
         (dict(inputs_embeds=features[:, :0], coords=coords[:, :0]), "Slides without tiles"),
     ):

@@ -264,3 +264,5 @@ def test_a_warning_where_torchscale_itself_is_wrong():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config_fields(options("encoder"), random_model())
+    with pytest.raises(ValueError, match="`args` must be torchscale's options"):
+        config_fields(None, random_model())
