@@ -66,7 +66,7 @@ from measurements import (  # noqa: E402
 )
 from record import Results, environment, peak_gibibytes, read, write  # noqa: E402
 from report import above, said, signed, table  # noqa: E402
-from training import RESUME_WITH_SAME, check_settings, checkpoint_step, train_on  # noqa: E402
+from training import RESUME_WITH_SAME, check_at_least, check_settings, checkpoint_step, train_on  # noqa: E402
 
 
 matplotlib.use("Agg")
@@ -141,8 +141,9 @@ class Arguments:
                 raise ValueError(f"`--arms` has `{arm}`, which needs {missing}, got {self.arms}.")
         if self.start_from is not None:
             self._check_start()
-        if self.held_out < 1:
-            raise ValueError(f"`--held_out` must be at least 1, got {self.held_out}.")
+        check_at_least(self, held_out=1)
+        if self.vocab_size is not None:
+            check_at_least(self, vocab_size=1)
         if self.hidden_size % self.head_dim:
             raise ValueError(f"`--head_dim` must divide {self.hidden_size} (`--hidden_size`), got {self.head_dim}.")
 
@@ -194,8 +195,11 @@ def make_tokenizer(args: Arguments, folder: Path) -> PreTrainedTokenizerBase:
     learned = folder / "tokenizer"
     if not learned.exists():
         texts = itertools.chain.from_iterable(find_documents(args.data).values())
+        tokenizer = named.train_new_from_iterator(texts, args.vocab_size)
+        if len(tokenizer) > args.vocab_size:
+            raise ValueError(f"`--vocab_size` must be at least {len(tokenizer)} here, got {args.vocab_size}.")
         unfinished = learned.with_suffix(".unfinished")
-        named.train_new_from_iterator(texts, args.vocab_size).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
         unfinished.replace(learned)
     return AutoTokenizer.from_pretrained(learned)
 

@@ -11,6 +11,7 @@ from measurements import token_losses
 from text_files import find_files, standard_library_files
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
+from training import check_at_least
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 
@@ -29,6 +30,11 @@ class DataArguments:
     context_length: int = field(default=8192, metadata={"help": "Tokens in a training example."})
     held_out: float = field(default=0.06, metadata={"help": "Share of the documents that is kept for evaluation."})
     max_held_out_contexts: int = field(default=24, metadata={"help": "Evaluate on at most so many contexts."})
+
+    def __post_init__(self):
+        check_at_least(self, context_length=2, max_held_out_contexts=1)
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"`--held_out` must lie between 0 and 1, got {self.held_out}.")
 
 
 def load_documents(args: DataArguments) -> Dataset:

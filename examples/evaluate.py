@@ -26,7 +26,6 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ from report import write_report
 from ruler import TASKS, make_tasks
 from text_files import find_files, standard_library_files
 from tqdm.auto import tqdm
-from training import check_settings, stretched_positions
+from training import check_at_least, check_settings, stretched_positions
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -129,12 +128,12 @@ class Arguments:
                     f"`--beside` takes NAME=MODEL, with a name of letters, digits and underscores that is used once "
                     f"and is none of {list(taken)}, got {entry!r}."
                 )
-        for name, least in (("texts", 2), ("needle_texts", 0), ("ruler_texts", 0), ("target_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`--{name}` must be at least {least}, got {getattr(self, name)}.")
+        check_at_least(self, texts=2, needle_texts=0, ruler_texts=0, target_tokens=1)
         for package in self.imports:
-            if find_spec(package) is None:
-                raise ValueError(f"`--imports` must name installed packages, got {package!r}.")
+            try:
+                importlib.import_module(package)
+            except (ImportError, TypeError, ValueError) as error:  # of relative and empty names, too
+                raise ValueError(f"`--imports` must name packages that are installed, got {package!r}.") from error
         if self.lengths[0] < 2:
             raise ValueError(f"`--lengths` must be of at least 2 tokens, got {self.lengths[0]}.")
         if 2 * self.target_tokens > self.lengths[-1]:
@@ -398,7 +397,7 @@ def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
         if has_pattern:
             with torch.device("meta"):
                 described = describe(AutoModelForCausalLM.from_config(config), longest)
-            width = window_of_pairs(described.pairs_per_token, longest)
+            width = window_of_pairs(max(1, described.pairs_per_token - SINK_TOKENS), longest)
         else:
             width = window_of_equal_work(DilatedPattern(**papers_pattern(longest)), longest)
         pattern = dict(segment_lengths=[width], dilation_rates=[1], branch_types=["window"], sink_tokens=SINK_TOKENS)
@@ -452,8 +451,6 @@ def measure_arm(arm: str, args: Arguments, material: Material, results: Results)
 
 def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    for package in args.imports:
-        importlib.import_module(package)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = asdict(args) | dict.fromkeys(("arms", "beside", "imports", "output_dir", "device"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from corpus import DataArguments, bits_of_tokens, load_documents, split_contexts, split_documents
 from peft import LoraConfig, PeftModel, get_peft_model
-from training import RESUME_WITH_SAME, check_conversion, check_settings, stretched_positions, train_on
+from training import RESUME_WITH_SAME, check_at_least, check_conversion, check_settings, stretched_positions, train_on
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 from transformers import default_data_collator as collate
 
@@ -29,7 +29,9 @@ class Arguments(DataArguments):
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
 
     def __post_init__(self):
+        super().__post_init__()
         check_conversion(self.context_length, self.share)
+        check_at_least(self, lora_rank=1)
 
 
 DEFAULTS = dict(

@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from record import Results, environment, peak_gibibytes, write
 from tqdm.auto import tqdm
-from training import RESUME_WITH_SAME, check_settings, stretched_positions, train_on
+from training import RESUME_WITH_SAME, check_at_least, check_settings, stretched_positions, train_on
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -74,6 +74,11 @@ class Arguments:
     )
     lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})
     max_new_tokens: int = field(default=8, metadata={"help": "Length of a continuation."})
+
+    def __post_init__(self):
+        check_at_least(self, entries=1, shortest=2, longest=2, lora_rank=1, max_new_tokens=1)
+        if self.passes <= 0:
+            raise ValueError(f"`--passes` must be above 0, got {self.passes}.")
 
 
 DEFAULTS = dict(

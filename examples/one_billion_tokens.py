@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from record import environment, peak_gibibytes, read, write
 from tqdm.auto import tqdm
+from training import check_at_least
 from transformers import HfArgumentParser, set_seed
 
 from longnet_hf import DilatedCache, LongNetConfig, LongNetForCausalLM
@@ -40,6 +41,13 @@ class Arguments:
     save_every: int = field(default=300, metadata={"help": "Save after so many chunks."})
     stop_after: float | None = field(default=None, metadata={"help": "Seconds after which to save and stop."})
     mlp_chunk_size: int = field(default=1 << 18, metadata={"help": "Tokens per pass through an MLP."})
+
+    def __post_init__(self):
+        check_at_least(self, chunk_size=1, segment_length=1, save_every=1, mlp_chunk_size=0)
+        if not self.tokens.replace("_", "").isdecimal() or int(self.tokens) < 1:
+            raise ValueError(f"`--tokens` must be an integer of at least 1, got {self.tokens!r}.")
+        if self.size not in SIZES:
+            raise ValueError(f"`--size` must be one of {list(SIZES)}, got {self.size!r}.")
 
 
 def make_config(args: Arguments, tokens: int) -> LongNetConfig:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from record import write
-from training import RESUME_WITH_SAME, check_settings, train_on
+from training import RESUME_WITH_SAME, check_at_least, check_settings, train_on
 from transformers import AutoModelForImageClassification, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from longnet_hf import LongNetForSlideClassification, LongNetSlideConfig, collate_slides
@@ -39,6 +39,9 @@ class SlideArguments:
     dropout: float = field(default=0.1, metadata={"help": "Of embeddings and hidden states."})
     drop_path: float = field(default=0.1, metadata={"help": "Probability of leaving out the last layer."})
     layer_decay: float = field(default=0.95, metadata={"help": "Learning rate of a layer by that of the next."})
+
+    def __post_init__(self):
+        check_at_least(self, slides=1, held_out=2, tiles=2)  # of two slides that follow each other one has a sign
 
 
 DEFAULTS = dict(

@@ -72,6 +72,13 @@ def stretched_positions(config: PreTrainedConfig, length: int) -> dict:
     return {"max_position_embeddings": length, "rope_parameters": yarn}
 
 
+def check_at_least(args, **least: float) -> None:
+    """Refuse options below what is the least of each, before anything is done that they would spoil."""
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            raise ValueError(f"`--{name}` must be at least {bound}, got {getattr(args, name)}.")
+
+
 def check_conversion(context_length: int, share: float) -> None:
     """Refuse at once what a conversion by ranked heads would fail with after minutes."""
     if context_length < 256:  # which the ranking needs

@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from .context_parallel import ActiveSplit, SplitDocuments, active_split
 from .dilated_pattern import DilatedPattern, layer_patterns
 from .documents import find_documents, is_packed, running_max
 from .hub_longnet import forget_name, with_parts
-from .input_checks import check_flag
+from .input_checks import check_flag, check_tensor
 from .pattern_report import DESCRIBED_LENGTH, PatternDescription, describe_patterns, pattern_warnings
 
 
@@ -98,6 +99,7 @@ def set_dilated_attention(
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"`model` must be a model of Transformers, got {type(model).__name__}.")
     check_flag("segment_shift", segment_shift)
+    check_flag("probe", probe)
     config = model.config.get_text_config()
     check_model(model, config)
     fields = dict(
@@ -238,8 +240,17 @@ def check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     limited = {x for x in layer_types or () if "attention" in x} - {"attention", "full_attention", "linear_attention"}
     if limited:
         raise ValueError(
-            f"{name} has layers of type {sorted(limited)}, which the pattern would replace. To let it, load the model "
-            'with a configuration whose `layer_types` are "full_attention" there.'
+            f"{name} has layers of type {sorted(limited)}, which the pattern would replace. A configuration whose "
+            '`layer_types` are "full_attention" there lets it. But in many models (Gemma 3, Cohere 2, EXAONE 4 and '
+            "others) the type of a layer chooses its positions, too, and the model would be another one: compare, "
+            "before you go on, the outputs with both configurations on a text that is shorter than the window."
+        )
+    of_types = getattr(config, "rope_parameters", None) or {}
+    left = {x for x, parameters in of_types.items() if isinstance(parameters, dict)} - set(layer_types or ())
+    if left and layer_types:
+        logger.warning(
+            f"{name} has positions for layers of type {sorted(left)} (`rope_parameters`), and no such layers "
+            "(`layer_types`). If it was trained with them, it is another model now."
         )
 
 
@@ -314,28 +325,33 @@ _PACKINGS = {
     "position_ids": "`position_ids`",
     "position_ids alone": "`position_ids` with `use_cache=False` and without `attention_mask`",
     "cu_seq_lens": "`cu_seq_lens_q` and `cu_seq_lens_k`",
+    "boundaries alone": "`cu_seq_lens_q`, `cu_seq_lens_k` or `seq_idx` while `position_ids` go on",
 }
 
 
 def _mixing_packings(model: PreTrainedModel, ids: torch.Tensor) -> list[str]:
     """Try two packed documents in every way. What raises mixes nothing unawares."""
     lengths = 3, _PROBE_LENGTH - 3
-    positions = [torch.arange(length, device=ids.device)[None] for length in lengths]
+    going_on = torch.arange(_PROBE_LENGTH, device=ids.device)[None]
+    restarting = torch.cat([going_on[:, :length] for length in lengths], dim=1)
     bounds = torch.tensor([0, lengths[0], _PROBE_LENGTH], dtype=torch.int32, device=ids.device)
-    inputs = {
-        "position_ids": dict(attention_mask=torch.ones_like(ids)),
-        "position_ids alone": dict(use_cache=False),
-        "cu_seq_lens": dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=5, max_length_k=5),
-    }
+    both = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=5, max_length_k=5)
+    inputs = [
+        ("position_ids", restarting, dict(attention_mask=torch.ones_like(ids))),
+        ("position_ids alone", restarting, dict(use_cache=False)),
+        ("cu_seq_lens", restarting, both),
+        ("boundaries alone", going_on, both),
+        ("boundaries alone", going_on, dict(seq_idx=(going_on >= lengths[0]).to(torch.int32))),
+    ]
     mixing = []
-    for name in _PACKINGS:
+    for name, positions, given in inputs:
         try:
-            documents = zip(ids.split(lengths, dim=1), positions, strict=True)
+            documents = zip(ids.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True)
             expected = torch.cat([model(input_ids=x, position_ids=p)[0] for x, p in documents], dim=1)
-            output = model(input_ids=ids, position_ids=torch.cat(positions, dim=1), **inputs[name])[0]
+            output = model(input_ids=ids, position_ids=positions, **given)[0]
         except Exception:
             continue
-        if not _distance(output, expected) < _tolerance(expected):
+        if name not in mixing and not _distance(output, expected) < _tolerance(expected):
             mixing.append(name)
     return mixing
 
@@ -355,18 +371,19 @@ def _refuse_mixing(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     given = given | given.get("kwargs", {})
     position_ids, mask, bounds = (given.get(name) for name in ("position_ids", "attention_mask", "cu_seq_lens_k"))
+    bounds = given.get("cu_seq_lens_q") if bounds is None else bounds
     use_cache = given.get("use_cache", getattr(model.config, "use_cache", False))
-    if bounds is not None:
-        name, is_several = "cu_seq_lens", len(bounds) > 2
-    elif position_ids is None or position_ids.dim() != 2:
-        return
-    else:
-        name = "position_ids" if use_cache or mask is not None else "position_ids alone"
+    name = None
+    if bounds is not None and len(bounds) > 2 or is_packed(given.get("seq_idx")):
+        name = "boundaries alone"
+    if position_ids is not None and position_ids.dim() == 2:
         length = position_ids.shape[1]
-        mask = mask[:, -length:] if torch.is_tensor(mask) and mask.dim() == 2 else None
-        rows = len(position_ids if mask is None else mask)
-        is_several = is_packed(find_documents(rows, length, attention_mask=mask, position_ids=position_ids))
-    if is_several and name in mixing:
+        of_new = mask[:, -length:] if torch.is_tensor(mask) and mask.dim() == 2 else None
+        rows = len(position_ids if of_new is None else of_new)
+        if is_packed(find_documents(rows, length, attention_mask=of_new, position_ids=position_ids)):
+            name = "position_ids" if use_cache or mask is not None else "position_ids alone"
+            name = name if bounds is None else "cu_seq_lens"
+    if name in mixing:
         remedies = [_PACKINGS[other] for other in _PACKINGS if other not in mixing] + ["one document per row"]
         raise ValueError(
             f"{type(model).__name__} with dilated attention does not keep packed documents apart by "
@@ -460,12 +477,15 @@ def _lay_out(
     attention_mask: torch.Tensor | None,
     is_causal: bool,
     position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
     **kwargs,
 ) -> BatchLayout:
     """How the batch of a call lies in its documents, made by the first layer that asks and kept for the others."""
     batch_size, queries, keys = key.shape[0], query.shape[2], key.shape[2]
-    documents = _unwrap(attention_mask, batch_size, keys)
+    documents = unwrap_mask(attention_mask, batch_size, keys)
+    bounds = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
     split = active_split()
     if split is not None:
         if not is_causal or queries != keys:
@@ -477,24 +497,25 @@ def _lay_out(
                 "This model does not tell its attention function the `position_ids`, without which the documents of "
                 "a sequence that is split over processes are not known."
             )
-        shape = batch_size, queries
-        documents = _once_per_batch(position_ids, (split, *shape), _split_documents, position_ids, split, *shape)
+        told = position_ids, bounds, seq_idx
+        documents = _once_per_batch(told, (split, batch_size, queries), _split_documents, *told, batch_size, split)
         return SplitBatch(documents, position_ids)
-    if documents is None and cu_seq_lens_k is not None:
-        documents = find_documents(batch_size, keys, cu_seq_lens=cu_seq_lens_k)
-    elif position_ids is not None and position_ids.dim() == 2:
-        # Transformers looks for packed documents only where there is neither a mask nor a cache, be it empty
-        of_batch = position_ids if attention_mask is None else attention_mask
-        # torch.compile, under which nothing is kept, takes no `id` before PyTorch 2.12
-        which = None if torch.compiler.is_compiling() else id(position_ids), batch_size, keys
-        if queries == keys > 1:
-            documents = _once_per_batch(of_batch, which, _find_documents, position_ids, documents, batch_size)
-        elif queries < keys and not torch.compiler.is_compiling():
-            _once_per_batch(of_batch, which, _check_continuation, position_ids, documents, keys)
+    of_queries_alone = seq_idx is not None or cu_seq_lens_k is None and cu_seq_lens_q is not None
+    if queries != keys and of_queries_alone:
+        raise ValueError("`seq_idx` and `cu_seq_lens_q` cannot be given with a cache: they say nothing of its tokens.")
+    positions = position_ids if position_ids is not None and position_ids.dim() == 2 and keys > 1 else None
+    # Transformers looks for packed documents only where there is neither a mask nor a cache, be it empty
+    told, which = (positions, bounds, seq_idx), (batch_size, keys)
+    if queries != keys and bounds is None:
+        if positions is not None and not torch.compiler.is_compiling():
+            _once_per_batch((attention_mask, *told), which, _check_continuation, positions, documents, keys)
+    elif any(x is not None for x in told):
+        told = told if queries == keys else (None, bounds, None)  # of all keys
+        documents = _once_per_batch((attention_mask, *told), which, _find_documents, *told, documents, *which)
     return WholeBatch(documents, is_causal)
 
 
-def _unwrap(attention_mask: torch.Tensor | None, batch_size: int, keys: int) -> torch.Tensor | None:
+def unwrap_mask(attention_mask: torch.Tensor | None, batch_size: int, keys: int) -> torch.Tensor | None:
     """`[B, 1, 1, N]` -> `[B, N]`"""
     if attention_mask is None:
         return None
@@ -526,30 +547,60 @@ def same_size(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
 _found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _once_per_batch(of_batch: torch.Tensor, which: tuple, function: Callable, *args):
-    """`function(*args)`, kept under `which` as long as `of_batch` lives: a tensor that all layers are given."""
-    if torch.compiler.is_compiling() or of_batch.is_inference():
+def _once_per_batch(told: tuple[torch.Tensor | None, ...], which: tuple, function: Callable, *args):
+    """`function(*args)`, kept as long as the first tensor of `told` lives, for calls with these tensors, as they are,
+    and `which`."""
+    tensors = [x for x in told if x is not None]
+    if torch.compiler.is_compiling() or any(x.is_inference() for x in tensors):
         return function(*args)
-    key = of_batch._version, *which
-    if of_batch not in _found or _found[of_batch][0] != key:
-        _found[of_batch] = key, function(*args)
-    return _found[of_batch][1]
+    first, *others = tensors
+    key = *which, *(None if x is None else x._version for x in told)
+    known = _found.get(first)
+    if known is None or known[0] != key or any(x is not y() for x, y in zip(others, known[1], strict=True)):
+        known = _found[first] = key, [weakref.ref(x) for x in others], function(*args)
+    return known[2]
 
 
-def _split_documents(position_ids: torch.Tensor, split: ActiveSplit, batch_size: int, length: int) -> SplitDocuments:
-    return split.sequence(length, position_ids.device).find_documents(batch_size, position_ids=position_ids)
+def _split_documents(
+    position_ids: torch.Tensor,
+    bounds: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    batch_size: int,
+    split: ActiveSplit,
+) -> SplitDocuments:
+    of_sequence = split.sequence(position_ids.shape[1], position_ids.device)
+    return of_sequence.find_documents(batch_size, position_ids=position_ids, cu_seq_lens=bounds, seq_idx=seq_idx)
 
 
-def _find_documents(position_ids: torch.Tensor, documents: torch.Tensor | None, batch_size: int):
+def _find_documents(
+    position_ids: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    batch_size: int,
+    keys: int,
+) -> torch.Tensor | None:
+    """The documents of a batch, by all that is told of them; `documents` are those of the mask."""
     real = None if documents is None else documents >= 0
-    return find_documents(batch_size, position_ids.shape[1], attention_mask=real, position_ids=position_ids)
+    found = find_documents(batch_size, keys, attention_mask=real, position_ids=position_ids, cu_seq_lens=bounds)
+    if seq_idx is not None:
+        check_tensor("seq_idx", seq_idx, "integers", batch_size, keys)
+        return seq_idx if found is None else seq_idx.masked_fill(found < 0, -1)
+    if documents is None or found is None:
+        return documents if found is None else found
+    return (found + documents).masked_fill(~real, -1)
 
 
 def _check_continuation(position_ids: torch.Tensor, documents: torch.Tensor | None, keys: int) -> None:
-    count = keys if documents is None else (documents >= 0).sum(1)
-    if bool((position_ids[:, -1] + 1 < count).any()):
+    """Refuse rows whose last position is less than that of their last token."""
+    last, count = position_ids, keys
+    if documents is not None:  # tokens of padding have any position
+        is_new = documents[:, -position_ids.shape[1] :] >= 0
+        last, count = position_ids.masked_fill(~is_new, -1), (documents >= 0).sum(1)
+        last = last.where(is_new.any(1, keepdim=True), keys)
+    if bool((last.amax(1) + 1 < count).any()):
         raise ValueError(
-            f"`position_ids` end at {int(position_ids[:, -1].min())}, and the cache and the new tokens are {keys}. "
+            f"`position_ids` end at {int(last.amax(1).min())}, and the cache and the new tokens are {keys}. "
             "Packed documents cannot be continued from a cache, nor can rows that are padded on the right."
         )
 

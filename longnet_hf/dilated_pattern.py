@@ -397,7 +397,7 @@ def layer_patterns(
     if not isinstance(full_attention_layers, (Sequence, type(None))) or isinstance(full_attention_layers, str):
         raise ValueError(f"`full_attention_layers` must be a list of layer indices, got {full_attention_layers!r}.")
     full = set(full_attention_layers or ())
-    outside = sorted(full - set(range(num_layers)))
+    outside = [x for x in full_attention_layers or () if type(x) is not int or not 0 <= x < num_layers]
     if outside:
         raise ValueError(f"`full_attention_layers` must be layer indices from 0 to {num_layers - 1}, got {outside}.")
     full_heads = heads_of_layers(full_attention_heads, num_layers, num_heads)

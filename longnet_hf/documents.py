@@ -31,9 +31,8 @@ class Document(NamedTuple):
 
 def check_position_shape(position_ids: torch.Tensor, batch_size: int, length: int) -> None:
     if tuple(position_ids.shape) not in ((batch_size, length), (1, length)):
-        raise ValueError(
-            f"`position_ids` must have shape {(batch_size, length)} or {(1, length)}, got {tuple(position_ids.shape)}."
-        )
+        shapes = " or ".join(map(str, dict.fromkeys([(batch_size, length), (1, length)])))
+        raise ValueError(f"`position_ids` must have shape {shapes}, got {tuple(position_ids.shape)}.")
 
 
 def find_documents(

@@ -110,6 +110,9 @@ class ReadingMixin:
                 if labels is not None:
                     shift_labels = labels[:, start + 1 : stop + 1].to(self.device, torch.long)
                     shift_labels = F.pad(shift_labels, (0, stop - start - shift_labels.shape[1]), value=-100)
+                    if mask is not None:  # padding predicts nothing, as in `labels_of_next`
+                        is_padding = (mask[:, start - stop :] == 0).to(self.device)
+                        shift_labels = shift_labels.masked_fill(is_padding, -100)
                     check_labels("labels", shift_labels, self.config.vocab_size, shift_labels.shape)
                     total += self.chunked_loss(output.last_hidden_state, shift_labels, num_items_in_batch=1).double()
                     count += (shift_labels != -100).sum()

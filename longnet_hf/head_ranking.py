@@ -30,10 +30,11 @@ from .dilated_interface import (
     refuse_what_is_not_computed,
     same_size,
     set_implementation,
+    unwrap_mask,
 )
 from .dilated_operator import dilated_attention
 from .dilated_pattern import DilatedPattern
-from .input_checks import check_integer, check_not_empty, check_tensor
+from .input_checks import check_ids, check_integer
 
 
 if TYPE_CHECKING:
@@ -161,12 +162,14 @@ def rank_heads(
     ... )
     ```"""
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"`model` must be a model of Transformers, got {type(model).__name__}.")
+        raise ValueError(
+            f"`model` must be a model of Transformers, got {type(model).__name__}. (Of a PEFT model give "
+            "`get_base_model()`, and of a compiled one what was compiled.)"
+        )
     config = model.config.get_text_config()
     if not hasattr(config, "layer_patterns"):
         check_model(model, config)
-    check_tensor("input_ids", input_ids, "integers", "B", "N")
-    check_not_empty("input_ids", input_ids)
+    check_ids("input_ids", input_ids, getattr(model.get_input_embeddings(), "num_embeddings", config.vocab_size))
     check_integer("span_length", span_length, at_least=_LEAD + 2)
     check_integer("num_spans", num_spans, at_least=1, or_none=True)
     check_integer("seed", seed, at_least=0)
@@ -194,6 +197,9 @@ def rank_heads(
             if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
                 raise ValueError(f"`model` must be causal, and a {type(model).__name__} attends both ways.")
             refuse_what_is_not_computed(kwargs)
+            # (A LongNet gives the layout of its batch here.)
+            if torch.is_tensor(attention_mask) and unwrap_mask(attention_mask, 1, key.shape[2]) is not None:
+                raise ValueError(f"{type(model).__name__} has a mask of its own, under which heads cannot be ranked.")
             output, scores = _attend_and_score(query, key, value, scaling, columns, first)
             totals[module.layer_idx] = totals.get(module.layer_idx, 0.0) + scores
             bar.update()
@@ -201,7 +207,13 @@ def rank_heads(
 
         with evaluation(model), _attention_replaced(model, config, observed):
             for row in repeated:
-                model.base_model(input_ids=row[None].to(model.device), use_cache=False)
+                try:
+                    model.base_model(input_ids=row[None].to(model.device), use_cache=False)
+                except IndexError as error:
+                    raise ValueError(
+                        f"`input_ids` must have no more tokens per row than {type(model).__name__} has learned "
+                        f"positions, got {length}."
+                    ) from error
     if not totals:
         raise ValueError(f"{type(model).__name__} does not call the attention function that is set.")
     return HeadRanking(

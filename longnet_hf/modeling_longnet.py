@@ -55,7 +55,7 @@ from .input_checks import (
 from .operators import is_watched
 from .pointwise import RMSNorm, activate, is_plain, rotate
 from .recompute import has_room_for, in_chunks
-from .token_loss import TokenLossMixin, keep_positions, loss_divisor
+from .token_loss import TokenLossMixin, keep_positions, labels_of_next, loss_divisor
 from .torchscale_weights import config_fields, read_checkpoint, rename_encoder
 
 
@@ -380,11 +380,6 @@ class LongNetPreTrainedModel(HubMixin, ReadingMixin, PreTrainedModel):
         super()._init_weights(module)
         if hasattr(module, "init_std"):
             init.normal_(module.weight, std=module.init_std)
-            # A slice loses the mark of weights that were loaded, hence the check
-            if getattr(module, "padding_idx", None) is not None and not getattr(
-                module.weight, "_is_hf_initialized", False
-            ):
-                init.zeros_(module.weight[module.padding_idx])
 
 
 class LongNetModel(LongNetPreTrainedModel):
@@ -394,7 +389,9 @@ class LongNetModel(LongNetPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = None
         if config.vocab_size > 0:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+            # Without `padding_idx`: nothing attends to padding, and where a text begins with that token, as many do, a
+            # row of zeros stays so through every layer, whose norms multiply its gradients by 1 / sqrt(norm_eps) each
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_scale = 1.0
         if config.scale_embedding:  # unit variance to begin with, or the branches' outputs drown the embeddings
             self.embed_scale = math.sqrt(config.hidden_size)
@@ -591,7 +588,8 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
     ) -> CausalLMOutputWithPast:
         r"""
         Args (the others are those of [`LongNetModel`]):
-            labels: `[B, N]`, -100 where there is nothing to predict; shifted inside.
+            labels: `[B, N]`, -100 where there is nothing to predict; shifted inside. Padding predicts nothing: a row
+                that is padded on the left has the loss of its text alone.
             logits_to_keep: compute the logits of these positions only, as in Transformers.
             shift_labels: `[B, N]`, labels that are already shifted, in place of `labels`.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels. Where a sequence is
@@ -647,6 +645,9 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
         loss = None
         if has_labels:
             of_all = logits if own_loss or (isinstance(logits_to_keep, int) and logits_to_keep == 0) else None
+            if shift_labels is None and not own_loss:
+                ignore_index = loss_kwargs.get("ignore_index", -100)
+                shift_labels = labels_of_next(labels, attention_mask, ignore_index)
             loss = self._loss(hidden_states, of_all, labels, shift_labels, split, loss_kwargs, of_loss | kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -673,8 +674,6 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
                 **of_own_loss,
             )
         else:
-            if shift_labels is None:
-                shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
             loss = self.token_loss(hidden_states, logits, shift_labels, **loss_kwargs)
         return loss if split is None else split.average(loss)
 
@@ -699,6 +698,8 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
                 "`model_or_path` must be a Transformers model, a path or a name on the Hub, got "
                 f"{type(model_or_path).__name__}. (Of a PEFT model, give `merge_and_unload()`.)"
             )
+        if isinstance(model_or_path, PreTrainedModel) and kwargs.get("state_dict") is not None:
+            raise ValueError("`state_dict` cannot be given beside a model, whose weights are taken: give its path.")
         pattern = dict(segment_lengths=segment_lengths, dilation_rates=dilation_rates)
         fields = cls.pop_fields(kwargs) | pattern
         if isinstance(model_or_path, PreTrainedModel):

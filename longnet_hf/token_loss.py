@@ -34,6 +34,18 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
     return hidden_states[:, logits_to_keep]
 
 
+def labels_of_next(
+    labels: torch.Tensor, attention_mask: torch.Tensor | None, ignore_index: int = -100
+) -> torch.Tensor:
+    """For every token the label of the next one, `[B, N]`. Padding has none: what stands before a text knows nothing
+    of it, and a row gives what its text gives alone."""
+    shifted = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    if attention_mask is None:
+        return shifted
+    is_padding = attention_mask[:, -labels.shape[1] :] == 0
+    return shifted.masked_fill(is_padding.to(shifted.device), ignore_index)
+
+
 def loss_divisor(
     labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None, ignore_index: int = -100
 ) -> torch.Tensor | int:

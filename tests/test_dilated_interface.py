@@ -193,6 +193,59 @@ def test_packed_documents_give_what_they_give_alone(model_type):
         close(model(packed, **alone).logits, expected)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_boundaries_and_numbers_of_documents_are_honoured_alone(padded):
+    """Where positions go on from document to document."""
+    model, lengths = set_dilated_attention(build("llama"), **PATTERN), (23, 1, 37)
+    ids = ids_of(1, 61)
+    alone = zip(ids.split(lengths, dim=1), torch.arange(61)[None].split(lengths, dim=1), strict=True)
+    expected = torch.cat([model(x, position_ids=positions).logits for x, positions in alone], dim=1)
+    bounds = torch.tensor([0, 23, 24, 61], dtype=torch.int32)
+    numbers = torch.arange(3).repeat_interleave(torch.tensor(lengths))[None]
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0 if padded else 1
+    for told in (dict(cu_seq_lens_q=bounds), dict(cu_seq_lens_k=bounds), dict(seq_idx=numbers)):
+        output = model(ids, attention_mask=mask if padded else None, **told).logits
+        close(output[:, : 61 - padded], expected[:, : 61 - padded])
+    documents = numbers.int().masked_fill(mask == 0, -1)[:, None, None]  # as `dilated_attention_mask` makes it
+    close(model(ids, attention_mask=documents).logits[:, : 61 - padded], expected[:, : 61 - padded])
+    with pytest.raises(ValueError, match="`seq_idx` must be of shape .1, 61., a tensor of integers"):
+        model(ids, seq_idx=numbers[:, :60])
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="`seq_idx` and `cu_seq_lens_q` cannot be given with a cache"):
+        model(ids[:, :2], past_key_values=cache, seq_idx=torch.tensor([[0, 1]]))
+
+
+def test_boundaries_are_looked_at_beside_positions_that_serve_several_batches():
+    model, ids, positions = set_dilated_attention(build("llama"), **PATTERN), ids_of(1, 40), torch.arange(40)[None]
+    for cut in (11, 20, 30, 7):  # tensors that may lie where the one before lay
+        second = model(ids[:, cut:], position_ids=positions[:, cut:]).logits
+        expected = torch.cat((model(ids[:, :cut]).logits, second), dim=1)
+        bounds = torch.tensor([0, cut, 40], dtype=torch.int32)
+        close(model(ids, position_ids=positions, cu_seq_lens_q=bounds).logits, expected)
+
+
+def test_a_chunk_may_end_in_padding_inside_a_row():
+    source = build("llama")
+    model, ids = set_dilated_attention(copy.deepcopy(source), **FULL), ids_of(1, 12)
+    mask = torch.ones_like(ids)
+    mask[0, 3:5] = 0
+    options = dict(attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    expected = source.generate(ids, **options)
+    for chunk in (2, 4):
+        assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **options), expected)
+
+
+def test_positions_of_layers_that_were_made_others_are_warned_of(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    changes = {"head_dim": 8, "sliding_window": 16}
+    model = build("gemma3_text", **changes, layer_types=["sliding_attention", "full_attention", "full_attention"])
+    with pytest.raises(ValueError, match="the type of a layer chooses its positions, too"):
+        set_dilated_attention(model, **PATTERN)
+    set_dilated_attention(build("gemma3_text", **changes, layer_types=["full_attention"] * 3), **PATTERN)
+    assert "positions for layers of type ['sliding_attention']" in caplog.text
+
+
 def test_positions_that_serve_several_batches_are_looked_at_beside_each_mask():
     model, positions = set_dilated_attention(build("llama"), **PATTERN), torch.arange(40)[None]
     for start in (3, 11, 7, 0):

@@ -171,6 +171,38 @@ def test_what_measures_needs_no_datasets():
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
+@pytest.mark.parametrize(
+    "script, name, wrong",
+    [
+        ("corpus", "DataArguments", dict(context_length=1)),
+        ("corpus", "DataArguments", dict(max_held_out_contexts=0)),
+        ("corpus", "DataArguments", dict(held_out=0.0)),
+        ("corpus", "DataArguments", dict(held_out=1.5)),
+        ("lora", "Arguments", dict(context_length=512, max_held_out_contexts=0)),
+        ("lora", "Arguments", dict(context_length=512, lora_rank=0)),
+        ("slide", "SlideArguments", dict(held_out=1)),
+        ("slide", "SlideArguments", dict(slides=0)),
+        ("slide", "SlideArguments", dict(tiles=0)),
+        ("lora_on_the_prompt", "Arguments", dict(max_new_tokens=0)),
+        ("lora_on_the_prompt", "Arguments", dict(shortest=0)),
+        ("lora_on_the_prompt", "Arguments", dict(passes=0)),
+        ("one_billion_tokens", "Arguments", dict(chunk_size=0)),
+        ("one_billion_tokens", "Arguments", dict(tokens="0")),
+        ("one_billion_tokens", "Arguments", dict(size="tiny")),
+        ("one_billion_tokens", "Arguments", dict(save_every=0)),
+        ("evaluate", "Arguments", dict(imports=["nope.sub"])),
+        ("evaluate", "Arguments", dict(imports=[".relative"])),
+        ("from_scratch", "Arguments", dict(vocab_size=0)),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(script, name, wrong, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks"), monkeypatch.syspath_prepend(ROOT / "examples")
+    option, value = list(wrong.items())[-1]
+    shown = re.escape(repr(value[0] if isinstance(value, list) else value))
+    with pytest.raises(ValueError, match=rf"`--{option}` must .*, got {shown}\."):
+        getattr(importlib.import_module(script), name)(**wrong)
+
+
 def test_the_picture_of_the_readme(tmp_path):
     done = run("draw_pattern.py", "--output", "pattern.png", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -720,7 +752,7 @@ AutoModelForCausalLM.register(StrangeConfig, StrangeForCausalLM)
     command += ("--target_tokens", 128, "--needle_texts", 0, "--ruler_texts", 0, "--arms", "model", "--device", "cpu")
     command += ("--beside", f"strange={tmp_path}/model", "--imports", "strangers", "--output_dir", tmp_path / "run")
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    with pytest.raises(ValueError, match="`--imports` must name installed packages, got 'strangers'"):
+    with pytest.raises(ValueError, match="`--imports` must name packages that are installed, got 'strangers'"):
         evaluation.report.main()
     monkeypatch.syspath_prepend(tmp_path)
     evaluation.report.main()
@@ -993,6 +1025,9 @@ def test_models_are_trained_from_scratch_and_training_goes_on_where_it_was_stopp
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "learned" / "full")
     begins = (ROOT / "docs" / "architecture.md").read_text()[:99]
     assert len(tokenizer) == 300 and tokenizer.decode(ids).startswith(begins)
+
+    done = train("--arms", "full", *learned, "--vocab_size", 100, "--output_dir", "small")
+    assert re.search(r"`--vocab_size` must be at least \d+ here, got 100", done.stderr)
 
     done = train("--arms", "full", "--save_steps", 3)
     assert "`--save_steps` must be 2, as `--eval_steps` is" in done.stderr

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from models import build, random_ids
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, GemmaConfig, LlamaConfig, Qwen3Config
 
@@ -122,8 +123,18 @@ def test_what_cannot_be_ranked_is_refused():
     with pytest.raises(ValueError, match="`seed` must be an integer"):
         rank_heads(model, ids, span_length=12, seed=1.5)
     for wrong in (ids[0], ids.tolist(), ids.float()):
-        with pytest.raises(ValueError, match=r"`input_ids` must be of shape \[B, N\], a tensor of integers"):
+        with pytest.raises(ValueError, match=r"`input_ids` must be of shape \[B, N\], a tensor of token ids"):
             rank_heads(tiny(LlamaConfig), wrong)
+    for wrong in (ids + 97, -ids - 1):
+        with pytest.raises(ValueError, match="`input_ids` must lie from 0 to below `vocab_size` .97."):
+            rank_heads(tiny(LlamaConfig), wrong, span_length=12)
+    gpt2 = transformers.GPT2Config(vocab_size=97, n_positions=64, n_embd=8, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match="than GPT2LMHeadModel has learned positions, got 90"):
+        rank_heads(transformers.GPT2LMHeadModel(gpt2), ids, span_length=12)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    doge = transformers.DogeConfig(vocab_size=97, **sizes)
+    with pytest.raises(ValueError, match="`attention_mask` has shape"):
+        rank_heads(transformers.DogeForCausalLM(doge), ids, span_length=12)
     with pytest.raises(ValueError, match="`input_ids` must hold at least one row"):
         rank_heads(tiny(LlamaConfig), ids[:0], span_length=12)
     for wrong in (9, 12.0, "12"):

@@ -150,6 +150,35 @@ def test_a_loss_function_of_the_users_own_is_honoured():
     assert rows.attentions[0].shape[-2:] == (2, 8)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("max_logits", [1, 1 << 25])
+def test_the_loss_of_a_padded_row_is_that_of_its_text_alone(side, max_logits, monkeypatch):
+    """Of left padding the last column stands before the first token, and is not asked for it."""
+    as_much_as(monkeypatch, max_logits)
+    model, ids = build(LongNetForCausalLM, dtype=torch.float64), random_ids(1, 23)
+    widths = (9, 0) if side == "left" else (0, 9)
+    padded, mask = F.pad(ids, widths, value=0), F.pad(torch.ones_like(ids), widths)
+    batch = dict(input_ids=padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100))
+    alone, loss = model(ids, labels=ids).loss, model(**batch).loss
+    torch.testing.assert_close(loss, alone, rtol=1e-12, atol=0)
+    assert_same_gradients(all_gradients(model, loss), all_gradients(model, alone), atol=1e-12)
+    options = dict(labels=batch["labels"], attention_mask=mask, chunk_size=5, progress=False)
+    *_, last = model.forward_chunks(padded, **options)
+    torch.testing.assert_close(last.loss, alone.float())
+
+
+def test_a_text_may_begin_with_the_token_for_padding():
+    """As GPT-2's do. Of a row of zeros every norm multiplies the gradients by 1 / sqrt(eps), to infinity in twelve
+    layers."""
+    model, ids = build(LongNetForCausalLM, num_hidden_layers=12), random_ids(1, 20)
+    norms = []
+    for first in (0, 5):
+        ids[0, 0] = first
+        gradients = all_gradients(model, model(ids, labels=ids).loss)
+        norms.append(torch.nn.utils.get_total_norm(gradients.values()).item())
+    assert norms[0] == pytest.approx(norms[1], rel=0.5)
+
+
 def test_a_loss_of_no_labels_is_divided_by_one():
     model, hidden_states = build(LongNetForCausalLM), torch.randn(1, 5, 32)
     labels = random_ids(1, 5)
