@@ -58,8 +58,8 @@ from longnet_hf import DilatedPattern, LongNetConfig, LongNetForCausalLM, descri
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # whose measurements and records it shares
 from measurements import (  # noqa: E402
     copy_distance,
-    find_documents,
     papers_pattern,
+    read_documents,
     read_texts,
     token_losses,
     window_of_equal_work,
@@ -194,7 +194,7 @@ def make_tokenizer(args: Arguments, folder: Path) -> PreTrainedTokenizerBase:
         return named
     learned = folder / "tokenizer"
     if not learned.exists():
-        texts = itertools.chain.from_iterable(find_documents(args.data).values())
+        texts = itertools.chain.from_iterable(read_documents(args.data).values())
         tokenizer = named.train_new_from_iterator(texts, args.vocab_size)
         if len(tokenizer) > args.vocab_size:
             raise ValueError(f"`--vocab_size` must be at least {len(tokenizer)} here, got {args.vocab_size}.")

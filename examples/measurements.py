@@ -56,7 +56,7 @@ def window_of_equal_work(pattern: DilatedPattern, length: int) -> int:
     return window_of_pairs(pattern.pairs(length, heads) / heads / length, length)
 
 
-def find_documents(data: list[str]) -> dict[str, Iterator[str]]:
+def read_documents(data: list[str]) -> dict[str, Iterator[str]]:
     """The texts of the files of every kind in `data` (KIND=FILES), folder by folder."""
     if not data:
         raise ValueError("`--data` must name texts: KIND=FILES, such as code='src/**/*.py'.")
@@ -79,7 +79,7 @@ def read_texts(data: list[str], tokenizer, length: int, at_least: int) -> dict[s
     """Texts `[texts, N]` of every kind in `data` (KIND=FILES), as many as there are. Files are laid end to end, folder
     by folder."""
     texts = {}
-    for kind, documents in find_documents(data).items():
+    for kind, documents in read_documents(data).items():
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
         ids = torch.tensor([token for document in ids for token in document])
         texts[kind] = ids[: len(ids) // length * length].view(-1, length)

@@ -348,8 +348,8 @@ class LongNetSlideModel(LongNetSlidePreTrainedModel, LongNetModel):
         Args:
             inputs_embeds: `[B, N, feature_size]`, features of tiles.
             coords: `[B, N, 2]`, x and y of the tiles in pixels.
-            attention_mask: `[B, N]`, nonzero at real tiles, where slides are of unequal size. A batch gives what its
-                slides give alone.
+            attention_mask: `[B, N]`, 1 at real tiles and 0 at padding, where slides are of unequal size. A batch gives
+                what its slides give alone.
             pixel_values: `[B, num_channels, height, width]` in place of the others, where `config.patch_size` is set.
             output_hidden_states: `True`, or indices with Transformers 5.24, for `pooled_states` and `hidden_states`.
             output_attentions, attention_rows: see [`LongNetModel`]; easier, [`~LongNetSlideModel.attention_maps`].
