@@ -110,7 +110,9 @@ def assert_same_numbers(folder, expected, rel=1e-5):
     assert [pytest.approx(row, rel=rel) for row in expected] == numbers[: len(expected)]
 
 
-def assert_same_weights(folder, expected, atol=1e-5):
+def assert_same_weights(folder, expected, atol=3e-5):
+    """AdamW divides gradients by their size, and makes of rounding errors of one that is all but 0 hundredths of a
+    step of 1e-3; with SGD the weights of this file agree to 2e-7."""
     weights, expected = (load_file(next((x / "final").glob("*.safetensors"))) for x in (folder, expected))
     assert expected.keys() <= weights.keys()  # tied weights may come twice from FSDP
     for name, weight in expected.items():
