@@ -381,7 +381,7 @@ def _documents_of(inputs: BatchInputs, past_key_values: Cache | None) -> torch.T
     """Document of every token, cached ones included. `None` if each row is one document without padding, or if nothing
     asks for it: a DilatedCache counts for itself what follows its first tokens."""
     if is_empty(past_key_values):
-        document_ids = _new_documents_of(inputs)
+        document_ids = new_documents_of(inputs)
         if past_key_values is not None and is_packed(document_ids):
             raise ValueError(_PACKED_INTO_CACHE)
         return document_ids
@@ -400,7 +400,7 @@ def _documents_of(inputs: BatchInputs, past_key_values: Cache | None) -> torch.T
     return find_documents(batch_size, past_length + length, attention_mask=inputs.attention_mask)
 
 
-def _new_documents_of(inputs: BatchInputs) -> torch.Tensor | None:
+def new_documents_of(inputs: BatchInputs) -> torch.Tensor | None:
     """Document of every token where none came before."""
     document_ids = find_documents(
         inputs.batch_size,

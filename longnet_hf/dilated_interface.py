@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.utils import logging
 
-from .batch_layout import AttentionOptions, BatchLayout, SplitBatch, WholeBatch
+from .batch_layout import AttentionOptions, BatchInputs, BatchLayout, SplitBatch, WholeBatch, new_documents_of
 from .context_parallel import ActiveSplit, SplitDocuments, active_split
 from .dilated_pattern import DilatedPattern, layer_patterns
 from .documents import find_documents, is_packed, running_max
@@ -336,19 +336,23 @@ def _mixing_packings(model: PreTrainedModel, ids: torch.Tensor) -> list[str]:
     restarting = torch.cat([going_on[:, :length] for length in lengths], dim=1)
     bounds = torch.tensor([0, lengths[0], _PROBE_LENGTH], dtype=torch.int32, device=ids.device)
     both = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=5, max_length_k=5)
-    inputs = [
+    ways = [
         ("position_ids", restarting, dict(attention_mask=torch.ones_like(ids))),
         ("position_ids alone", restarting, dict(use_cache=False)),
         ("cu_seq_lens", restarting, both),
         ("boundaries alone", going_on, both),
         ("boundaries alone", going_on, dict(seq_idx=(going_on >= lengths[0]).to(torch.int32))),
     ]
+
+    @functools.cache
+    def alone(positions: torch.Tensor) -> torch.Tensor:
+        documents = zip(ids.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True)
+        return torch.cat([model(input_ids=x, position_ids=p)[0] for x, p in documents], dim=1)
+
     mixing = []
-    for name, positions, given in inputs:
+    for name, positions, given in ways:
         try:
-            documents = zip(ids.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True)
-            expected = torch.cat([model(input_ids=x, position_ids=p)[0] for x, p in documents], dim=1)
-            output = model(input_ids=ids, position_ids=positions, **given)[0]
+            expected, output = alone(positions), model(input_ids=ids, position_ids=positions, **given)[0]
         except Exception:
             continue
         if name not in mixing and not _distance(output, expected) < _tolerance(expected):
@@ -505,7 +509,7 @@ def _lay_out(
         raise ValueError("`seq_idx` and `cu_seq_lens_q` cannot be given with a cache: they say nothing of its tokens.")
     positions = position_ids if position_ids is not None and position_ids.dim() == 2 and keys > 1 else None
     # Transformers looks for packed documents only where there is neither a mask nor a cache, be it empty
-    told, which = (positions, bounds, seq_idx), (batch_size, keys)
+    told, which = (positions, bounds, seq_idx), (batch_size, keys, key.device)
     if queries != keys and bounds is None:
         if positions is not None and not torch.compiler.is_compiling():
             _once_per_batch((attention_mask, *told), which, _check_continuation, positions, documents, keys)
@@ -579,14 +583,14 @@ def _find_documents(
     documents: torch.Tensor | None,
     batch_size: int,
     keys: int,
+    device: torch.device,
 ) -> torch.Tensor | None:
     """The documents of a batch, by all that is told of them; `documents` are those of the mask."""
-    real = None if documents is None else documents >= 0
-    found = find_documents(batch_size, keys, attention_mask=real, position_ids=position_ids, cu_seq_lens=bounds)
     if seq_idx is not None:
         check_tensor("seq_idx", seq_idx, "integers", batch_size, keys)
-        return seq_idx if found is None else seq_idx.masked_fill(found < 0, -1)
-    if documents is None or found is None:
+    real = None if documents is None else documents >= 0
+    found = new_documents_of(BatchInputs(batch_size, keys, device, real, position_ids, bounds, seq_idx))
+    if documents is None or found is None or seq_idx is not None:
         return documents if found is None else found
     return (found + documents).masked_fill(~real, -1)
 

@@ -19,6 +19,7 @@ from .batch_layout import CACHE, one_cache
 from .context_parallel import SequenceSplit, is_distributed, split_sequence
 from .dilated_cache import DilatedCache, is_dilated_cache, is_empty
 from .input_checks import check_integer, check_labels, check_mask, check_not_empty, check_tensor
+from .token_loss import labels_of_next
 
 
 # How many tokens assisted decoding can take back
@@ -108,11 +109,10 @@ class ReadingMixin:
                     past_key_values=past_key_values,
                 ).last_hidden_state
                 if labels is not None:
-                    shift_labels = labels[:, start + 1 : stop + 1].to(self.device, torch.long)
-                    shift_labels = F.pad(shift_labels, (0, stop - start - shift_labels.shape[1]), value=-100)
-                    if mask is not None:  # padding predicts nothing, as in `labels_of_next`
-                        is_padding = (mask[:, start - stop :] == 0).to(self.device)
-                        shift_labels = shift_labels.masked_fill(is_padding, -100)
+                    with_next = slice(start, stop + 1)
+                    real = None if attention_mask is None else attention_mask[:, with_next]
+                    shift_labels = labels_of_next(labels[:, with_next].to(self.device, torch.long), real)
+                    shift_labels = shift_labels[:, : stop - start]
                     check_labels("labels", shift_labels, self.config.vocab_size, shift_labels.shape)
                     total += self.chunked_loss(output.last_hidden_state, shift_labels, num_items_in_batch=1).double()
                     count += (shift_labels != -100).sum()

@@ -106,6 +106,15 @@ def check_labels(
     return labels.long()
 
 
+def resolve_indices(name: str, indices: torch.Tensor, length: int, bounds: str) -> torch.Tensor:
+    """Indices `[R]`, some of which may count from the end of `length`, all from 0 on; `bounds` says where they lie."""
+    if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
+        raise ValueError(f"`{name}` must be integers of shape [R], got {indices.dtype} {tuple(indices.shape)}.")
+    if bool(((indices < -length) | (indices >= length)).any()):
+        raise ValueError(f"`{name}` must lie {bounds}, got {indices.tolist()}.")
+    return indices % length
+
+
 def check_not_empty(name: str, x: torch.Tensor) -> None:
     """Refuse a tensor `[B, N, ...]` without rows or tokens."""
     for size, what in zip(x.shape[:2], ("row", "token per row"), strict=True):
@@ -178,4 +187,5 @@ def refuse_capture(device: torch.device, reason: str) -> None:
 __all__ = [
     "TAKEN_ARGUMENTS", "check_arguments", "check_embeds", "check_flag", "check_ids", "check_integer", "check_labels",
     "check_mask", "check_not_empty", "check_number", "check_tensor", "is_captured", "refuse_capture",
+    "resolve_indices",
 ]  # fmt: skip

@@ -51,6 +51,7 @@ from .input_checks import (
     check_ids,
     check_labels,
     check_tensor,
+    resolve_indices,
 )
 from .operators import is_watched
 from .pointwise import RMSNorm, activate, is_plain, rotate
@@ -523,17 +524,14 @@ class LongNetModel(LongNetPreTrainedModel):
         """`attention_rows` as a tensor of columns from 0 on, or an error that says why they cannot be had."""
         length = inputs_embeds.shape[1]
         rows = torch.as_tensor(attention_rows, device=inputs_embeds.device)
-        if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
-            raise ValueError(f"`attention_rows` must be integers of shape [R], got {rows.dtype} {tuple(rows.shape)}.")
-        if bool(((rows < -length) | (rows >= length)).any()):
-            raise ValueError(f"`attention_rows` must lie below the length {length}, got {rows.tolist()}.")
+        rows = resolve_indices("attention_rows", rows, length, f"below the length {length}")
         if not kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError("`attention_rows` says which attention to return: give `output_attentions=True`, too.")
         if past_key_values is not None or active_split() is not None:
             raise ValueError(
                 "`attention_rows` cannot be had with `past_key_values` or of a sequence that is split over processes."
             )
-        return rows % length
+        return rows
 
     @property
     def running_layers(self) -> nn.ModuleList:
@@ -635,6 +633,7 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
             options = self.config.vocab_size, hidden_states.shape[:2], loss_kwargs.get("ignore_index", -100)
             if shift_labels is None:
                 labels = check_labels("labels", labels, *options)
+                shift_labels = labels_of_next(labels, attention_mask, options[-1])
             else:
                 shift_labels = check_labels("shift_labels", shift_labels, *options)
         if skip_logits is None:
@@ -645,9 +644,6 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
         loss = None
         if has_labels:
             of_all = logits if own_loss or (isinstance(logits_to_keep, int) and logits_to_keep == 0) else None
-            if shift_labels is None and not own_loss:
-                ignore_index = loss_kwargs.get("ignore_index", -100)
-                shift_labels = labels_of_next(labels, attention_mask, ignore_index)
             loss = self._loss(hidden_states, of_all, labels, shift_labels, split, loss_kwargs, of_loss | kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

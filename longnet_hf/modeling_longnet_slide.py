@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_longnet import LongNetConfig
 from .documents import check_padding_mask
+from .input_checks import resolve_indices
 from .modeling_longnet import (
     LongNetForSequenceClassification,
     LongNetModel,
@@ -417,7 +418,9 @@ class LongNetSlideModel(LongNetSlidePreTrainedModel, LongNetModel):
             raise ValueError("This model has no cls token: say which `tiles` attend.")
         rows = torch.zeros(1, dtype=torch.long)
         if tiles is not None and (inputs_embeds is not None or pixel_values is not None):  # else forward refuses
-            rows = self.rows_of_tiles(tiles, self.embeddings.count_tiles(inputs_embeds, pixel_values))
+            count = self.embeddings.count_tiles(inputs_embeds, pixel_values)
+            rows = resolve_indices("tiles", torch.as_tensor(tiles), count, f"from {-count} to {count - 1}")
+            rows = rows + self.first_tile
         outputs = self(
             inputs_embeds=inputs_embeds,
             coords=coords,
@@ -429,15 +432,6 @@ class LongNetSlideModel(LongNetSlidePreTrainedModel, LongNetModel):
         )
         maps = (weights[..., self.first_tile :] for weights in outputs.attentions)
         return tuple(weights[:, :, 0] if tiles is None else weights for weights in maps)
-
-    def rows_of_tiles(self, tiles: Sequence[int] | torch.Tensor, count: int) -> torch.Tensor:
-        """The tokens of `tiles`, those of them that are counted from the end of `count` tiles too."""
-        rows = torch.as_tensor(tiles)
-        if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
-            raise ValueError(f"`tiles` must be integers of shape [R], got {rows.dtype} {tuple(rows.shape)}.")
-        if bool(((rows < -count) | (rows >= count)).any()):
-            raise ValueError(f"`tiles` must lie from {-count} to {count - 1}, got {rows.tolist()}.")
-        return rows % count + self.first_tile
 
     @classmethod
     def from_gigapath(
