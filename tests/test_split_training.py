@@ -70,8 +70,8 @@ def train(folder, mesh=None, resume=None, use_lora=False, kind="longnet", steps=
     arguments = arguments_class(
         str(folder), max_steps=steps, per_device_train_batch_size=2 // (mesh or {}).get("dp_shard_size", 1),
         gradient_accumulation_steps=2, lr_scheduler_type="constant", report_to="none", save_steps=2, logging_steps=1,
-        disable_tqdm=True, **dict(use_cpu=True, learning_rate=1e-3) | options,
-    )  # fmt: skip
+        disable_tqdm=True, **dict(use_cpu=True, learning_rate=1e-3, adam_epsilon=1e-6) | options,
+    )  # fmt: skip  # (by a smaller one AdamW divides gradients that are nothing but rounding errors)
     if mesh is not None and arguments.use_cpu:  # Accelerate allows this on GPUs only
         arguments._setup_devices  # noqa: B018
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -110,9 +110,7 @@ def assert_same_numbers(folder, expected, rel=1e-5):
     assert [pytest.approx(row, rel=rel) for row in expected] == numbers[: len(expected)]
 
 
-def assert_same_weights(folder, expected, atol=3e-5):
-    """AdamW divides gradients by their size, and makes of rounding errors of one that is all but 0 hundredths of a
-    step of 1e-3; with SGD the weights of this file agree to 2e-7."""
+def assert_same_weights(folder, expected, atol=1e-5):
     weights, expected = (load_file(next((x / "final").glob("*.safetensors"))) for x in (folder, expected))
     assert expected.keys() <= weights.keys()  # tied weights may come twice from FSDP
     for name, weight in expected.items():
