@@ -322,8 +322,10 @@ def lay_out_batch(inputs: BatchInputs, is_causal: bool, past_key_values: Cache |
 def _check_types(inputs: BatchInputs, is_split: bool) -> None:
     if inputs.attention_mask is not None:
         check_mask("attention_mask", inputs.attention_mask)
-        is_added = inputs.attention_mask.is_floating_point() and not torch.compiler.is_compiling()
-        if is_added and not bool(inputs.attention_mask.any()):  # which would hide nothing
+        mask = inputs.attention_mask
+        # A part of a sequence that is split may be padding alone
+        may_be_added = mask.is_floating_point() and not (is_split or torch.compiler.is_compiling())
+        if may_be_added and not bool(mask.any()):  # which would hide nothing
             raise ValueError(
                 "`attention_mask` must be 1 at real tokens and 0 at padding, got floats that are all 0. (A mask that "
                 "is added to scores says the contrary. For a batch of padding alone give integers or bool.)"

@@ -290,7 +290,10 @@ class ActiveSplit:
         return loss + (self.sum(loss) / self.world_size - loss.detach())
 
 
-_explicit: ContextVar[ActiveSplit | None] = ContextVar("longnet_split", default=None)
+# One for all copies of this file: code that came with weights has its own
+_explicit: ContextVar[ActiveSplit | None] = vars(dist).setdefault(
+    "_longnet_split", ContextVar("longnet_split", default=None)
+)
 
 
 @contextlib.contextmanager
@@ -300,7 +303,12 @@ def split_sequence(group: dist.ProcessGroup | None = None, layout: str = "head_t
     Accelerate's `maybe_context_parallel`, and with it Trainer under `ParallelismConfig(cp_size=...)`, does the same.
     All processes call the model, with as many tokens each: those at [`SequenceSplit.positions`]. Labels come shifted
     (`shift_labels`), and `position_ids`, where given, are those of the whole sequence. The loss is that of the whole
-    sequence on every process; the mean of the processes' gradients is its gradient, as DDP and FSDP take it.
+    sequence on every process; the mean of the processes' gradients is its gradient, as DDP and FSDP take it. Logits,
+    also those of `logits_to_keep`, are of this process's tokens. All processes give the same arguments: where one of
+    them gives a mask and the others none, they wait for one another.
+
+    Of another model with dilated attention `position_ids` must be given, and its loss is this process's: give
+    `num_items_in_batch`, the number of labels on all processes over their number.
 
     Args:
         group: of the processes; default: all.
@@ -344,7 +352,8 @@ def _active_split() -> ActiveSplit | None:
     from torch.distributed.tensor.experimental._attention import _cp_options
 
     try:
-        from accelerate.state import AcceleratorState
+        from accelerate.data_loader import DataLoaderDispatcher
+        from accelerate.state import AcceleratorState, GradientState
     except ImportError:
         mesh = None
     else:
@@ -353,6 +362,11 @@ def _active_split() -> ActiveSplit | None:
         raise ValueError(
             "PyTorch's `context_parallel` is active without Accelerate's `ParallelismConfig(cp_size=...)`, and does "
             "not tell dilated attention which processes share the sequence: use `longnet_hf.split_sequence(group)`."
+        )
+    if isinstance(GradientState().active_dataloader, DataLoaderDispatcher):
+        raise ValueError(
+            "Of a dataset that is dispatched, as a streamed one is, Accelerate gives every process other rows, also "
+            "those that share a sequence: give Trainer `accelerator_config={'dispatch_batches': False}`."
         )
     return ActiveSplit(mesh["cp"].get_group(), "head_tail" if _cp_options.enable_load_balance else "contiguous")
 

@@ -490,7 +490,7 @@ def _lay_out(
     batch_size, queries, keys = key.shape[0], query.shape[2], key.shape[2]
     documents = unwrap_mask(attention_mask, batch_size, keys)
     bounds = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-    split = active_split()
+    split = active_split() or _split_of_checkpoint(position_ids)
     if split is not None:
         if not is_causal or queries != keys:
             raise ValueError(
@@ -502,6 +502,7 @@ def _lay_out(
                 "a sequence that is split over processes are not known."
             )
         told = position_ids, bounds, seq_idx
+        _split_of[position_ids] = split
         documents = _once_per_batch(told, (split, batch_size, queries), _split_documents, *told, batch_size, split)
         return SplitBatch(documents, position_ids)
     of_queries_alone = seq_idx is not None or cu_seq_lens_k is None and cu_seq_lens_q is not None
@@ -565,6 +566,17 @@ def _once_per_batch(told: tuple[torch.Tensor | None, ...], which: tuple, functio
     return known[2]
 
 
+# The split that positions are of
+_split_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _split_of_checkpoint(position_ids: torch.Tensor | None) -> ActiveSplit | None:
+    """The split of a layer that is computed again for the backward pass: behind `split_sequence`, or in a thread that
+    knows nothing of it."""
+    is_again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return _split_of.get(position_ids) if is_again and position_ids is not None else None
+
+
 def _split_documents(
     position_ids: torch.Tensor,
     bounds: torch.Tensor | None,
@@ -573,6 +585,14 @@ def _split_documents(
     split: ActiveSplit,
 ) -> SplitDocuments:
     of_sequence = split.sequence(position_ids.shape[1], position_ids.device)
+    if bounds is None and seq_idx is None and split.world_size > 1:
+        count = torch.arange(position_ids.shape[1]).to(position_ids)
+        if split.all_agree(bool((position_ids == count).all()), position_ids.device):
+            raise ValueError(
+                "`position_ids` count from 0 on every process that shares a sequence, as those do that a model makes "
+                "by itself: give them, those of the whole sequence (`SequenceSplit.positions()`), or, where each "
+                "process has a document of its own, `seq_idx`."
+            )
     return of_sequence.find_documents(batch_size, position_ids=position_ids, cu_seq_lens=bounds, seq_idx=seq_idx)
 
 
@@ -705,6 +725,12 @@ class ContextParallelTrainerMixin:
         config = self.accelerator.unwrap_model(model).config
         if parallelism is None or not parallelism.cp_enabled or config._attn_implementation != DILATED:
             return super()._prepare_context_parallel_inputs(model, inputs)
+        for name in ("label_smoother", "compute_loss_func"):
+            if getattr(self, name, None) is not None:
+                raise ValueError(
+                    f"Trainer's `{name}` takes labels for those of a whole sequence, and cannot be used for one that "
+                    "is split over processes."
+                )
         mask = inputs.pop("attention_mask", None)  # which says nothing of tokens before it
         if mask is not None and (mask.dim() != 2 or bool((mask[:, 1:] > mask[:, :-1]).any())):
             raise ValueError(
@@ -717,11 +743,17 @@ class ContextParallelTrainerMixin:
         finally:
             config._attn_implementation = DILATED
 
-    def prediction_step(self, *args, **kwargs):
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Trainer keeps the loss of a process or two for the last batch: all have that of the whole sequence."""
-        loss, *others = super().prediction_step(*args, **kwargs)
         mesh = self.accelerator.torch_device_mesh
-        if loss is not None and mesh is not None and "cp" in (mesh.mesh_dim_names or ()):
+        is_split = mesh is not None and "cp" in (mesh.mesh_dim_names or ())
+        if is_split and not prediction_loss_only:
+            raise ValueError(
+                "Trainer cannot put the predictions of a sequence together that is split over processes (`predict`, "
+                "`compute_metrics`): set `prediction_loss_only=True`, or predict without `cp_size`."
+            )
+        loss, *others = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if loss is not None and is_split:
             group = mesh["cp"].get_group()
             torch.distributed.all_reduce(loss, group=group)
             loss /= torch.distributed.get_world_size(group)

@@ -16,7 +16,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
 from .batch_layout import CACHE, one_cache
-from .context_parallel import SequenceSplit, is_distributed, split_sequence
+from .context_parallel import SequenceSplit, active_split, is_distributed, split_sequence
 from .dilated_cache import DilatedCache, is_dilated_cache, is_empty
 from .input_checks import check_integer, check_labels, check_mask, check_not_empty, check_tensor
 from .token_loss import labels_of_next
@@ -229,6 +229,11 @@ class LongNetGenerationMixin(GenerationMixin):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
+        if active_split() is not None:
+            raise ValueError(
+                "`generate` takes whole sequences, and is called inside `split_sequence`: read a prompt with "
+                "`prefill_split`, and write outside."
+            )
         # Drafts by early exit shorten the model through its configuration, and leave it short if anything fails
         num_hidden_layers = self.config.num_hidden_layers
         try:

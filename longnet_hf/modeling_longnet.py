@@ -56,7 +56,7 @@ from .input_checks import (
 from .operators import is_watched
 from .pointwise import RMSNorm, activate, is_plain, rotate
 from .recompute import has_room_for, in_chunks
-from .token_loss import TokenLossMixin, keep_positions, labels_of_next, loss_divisor
+from .token_loss import TokenLossMixin, keep_positions, labels_of_next, loss_divisor, without_padding
 from .torchscale_weights import config_fields, read_checkpoint, rename_encoder
 
 
@@ -636,6 +636,7 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
                 shift_labels = labels_of_next(labels, attention_mask, options[-1])
             else:
                 shift_labels = check_labels("shift_labels", shift_labels, *options)
+                shift_labels = without_padding(shift_labels, attention_mask, options[-1])
         if skip_logits is None:
             num_tokens = hidden_states.shape[:-1].numel()
             skip_logits = has_labels and not own_loss and self.leaves_out_logits(num_tokens, logits_to_keep)

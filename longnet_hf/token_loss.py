@@ -39,11 +39,17 @@ def labels_of_next(
 ) -> torch.Tensor:
     """For every token the label of the next one, `[B, N]`. Padding has none: what stands before a text knows nothing
     of it, and a row gives what its text gives alone."""
-    shifted = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    return without_padding(F.pad(labels, (0, 1), value=ignore_index)[:, 1:], attention_mask, ignore_index)
+
+
+def without_padding(
+    shift_labels: torch.Tensor, attention_mask: torch.Tensor | None, ignore_index: int = -100
+) -> torch.Tensor:
+    """Shifted labels `[B, N]`, of which padding has none."""
     if attention_mask is None:
-        return shifted
-    is_padding = attention_mask[:, -labels.shape[1] :] == 0
-    return shifted.masked_fill(is_padding.to(shifted.device), ignore_index)
+        return shift_labels
+    is_padding = attention_mask[:, -shift_labels.shape[1] :] == 0
+    return shift_labels.masked_fill(is_padding.to(shift_labels.device), ignore_index)
 
 
 def loss_divisor(

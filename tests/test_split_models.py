@@ -1,5 +1,6 @@
 """Models that are given parts of sequences give what one process gives, and generate from there."""
 
+import importlib.util
 from unittest.mock import patch
 
 import pytest
@@ -11,6 +12,7 @@ from processes import spawn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from longnet_hf import (
     DilatedCache,
@@ -19,7 +21,9 @@ from longnet_hf import (
     LongNetForSequenceClassification,
     LongNetForTokenClassification,
     modeling_longnet,
+    set_dilated_attention,
 )
+from longnet_hf import context_parallel as context_parallel_module
 from longnet_hf.context_parallel import LAYOUTS, SequenceSplit, split_sequence
 
 
@@ -206,6 +210,57 @@ def assert_generation_goes_on(rank, world_size):
                 assert model.generate(ids, past_key_values=cache, **options).tolist() == expected.tolist()
 
 
+def assert_labels_of_padding_do_not_count(rank, world_size):
+    """Whether they are shifted by the model or before it, and whoever holds the padding."""
+    model, ids = build(LongNetForCausalLM, "llama", torch.float64), random_ids(2, 48)
+    mask = torch.ones(2, 48)
+    mask[:, 20:] = 0  # all that the second process has in the contiguous layout
+    expected = model(ids, attention_mask=mask, labels=ids).loss
+    shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(model(ids, attention_mask=mask, shift_labels=shifted).loss, expected)
+    for layout in LAYOUTS:
+        mine = SequenceSplit(48, world_size, rank, layout).positions()
+        with split_sequence(layout=layout):
+            loss = model(ids[:, mine], attention_mask=mask[:, mine], shift_labels=shifted[:, mine]).loss
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+
+
+def assert_other_models_equal_one_process(rank, world_size):
+    """Also where layers are computed again after the split was left."""
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=100, num_hidden_layers=2, **shape)).double().train()
+    set_dilated_attention(model, segment_lengths=[8, 32], dilation_rates=[1, 2])
+    ids = random_ids(2, 48)
+    positions, shifted = torch.arange(48)[None], F.pad(ids[:, 1:], (0, 1), value=-100)
+    options = dict(num_items_in_batch=94 / world_size, use_cache=False)
+    grads = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    mine = SequenceSplit(48, world_size, rank).positions()
+    inputs = dict(shift_labels=shifted[:, mine], labels=ids[:, mine], position_ids=positions[:, mine], **options)
+    for reentrant in (None, True, False):
+        model.zero_grad()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with split_sequence():
+            loss = model(ids[:, mine], **inputs).loss
+        loss.backward()
+        assert_mean_gradients(model, grads, world_size)
+    del inputs["position_ids"]
+    with split_sequence(), pytest.raises(ValueError, match="`position_ids` count from 0 on every process"):
+        model(ids[:, mine], **inputs)
+    with split_sequence(), pytest.raises(ValueError, match="`prefill_split`"):
+        build(LongNetForCausalLM).generate(ids)
+
+
+def test_a_copy_of_the_code_knows_of_the_split():
+    """Code that came with weights is a copy."""
+    spec = importlib.util.spec_from_file_location("longnet_hf.another_copy", context_parallel_module.__file__)
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    assert another.ActiveSplit is not context_parallel_module.ActiveSplit
+    assert another._explicit is context_parallel_module._explicit
+
+
 def in_turn(rank, world_size, functions):
     for function in functions:
         function(rank, world_size)
@@ -221,5 +276,7 @@ def test_a_model_equals_one_process(tmp_path):
         assert_generation_goes_on,
         assert_a_checkpoint_sends_once_where_all_have_room,
         assert_kept_results_are_no_reason_to_compile_again,
+        assert_labels_of_padding_do_not_count,
+        assert_other_models_equal_one_process,
     )
     spawn(in_turn, 2, tmp_path, functions)

@@ -52,7 +52,10 @@ def build_other_model():
     return set_dilated_attention(model, **pattern)
 
 
-def train(folder, mesh=None, resume=None, use_lora=False, kind="longnet", steps=4, length=64, shape=None, **options):
+def train(
+    folder, mesh=None, resume=None, use_lora=False, kind="longnet", steps=4, length=64, shape=None, streamed=False,
+    then=None, **options,
+):  # fmt: skip
     """Steps and an evaluation of a plain Trainer (or TRL's, or one for other models), which saves its model: losses
     and norms of gradients."""
     if mesh is not None:
@@ -88,8 +91,11 @@ def train(folder, mesh=None, resume=None, use_lora=False, kind="longnet", steps=
     if use_lora:
         model = get_peft_model(model, LoraConfig(init_lora_weights=False))
     data = datasets.Dataset.from_list(data)
-    trainer = trainer_class(model, arguments, train_dataset=data, eval_dataset=data.select(range(3)), **collate)
+    fed = data.to_iterable_dataset() if streamed else data
+    trainer = trainer_class(model, arguments, train_dataset=fed, eval_dataset=data.select(range(3)), **collate)
     trainer.train(resume_from_checkpoint=resume)
+    if then is not None:
+        then(trainer)
     numbers = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
     numbers.append((trainer.evaluate()["eval_loss"], 0.0))
     trainer.save_model(str(folder / "final"))
@@ -148,6 +154,23 @@ def test_a_plain_trainer_with_fsdp2_equals_one_process(tmp_path):
     # Of evaluation data that two data-parallel processes cannot share evenly, Trainer repeats some
     assert_same_numbers(both, numbers[:-1])
     assert_same_weights(both, one)
+
+
+def assert_what_cannot_be_split_is_refused(rank, world_size, folder):
+    set_environment(rank, world_size)
+    refused = {
+        "dispatch_batches": dict(streamed=True),
+        "label_smoother": dict(kind="other", label_smoothing_factor=0.1),
+        "prediction_loss_only": dict(kind="other", then=lambda trainer: trainer.predict(trainer.eval_dataset)),
+    }
+    for words, options in refused.items():
+        with pytest.raises(ValueError, match=words):
+            train(folder, mesh={"cp_size": world_size}, steps=2, **options)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_what_cannot_be_split_is_refused(tmp_path):
+    spawn(assert_what_cannot_be_split_is_refused, 2, tmp_path, tmp_path / "out")
 
 
 @pytest.mark.gpu
