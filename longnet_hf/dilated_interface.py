@@ -118,6 +118,7 @@ def set_dilated_attention(
     old = getattr(config, "dilated_attention", None)
     _exchange(model, config, old, probe)
     _set_pattern(config, fields)
+    _find_patterns(model)
     if old is None or _patterns_of(config, old) != patterns:
         forget_name(model)
         for adapter in getattr(model, "peft_config", {}).values():
@@ -413,6 +414,14 @@ def pattern_of(module: torch.nn.Module) -> DilatedPattern:
     if known is None or known[0] != fields:
         known = _find_pattern(module, fields)
     return known[1]
+
+
+def _find_patterns(model: torch.nn.Module) -> None:
+    """Let all modules know their patterns, which `torch.compile` cannot look for."""
+    for module in model.modules():
+        fields = getattr(getattr(module, "config", None), "dilated_attention", None)
+        if fields is not None and getattr(module, "layer_idx", None) is not None:
+            pattern_of(module)
 
 
 @torch.compiler.disable
@@ -784,14 +793,15 @@ def _write_implementation(to_dict: Callable) -> Callable:
     return wrapped
 
 
-def _guard_loaded(init: Callable) -> Callable:
-    """`PreTrainedModel.__init__`, after which a model whose configuration says that it mixes documents refuses them:
-    what `set_dilated_attention` found out holds for the model that is loaded again."""
+def _guard_loaded(post_init: Callable) -> Callable:
+    """`PreTrainedModel.post_init`, after which layers know their patterns, and a model whose configuration says that
+    it mixes documents refuses them: what `set_dilated_attention` found out also holds for what is loaded again."""
 
-    @functools.wraps(init)
-    def wrapped(self, config, *args, **kwargs):
-        init(self, config, *args, **kwargs)
-        if any(hasattr(part, "dilated_attention_mixes") for part in with_parts(config)):
+    @functools.wraps(post_init)
+    def wrapped(self, *args, **kwargs):
+        post_init(self, *args, **kwargs)
+        _find_patterns(self)
+        if any(hasattr(part, "dilated_attention_mixes") for part in with_parts(self.config)):
             _guard_packing(self)
 
     wrapped.guards_packing = True
@@ -823,8 +833,8 @@ AttentionInterface.register(DILATED, dilated_attention_forward)
 AttentionMaskInterface.register(DILATED, dilated_attention_mask)
 if not getattr(PreTrainedConfig.to_dict, "writes_dilated", False):  # a second import must not wrap it twice
     PreTrainedConfig.to_dict = _write_implementation(PreTrainedConfig.to_dict)
-if not getattr(PreTrainedModel.__init__, "guards_packing", False):
-    PreTrainedModel.__init__ = _guard_loaded(PreTrainedModel.__init__)
+if not getattr(PreTrainedModel.post_init, "guards_packing", False):
+    PreTrainedModel.post_init = _guard_loaded(PreTrainedModel.post_init)
 if not getattr(PreTrainedModel._check_and_adjust_attn_implementation, "chooses_dilated", False):
     _check = _choose_dilated(PreTrainedModel._check_and_adjust_attn_implementation)
     PreTrainedModel._check_and_adjust_attn_implementation = _check

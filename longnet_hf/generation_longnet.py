@@ -97,6 +97,9 @@ class ReadingMixin:
         if past_key_values is None:
             past_key_values = DilatedCache.for_patterns(self.base_model.patterns)
         length, total, count = input_ids.shape[1], 0.0, 0
+        shifted = None
+        if labels is not None and attention_mask is not None:  # of all, since padding may reach over chunks
+            shifted = labels_of_next(labels.long(), attention_mask)
         knows_padding = is_dilated_cache(past_key_values)  # of earlier chunks; other caches are told it again
         with logging.tqdm(total=length, unit=" tokens", unit_scale=True, disable=not progress) as bar:
             for start in range(0, length, chunk_size):
@@ -109,10 +112,8 @@ class ReadingMixin:
                     past_key_values=past_key_values,
                 ).last_hidden_state
                 if labels is not None:
-                    with_next = slice(start, stop + 1)
-                    real = None if attention_mask is None else attention_mask[:, with_next]
-                    shift_labels = labels_of_next(labels[:, with_next].to(self.device, torch.long), real)
-                    shift_labels = shift_labels[:, : stop - start]
+                    part = labels_of_next(labels[:, start : stop + 1], None) if shifted is None else shifted[:, start:]
+                    shift_labels = part[:, : stop - start].to(self.device, torch.long)
                     check_labels("labels", shift_labels, self.config.vocab_size, shift_labels.shape)
                     total += self.chunked_loss(output.last_hidden_state, shift_labels, num_items_in_batch=1).double()
                     count += (shift_labels != -100).sum()
@@ -218,7 +219,8 @@ class LongNetGenerationMixin(GenerationMixin):
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
-        options = {"reserve": ASSISTED_RESERVE} if is_assisted else {}
+        drafts = generation_config.prompt_lookup_num_tokens, generation_config.num_assistant_tokens
+        options = {"reserve": max(ASSISTED_RESERVE, *(x or 0 for x in drafts))} if is_assisted else {}
         # Storage that does not grow. Drafts go beyond the end before they are taken back, and are not compiled.
         if generation_config.compile_config is not None and not is_assisted:
             max_length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
@@ -234,6 +236,15 @@ class LongNetGenerationMixin(GenerationMixin):
                 "`generate` takes whole sequences, and is called inside `split_sequence`: read a prompt with "
                 "`prefill_split`, and write outside."
             )
+        mask = kwargs.get("attention_mask")
+        if torch.is_tensor(mask) and mask.dim() == 2 and mask.shape[1] > 0:
+            on_the_right = (mask[:, -1] == 0) & (mask != 0).any(1)
+            if bool(on_the_right.any()):
+                rows = on_the_right.nonzero().flatten().tolist()
+                raise ValueError(
+                    f"`attention_mask` has padding behind the tokens of rows {rows}, "
+                    'which `generate` would go on from: pad prompts on the left (`tokenizer.padding_side = "left"`).'
+                )
         # Drafts by early exit shorten the model through its configuration, and leave it short if anything fails
         num_hidden_layers = self.config.num_hidden_layers
         try:
@@ -246,6 +257,7 @@ class LongNetGenerationMixin(GenerationMixin):
         # With the cache under its older name: PEFT knows no other, and would take every step for the first, in front
         # of which it puts its soft prompt
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("tokenizer", None)  # given for `stop_strings` and `token_healing`
         inputs["past_key_values"] = one_cache(inputs.pop("past_key_values", None), inputs)
         return inputs
 

@@ -216,6 +216,12 @@ def rank_heads(
                     ) from error
     if not totals:
         raise ValueError(f"{type(model).__name__} does not call the attention function that is set.")
+    lost = [layer for layer, total in sorted(totals.items()) if not total.isfinite().all()]
+    if lost:
+        raise ValueError(
+            f"`model` computes numbers that are not finite: the heads of layers {lost} cannot be ranked. See that its "
+            f"weights are whole, and that its `dtype` ({model.dtype}) holds what it computes."
+        )
     return HeadRanking(
         {layer: (total / batch_size).view(heads, -1).amax(1).tolist() for layer, total in sorted(totals.items())}
     )

@@ -34,7 +34,7 @@ def check_tensor(name: str, x, kind: str, *sizes: int | str) -> None:
     """Refuse what is no dense tensor of a `kind` and shape; of a size that is a letter, any will do."""
     is_kind = torch.is_tensor(x) and x.dtype in _KINDS[kind] and x.layout == torch.strided
     fits = is_kind and (
-        not sizes
+        len(sizes) == 0  # which `torch.compile` can tell of sizes that it does not know
         or x.dim() == len(sizes)
         and all(isinstance(size, str) or size == actual for size, actual in zip(sizes, x.shape, strict=True))
     )
@@ -49,7 +49,7 @@ def check_number(
 ) -> None:
     """Refuse what is no finite number within bounds, bool and tensors among it."""
     is_number = isinstance(x, numbers.Real) and not isinstance(x, bool)
-    if not is_number or not (math.isfinite(x) and above < x < below and at_least <= x):
+    if not is_number or not (above < x < below and at_least <= x):  # infinite bounds are excluded, and so is NaN
         bounds = [f"above {above}"] * (above > -math.inf) + [f"of at least {at_least}"] * (at_least > -math.inf)
         bounds += [f"below {below}"] * (below < math.inf)
         raise ValueError(f"`{name}` must be a number {' and '.join([*bounds, 'finite'])}, got {x!r}.")
@@ -168,8 +168,7 @@ def check_arguments(kwargs: dict, config: PreTrainedConfig, attention_rows: torc
         if value is None or value is False or name in TAKEN_ARGUMENTS:
             continue
         if name != "token_type_ids" or torch.compiler.is_compiling() or bool((value != 0).any()):
-            given = f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else repr(value)
-            raise ValueError(f"LongNet does not take `{name}`, got {given}.{_INSTEAD.get(name, '')}")
+            raise ValueError(f"LongNet does not take `{name}`, got {_describe(value)}.{_INSTEAD.get(name, '')}")
 
 
 def is_captured(device: torch.device) -> bool:

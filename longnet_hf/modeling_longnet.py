@@ -289,6 +289,11 @@ class LongNetDecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.drop_path = LongNetDropPath(config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1))
 
+    def __call__(self, *args, **kwargs) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        return nn.Module.__call__(self, *args, **kwargs)  # older Transformers would drop the cache of a checkpoint
+
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.drop_path(self.dropout(attn_output))
@@ -373,6 +378,7 @@ class LongNetPreTrainedModel(HubMixin, ReadingMixin, PreTrainedModel):
         misfits = {name: sorted(map(str, info[name])) for name in info if name.endswith("_keys") and info[name]}
         if misfits:
             raise ValueError(f"The weights do not fit {cls.__name__} and its configuration: {misfits}.")
+        warn_of_zeros(model)
         forget_name(model)
         return model
 
@@ -498,7 +504,8 @@ class LongNetModel(LongNetPreTrainedModel):
     @property
     def is_checkpointed(self) -> bool:
         """Whether layers are computed again for the backward pass: without a cache, which they would fill twice."""
-        return any(layer.gradient_checkpointing and layer.training for layer in self.running_layers)
+        is_checkpointed = any(layer.gradient_checkpointing and layer.training for layer in self.running_layers)
+        return is_checkpointed and torch.is_grad_enabled()
 
     def can_keep_results(self, hidden_states: torch.Tensor, layout: BatchLayout) -> bool:
         """Whether the attention of all layers may be kept for the backward pass, which computes all else again."""
@@ -548,6 +555,20 @@ class LongNetModel(LongNetPreTrainedModel):
         if self.training or self.config._attn_implementation == "eager":
             return DynamicCache(config=self.config)
         return DilatedCache.for_patterns(self.patterns)
+
+
+@torch.no_grad()
+def warn_of_zeros(model: PreTrainedModel) -> None:
+    """Tell of an embedding of zeros, which others keep for padding, and with it out of training."""
+    embeddings, token = model.get_input_embeddings(), model.config.pad_token_id
+    weight = getattr(embeddings, "weight", None)
+    if weight is None or token is None or weight.is_meta or not 0 <= token < len(weight) or weight[token].any():
+        return
+    logger.warning(
+        f"The embedding of token {token} (`pad_token_id`) is zero. Where it stands in a text and not only in padding, "
+        "norms multiply its gradients by 1 / sqrt(eps) in every layer, and training fails: give it other weights "
+        "before you train, such as the mean of all."
+    )
 
 
 def check_vocabulary(config: LongNetConfig) -> None:
@@ -638,7 +659,7 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
                 shift_labels = check_labels("shift_labels", shift_labels, *options)
                 shift_labels = without_padding(shift_labels, attention_mask, options[-1])
         if skip_logits is None:
-            num_tokens = hidden_states.shape[:-1].numel()
+            num_tokens = math.prod(hidden_states.shape[:-1])  # `numel` would fix these for `torch.export`
             skip_logits = has_labels and not own_loss and self.leaves_out_logits(num_tokens, logits_to_keep)
         logits = None if skip_logits else self.lm_head(keep_positions(hidden_states, logits_to_keep))
 
@@ -764,7 +785,7 @@ class LongNetForMaskedLM(TokenLossMixin, LongNetPreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state
         if skip_logits is None:
-            num_tokens = hidden_states.shape[:-1].numel()
+            num_tokens = math.prod(hidden_states.shape[:-1])  # `numel` would fix these for `torch.export`
             skip_logits = labels is not None and not own_loss and self.leaves_out_logits(num_tokens, 0)
         logits = None if skip_logits else self.lm_head(hidden_states)
         loss = None

@@ -37,9 +37,19 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
 def labels_of_next(
     labels: torch.Tensor, attention_mask: torch.Tensor | None, ignore_index: int = -100
 ) -> torch.Tensor:
-    """For every token the label of the next one, `[B, N]`. Padding has none: what stands before a text knows nothing
-    of it, and a row gives what its text gives alone."""
-    return without_padding(F.pad(labels, (0, 1), value=ignore_index)[:, 1:], attention_mask, ignore_index)
+    """For every token the label of the next one, `[B, N]`, over any padding that lies between them. Padding has none:
+    what stands before a text knows nothing of it, and a row gives what its text gives alone."""
+    labels = F.pad(labels, (0, 1), value=ignore_index)
+    if attention_mask is None:
+        return labels[:, 1:]
+    length = labels.shape[1] - 1
+    real = (attention_mask[:, -length:] != 0).to(labels.device)
+    column = torch.arange(length, device=labels.device)
+    # From the end on, the last real column that was met; behind the last token of a row, the next column
+    found = column.where(real, length).flip(1).cummin(1).values.flip(1)
+    following = F.pad(found[:, 1:], (0, 1), value=length)
+    following = following.where(following < length, column + 1)
+    return without_padding(labels.gather(1, following), attention_mask, ignore_index)
 
 
 def without_padding(

@@ -488,11 +488,18 @@ def test_exports_to_onnx_go_through_plain_operations(model_type, monkeypatch):
 def test_a_model_compiles():
     model, ids = set_dilated_attention(build("llama", dtype=torch.float32), **PATTERN), ids_of(1, 61)
     positions = torch.cat((torch.arange(23), torch.arange(38)))[None]
-    expected = model(ids).logits, model(ids, position_ids=positions).logits
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # it knows its patterns by now
-    close(compiled(ids).logits, expected[0], 1e-4)
-    close(compiled(ids, position_ids=positions).logits, expected[1], 1e-4)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    outputs = compiled(ids).logits, compiled(ids, position_ids=positions).logits, compiled(ids[:, 20:]).logits
+    for output, inputs in zip(outputs, (ids, ids, ids[:, 20:]), strict=True):
+        close(output, model(inputs, position_ids=positions if output is outputs[1] else None).logits, 1e-4)
+
+
+def test_a_loaded_model_knows_its_patterns(tmp_path):
+    """`torch.compile` cannot look for them."""
+    set_dilated_attention(build("llama"), **PATTERN).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all("_dilated_pattern" in vars(layer.self_attn) for layer in model.model.layers)
 
 
 def test_masks_that_do_more_than_keep_documents_apart_are_refused():

@@ -1,6 +1,7 @@
 """Weights of the Llama family become those of a LongNet."""
 
 import copy
+import logging
 import math
 import random
 
@@ -63,6 +64,17 @@ def test_one_branch_that_covers_the_sequence_reproduces_the_source(name, from_pa
     model.save_pretrained(tmp_path / "longnet")
     again = LongNetForCausalLM.from_pretrained(tmp_path / "longnet")
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("has_zeros", [True, False])
+def test_an_embedding_of_zeros_is_told_of(has_zeros, monkeypatch, caplog):
+    """As Transformers' models begin with for padding, and keep out of training."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    source = llama_family("llama")
+    source.config.pad_token_id = 0
+    source.model.embed_tokens.weight.data[0] = 0.0 if has_zeros else 1.0
+    LongNetForCausalLM.from_llama(source, segment_lengths=[64], dilation_rates=[1])
+    assert ("The embedding of token 0" in caplog.text) == has_zeros
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from models import KINDS, build, random_ids
+from models import KINDS, build, random_ids, word_tokenizer
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -371,6 +371,35 @@ def test_a_cache_goes_in_and_out_of_inference_mode(model):
     with torch.inference_mode():
         cache = model(ids[:, :50]).past_key_values
     assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def test_a_tokenizer_may_be_given(paper):
+    """As for `stop_strings`."""
+    ids = random_ids(1, 9)
+    expected = paper.generate(ids, **GREEDY)
+    assert paper.generate(ids, **GREEDY, tokenizer=word_tokenizer()).tolist() == expected.tolist()
+
+
+def test_a_checkpointed_model_in_training_writes(model):
+    """As a callback of Trainer lets it, and reads in chunks."""
+    ids = random_ids(2, 20)
+    expected, read = model.generate(ids, **GREEDY), list(model.forward_chunks(ids, labels=ids, chunk_size=7))[-1].loss
+    model.train().gradient_checkpointing_enable()
+    assert model.generate(ids, **GREEDY).tolist() == expected.tolist()
+    assert list(model.forward_chunks(ids, labels=ids, chunk_size=7))[-1].loss == read
+
+
+def test_padding_behind_a_prompt_is_refused(paper):
+    mask = torch.ones(2, 9)
+    mask[1, 7:] = 0
+    with pytest.raises(ValueError, match=r"rows \[1\].*padding_side"):
+        paper.generate(random_ids(2, 9), attention_mask=mask)
+
+
+def test_drafts_may_be_long(paper):
+    ids = random_ids(1, 40).repeat(1, 40)
+    expected = paper.generate(ids, **GREEDY)
+    assert paper.generate(ids, **GREEDY, prompt_lookup_num_tokens=1100).tolist() == expected.tolist()
 
 
 def test_an_empty_prompt_is_refused(paper):

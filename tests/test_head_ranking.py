@@ -108,6 +108,13 @@ def test_a_ranking_is_saved_as_json(tmp_path):
             HeadRanking.load(tmp_path / "other.json")
 
 
+def test_heads_of_a_model_that_computes_nan_are_not_ranked():
+    model = build(LongNetForCausalLM)
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"not finite: the heads of layers \[1, 2\]"):
+        rank_heads(model, random_ids(1, 400), progress=False)
+
+
 def test_what_cannot_be_ranked_is_refused():
     ids = random_ids(1, 90)
     model = tiny(LlamaConfig)

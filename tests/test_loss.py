@@ -167,6 +167,20 @@ def test_the_loss_of_a_padded_row_is_that_of_its_text_alone(side, max_logits, mo
     torch.testing.assert_close(last.loss, alone.float())
 
 
+def test_the_loss_knows_what_follows_padding_inside_a_row():
+    """Such as a soft prompt's, which stands before the padding of its row."""
+    model, ids = build(LongNetForCausalLM, dtype=torch.float64), random_ids(1, 30)
+    mask = torch.ones_like(ids)
+    mask[:, 3:17] = 0
+    real = mask == 1
+    labels = ids.masked_fill(~real, -100)
+    expected = model(ids[real][None], labels=ids[real][None]).loss
+    torch.testing.assert_close(model(ids, attention_mask=mask, labels=labels).loss, expected)
+    for chunk_size in (4, 9, 30):
+        *_, last = model.forward_chunks(ids, labels=labels, attention_mask=mask, chunk_size=chunk_size)
+        torch.testing.assert_close(last.loss.double(), expected, rtol=0, atol=1e-6)
+
+
 def test_a_text_may_begin_with_the_token_for_padding():
     """As GPT-2's do. Of a row of zeros every norm multiplies the gradients by 1 / sqrt(eps), to infinity in twelve
     layers."""

@@ -434,6 +434,16 @@ def test_attention_of_rows_that_cannot_be_had_is_refused():
         model(ids, attention_rows=[1], output_attentions=True, past_key_values=model.make_cache())
 
 
+def test_a_model_is_exported_for_any_length():
+    model, ids = build(LongNetForCausalLM), random_ids(2, 13)
+    sizes = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}, "use_cache": None}
+    inputs = {"input_ids": ids, "use_cache": False}
+    exported = torch.export.export(model, (), inputs, strict=False, dynamic_shapes=sizes)
+    ids = random_ids(3, 29)
+    logits = exported.module()(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-4)
+
+
 def test_generation_is_exported_with_the_ordinary_cache(monkeypatch):
     model, ids = build(LongNetForCausalLM), random_ids(2, 13)
     expected = model(ids).logits[:, 12:]

@@ -163,6 +163,10 @@ def test_compiles_into_one_graph(kind):
         ours, theirs = (m(ids, labels=ids, use_cache=False, **inputs).loss for m in (compiled, model))
         torch.testing.assert_close(ours, theirs)
         assert_same_gradients(all_gradients(model, ours), all_gradients(model, theirs), atol=1e-5)
+    for length in (41, 52):  # of which it knows no more from now on
+        ids = random_ids(2, length)
+        ours, theirs = (m(ids, labels=ids, use_cache=False).loss for m in (compiled, model))
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("training", [False, True])
