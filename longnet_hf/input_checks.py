@@ -147,6 +147,7 @@ _INSTEAD = {
     "cu_seqlens": " Give `cu_seq_lens_q` and `cu_seq_lens_k`.",
     "encoder_hidden_states": " It has no cross-attention.",
     "labels": " Only models with a head have a loss.",
+    "shift_labels": " Only a causal language model can have its sequences split over processes.",
     "sliding_window": ' Say it with the pattern: `branch_types=["window"]` in the configuration.',
     "token_type_ids": " Its tokens have no types: call the tokenizer with `return_token_type_ids=False`.",
 }

@@ -363,18 +363,19 @@ def test_a_pass_without_room_changes_nothing():
 
 @pytest.mark.parametrize("first", [0, 40])
 def test_checkpointing_does_without_a_cache(first):
+    """Unless there are no gradients, for which nothing would be computed again."""
     model, ids = build(LongNetForCausalLM, "paper", dtype=torch.float64), random_ids(1, 60)
     expected, cache = model(ids).logits, DilatedCache(model.config)
     with torch.no_grad():
         if first:
             model(ids[:, :first], past_key_values=cache)
-        model.train()
-        model.gradient_checkpointing_enable()
-        with pytest.raises(ValueError, match="`past_key_values`.*gradient checkpointing.*switch one of them off"):
-            model(ids[:, first:], past_key_values=cache)
-        assert model(ids, use_cache=True).past_key_values is None
-        model.eval()
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="`past_key_values`.*gradient checkpointing.*switch one of them off"):
+        model(ids[:, first:], past_key_values=cache)
+    assert model(ids, use_cache=True).past_key_values is None
+    with torch.no_grad():
         output = model(ids[:, first:], past_key_values=cache)
+    assert cache.get_seq_length() == 60
     torch.testing.assert_close(output.logits, expected[:, first:])
 
 
