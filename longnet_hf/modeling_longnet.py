@@ -654,7 +654,8 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
             options = self.config.vocab_size, hidden_states.shape[:2], loss_kwargs.get("ignore_index", -100)
             if shift_labels is None:
                 labels = check_labels("labels", labels, *options)
-                shift_labels = labels_of_next(labels, attention_mask, options[-1])
+                is_packed = any(kwargs.get(x) is not None for x in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
+                shift_labels = labels_of_next(labels, attention_mask, options[-1], position_ids, is_packed)
             else:
                 shift_labels = check_labels("shift_labels", shift_labels, *options)
                 shift_labels = without_padding(shift_labels, attention_mask, options[-1])

@@ -35,20 +35,31 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
 
 
 def labels_of_next(
-    labels: torch.Tensor, attention_mask: torch.Tensor | None, ignore_index: int = -100
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    ignore_index: int = -100,
+    position_ids: torch.Tensor | None = None,
+    is_packed: bool = False,
 ) -> torch.Tensor:
     """For every token the label of the next one, `[B, N]`, over any padding that lies between them. Padding has none:
-    what stands before a text knows nothing of it, and a row gives what its text gives alone."""
+    what stands before a text knows nothing of it, and a row gives what its text gives alone.
+
+    A document that ends before padding, as `position_ids` that do not grow say or else `is_packed`, has the label of
+    the next column."""
     labels = F.pad(labels, (0, 1), value=ignore_index)
-    if attention_mask is None:
-        return labels[:, 1:]
+    if attention_mask is None or is_packed:
+        return without_padding(labels[:, 1:], attention_mask, ignore_index)
     length = labels.shape[1] - 1
     real = (attention_mask[:, -length:] != 0).to(labels.device)
     column = torch.arange(length, device=labels.device)
     # From the end on, the last real column that was met; behind the last token of a row, the next column
     found = column.where(real, length).flip(1).cummin(1).values.flip(1)
     following = F.pad(found[:, 1:], (0, 1), value=length)
-    following = following.where(following < length, column + 1)
+    is_one_text = following < length
+    if position_ids is not None:
+        positions = position_ids.to(labels.device).expand_as(following)
+        is_one_text &= positions.gather(1, following.clamp(max=length - 1)) > positions
+    following = following.where(is_one_text, column + 1)
     return without_padding(labels.gather(1, following), attention_mask, ignore_index)
 
 

@@ -181,6 +181,18 @@ def test_the_loss_knows_what_follows_padding_inside_a_row():
         torch.testing.assert_close(last.loss.double(), expected, rtol=0, atol=1e-6)
 
 
+def test_documents_that_end_before_padding_are_not_asked_for_the_next():
+    model, ids = build(LongNetForCausalLM, dtype=torch.float64), random_ids(1, 30)
+    mask, numbers = torch.ones_like(ids), torch.zeros_like(ids)
+    mask[:, 11:17], numbers[:, 17:] = 0, 1
+    labels = ids.masked_fill(mask == 0, -100)
+    told = dict(position_ids=torch.cat((torch.arange(17), torch.arange(13)))[None]), dict(seq_idx=numbers)
+    alone = [model(part, labels=part).loss * (part.shape[1] - 1) for part in (ids[:, :11], ids[:, 17:])]
+    for documents in (*told, dict(cu_seq_lens_q=torch.tensor([0, 17, 30]))):
+        loss = model(ids, attention_mask=mask, labels=labels, **documents).loss
+        torch.testing.assert_close(loss, sum(alone) / 22)
+
+
 def test_a_text_may_begin_with_the_token_for_padding():
     """As GPT-2's do. Of a row of zeros every norm multiplies the gradients by 1 / sqrt(eps), to infinity in twelve
     layers."""
