@@ -320,9 +320,9 @@ def lay_out_batch(inputs: BatchInputs, is_causal: bool, past_key_values: Cache |
 
 
 def _check_types(inputs: BatchInputs, is_split: bool) -> None:
-    if inputs.attention_mask is not None:
-        check_mask("attention_mask", inputs.attention_mask)
-        mask = inputs.attention_mask
+    mask = inputs.attention_mask
+    if mask is not None:
+        check_mask("attention_mask", mask)
         # A part of a sequence that is split may be padding alone
         may_be_added = mask.is_floating_point() and not (is_split or torch.compiler.is_compiling())
         if may_be_added and not bool(mask.any()):  # which would hide nothing

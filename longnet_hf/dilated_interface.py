@@ -511,7 +511,6 @@ def _lay_out(
                 "a sequence that is split over processes are not known."
             )
         told = position_ids, bounds, seq_idx
-        _split_of[position_ids] = split
         documents = _once_per_batch(told, (split, batch_size, queries), _split_documents, *told, batch_size, split)
         return SplitBatch(documents, position_ids)
     of_queries_alone = seq_idx is not None or cu_seq_lens_k is None and cu_seq_lens_q is not None
@@ -593,9 +592,10 @@ def _split_documents(
     batch_size: int,
     split: ActiveSplit,
 ) -> SplitDocuments:
+    _split_of[position_ids] = split
     of_sequence = split.sequence(position_ids.shape[1], position_ids.device)
     if bounds is None and seq_idx is None and split.world_size > 1:
-        count = torch.arange(position_ids.shape[1]).to(position_ids)
+        count = torch.arange(position_ids.shape[1], device=position_ids.device)
         if split.all_agree(bool((position_ids == count).all()), position_ids.device):
             raise ValueError(
                 "`position_ids` count from 0 on every process that shares a sequence, as those do that a model makes "
@@ -800,8 +800,10 @@ def _guard_loaded(post_init: Callable) -> Callable:
     @functools.wraps(post_init)
     def wrapped(self, *args, **kwargs):
         post_init(self, *args, **kwargs)
-        _find_patterns(self)
-        if any(hasattr(part, "dilated_attention_mixes") for part in with_parts(self.config)):
+        parts = with_parts(self.config)
+        if any(hasattr(part, "dilated_attention") for part in parts):
+            _find_patterns(self)
+        if any(hasattr(part, "dilated_attention_mixes") for part in parts):
             _guard_packing(self)
 
     wrapped.guards_packing = True

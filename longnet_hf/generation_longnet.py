@@ -200,6 +200,19 @@ def _check_given_cache(model_kwargs: dict, generation_config, generation_mode: G
         )
 
 
+def _check_padding_side(attention_mask: torch.Tensor | None) -> None:
+    """Refuse prompts that end in padding, from which `generate` would go on."""
+    if not torch.is_tensor(attention_mask) or attention_mask.dim() != 2 or attention_mask.shape[1] == 0:
+        return
+    is_real = attention_mask != 0
+    rows = (is_real.any(1) & ~is_real[:, -1]).nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(
+            f"`attention_mask` has padding behind the tokens of rows {rows}, which `generate` would go on from: pad "
+            'prompts on the left (`tokenizer.padding_side = "left"`).'
+        )
+
+
 class LongNetGenerationMixin(GenerationMixin):
     """What `generate` has to know of LongNet: its cache, its masks, and what it does not support."""
 
@@ -236,15 +249,7 @@ class LongNetGenerationMixin(GenerationMixin):
                 "`generate` takes whole sequences, and is called inside `split_sequence`: read a prompt with "
                 "`prefill_split`, and write outside."
             )
-        mask = kwargs.get("attention_mask")
-        if torch.is_tensor(mask) and mask.dim() == 2 and mask.shape[1] > 0:
-            on_the_right = (mask[:, -1] == 0) & (mask != 0).any(1)
-            if bool(on_the_right.any()):
-                rows = on_the_right.nonzero().flatten().tolist()
-                raise ValueError(
-                    f"`attention_mask` has padding behind the tokens of rows {rows}, "
-                    'which `generate` would go on from: pad prompts on the left (`tokenizer.padding_side = "left"`).'
-                )
+        _check_padding_side(kwargs.get("attention_mask"))
         # Drafts by early exit shorten the model through its configuration, and leave it short if anything fails
         num_hidden_layers = self.config.num_hidden_layers
         try:

@@ -60,7 +60,7 @@ def labels_of_next(
         positions = position_ids.to(labels.device).expand_as(following)
         is_one_text &= positions.gather(1, following.clamp(max=length - 1)) > positions
     following = following.where(is_one_text, column + 1)
-    return without_padding(labels.gather(1, following), attention_mask, ignore_index)
+    return labels.gather(1, following).masked_fill(~real, ignore_index)
 
 
 def without_padding(
