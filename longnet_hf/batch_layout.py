@@ -339,6 +339,11 @@ def _check_types(inputs: BatchInputs, is_split: bool) -> None:
         check_tensor("seq_idx", inputs.seq_idx, "integers", *shape)
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` follows what happens. To PyTorch 2.11, whatever Dynamo traces is an export."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def check_cache(
     past_key_values: Cache, patterns: list[DilatedPattern], *, is_causal: bool, is_eager: bool = False
 ) -> None:
@@ -362,8 +367,7 @@ def check_cache(
         )
     if is_dynamic:
         return
-    # To PyTorch 2.11, whatever Dynamo traces is an export
-    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+    if is_exporting():
         raise ValueError(
             "`torch.export` cannot follow a DilatedCache, whose counts decide what is computed: export with a "
             'DynamicCache (`cache_implementation="dynamic"` in `generate`), or without a cache (`use_cache=False`).'
@@ -392,14 +396,41 @@ def _documents_of(inputs: BatchInputs, past_key_values: Cache | None) -> torch.T
     batch_size, length, position_ids = inputs.batch_size, inputs.length, inputs.position_ids
     if position_ids is not None:
         check_position_shape(position_ids, batch_size, length)
-    if length > 1 and position_ids is not None and not torch.compiler.is_compiling():
+    # Of single tokens not on a GPU, for which every step of decoding would wait
+    is_looked_at = position_ids is not None and (length > 1 or inputs.device.type == "cpu")
+    is_looked_at = is_looked_at and not torch.compiler.is_compiling()
+    if is_looked_at:
         new = find_documents(batch_size, length, attention_mask=inputs.new_mask, position_ids=position_ids)
         if is_packed(new):
             raise ValueError("`position_ids` restart: several documents cannot continue `past_key_values`.")
     if is_dilated_cache(past_key_values):
-        return None
-    past_length = past_key_values.get_seq_length()
-    return find_documents(batch_size, past_length + length, attention_mask=inputs.attention_mask)
+        document_ids, held = None, past_key_values.positions
+    else:
+        past_length = past_key_values.get_seq_length()
+        document_ids = find_documents(batch_size, past_length + length, attention_mask=inputs.attention_mask)
+        held = torch.full((batch_size,), past_length)
+        if document_ids is not None:
+            held = (document_ids[:, :past_length] >= 0).sum(1)
+    if is_looked_at and len(held) == batch_size:  # or else the cache refuses the batch
+        _check_continuation(inputs, held)
+    return document_ids
+
+
+def _check_continuation(inputs: BatchInputs, held: torch.Tensor) -> None:
+    """Refuse rows whose new tokens begin at a position that their cached ones, `held` `[B]` of them, have passed: the
+    positions of a document grow from 0 on."""
+    first = inputs.position_ids.long().expand(inputs.batch_size, -1)
+    if inputs.new_mask is not None:
+        is_padding = inputs.new_mask.to(first.device) == 0
+        first = first.masked_fill(is_padding, torch.iinfo(first.dtype).max)
+    first, held = first.amin(1), held.to(first.device)
+    is_passed = first < held
+    if bool(is_passed.any()):
+        row = int(is_passed.int().argmax())
+        raise ValueError(
+            f"`position_ids` of the new tokens begin at {int(first[row])} in row {row}, of which `past_key_values` "
+            f"holds {int(held[row])} tokens: they must go on from there. A new document cannot continue a cache."
+        )
 
 
 def new_documents_of(inputs: BatchInputs) -> torch.Tensor | None:

@@ -35,7 +35,16 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .batch_layout import CACHE, AttentionOptions, BatchInputs, BatchLayout, check_cache, lay_out_batch, one_cache
+from .batch_layout import (
+    CACHE,
+    AttentionOptions,
+    BatchInputs,
+    BatchLayout,
+    check_cache,
+    is_exporting,
+    lay_out_batch,
+    one_cache,
+)
 from .configuration_longnet import LongNetConfig
 from .context_parallel import active_split
 from .dilated_cache import DilatedCache, is_dilated_cache
@@ -477,7 +486,8 @@ class LongNetModel(LongNetPreTrainedModel):
             seq_idx=kwargs.pop("seq_idx", None),
         )
         layout = lay_out_batch(inputs, is_causal, past_key_values)
-        if use_cache and past_key_values is None and layout.can_fill_a_cache and not self.is_checkpointed:
+        makes_cache = use_cache and past_key_values is None and layout.can_fill_a_cache
+        if makes_cache and not (self.is_checkpointed or is_exporting()):  # which does not follow a DilatedCache
             past_key_values = self.make_cache()
             layout = layout.filling(past_key_values)
 

@@ -123,6 +123,32 @@ def test_documents_cannot_continue_a_cache():
         model(random_ids(1, 4), past_key_values=cache, cu_seq_lens_q=torch.tensor([0, 2, 4]))
 
 
+@pytest.mark.parametrize("make_cache", [DilatedCache, lambda config: DynamicCache(config=config)])
+def test_a_cache_is_continued_behind_its_tokens(make_cache):
+    """Rows hold 6 and 3 tokens, and padding has any position."""
+    model, ids = build(LongNetModel, dtype=torch.float64), random_ids(2, 10)
+    mask = torch.tensor([[1] * 10, [0] * 3 + [1] * 3 + [0] + [1] * 3])
+    expected = model(ids, attention_mask=mask).last_hidden_state
+
+    def read_on(first, stop, *rows):
+        cache = make_cache(model.config)
+        with torch.no_grad():
+            model(ids[:, :first], attention_mask=mask[:, :first], past_key_values=cache)
+            given = dict(past_key_values=cache, attention_mask=mask[:, :stop], position_ids=torch.tensor(rows))
+            return model(ids[:, first:stop], **given).last_hidden_state
+
+    real = mask[:, 6:] == 1
+    output = read_on(6, 10, [6, 7, 8, 9], [0, 3, 4, 5])
+    torch.testing.assert_close(output[real], expected[:, 6:][real], rtol=0, atol=1e-9)
+    for rows in ([[0, 1, 2, 3], [0, 3, 4, 5]], [[5, 6, 7, 8], [0, 3, 4, 5]]):
+        with pytest.raises(ValueError, match=f"begin at {rows[0][0]} in row 0, of which `past_key_values` holds 6"):
+            read_on(6, 10, *rows)
+    with pytest.raises(ValueError, match="begin at 2 in row 1, of which `past_key_values` holds 3"):
+        read_on(6, 10, [6, 7, 8, 9], [0, 2, 3, 4])
+    with pytest.raises(ValueError, match="begin at 0 in row 1, of which `past_key_values` holds 3"):  # a single token
+        read_on(7, 8, [7], [0])
+
+
 # Positions
 
 
@@ -442,6 +468,14 @@ def test_a_model_is_exported_for_any_length():
     ids = random_ids(3, 29)
     logits = exported.module()(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_an_export_makes_no_cache_by_itself():
+    model, ids = build(LongNetForCausalLM), random_ids(2, 13)
+    assert model.config.use_cache
+    output = torch.export.export(model, (ids,), strict=False).module()(ids)
+    torch.testing.assert_close(output.logits, model(ids).logits, rtol=0, atol=1e-4)
+    assert output.past_key_values is None
 
 
 def test_generation_is_exported_with_the_ordinary_cache(monkeypatch):
