@@ -92,7 +92,7 @@ class HeadRanking:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("`draw` needs matplotlib: pip install 'longnet-hf[examples]'") from error
+            raise ImportError("`draw` needs matplotlib: pip install matplotlib") from error
         heads = max(map(len, self.scores.values()))
         rows = [of_layer + [float("nan")] * (heads - len(of_layer)) for of_layer in self.scores.values()]
         figure = Figure(figsize=(1.5 + max(2.0, 0.35 * heads), 1.2 + 0.2 * len(rows)), layout="constrained")

@@ -81,7 +81,7 @@ class HeadDescription:
         branches: its branches.
         phases: for each branch which rows it keeps: those at `phase` modulo the dilation rate.
         pairs_per_token: (query, key) pairs, on average over the tokens of a sequence.
-        farthest: at most so many positions lie between a query and its farthest key, sinks aside.
+        farthest: the largest distance of a query and a key that it attends to, sinks aside.
         cache_keys: keys that decoding needs at most; `None`: all of them (full attention). 0: no decoder.
     """
 
@@ -166,7 +166,7 @@ class PatternDescription:
             from matplotlib.colors import LogNorm
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("`draw` needs matplotlib: pip install 'longnet-hf[examples]'") from error
+            raise ImportError("`draw` needs matplotlib: pip install matplotlib") from error
         by_place, by_distance, distances = self._shares()
         rows = len(by_distance)
         figure = Figure(figsize=(12, min(9, max(4.5, 1.5 + 0.1 * rows))), layout="constrained")
@@ -267,7 +267,7 @@ def describe_patterns(
         for head in range(num_heads):
             branches = [branch for branch in pattern.branches if branch.belongs_to(head)]
             phases = [pattern.phase(branch, head, num_heads) for branch in branches]
-            spans = [_span(pattern, *at, length) for at in zip(branches, phases, strict=True)]
+            spans = [_span(pattern, *at, length, is_causal) for at in zip(branches, phases, strict=True)]
             keys = pattern.max_live_keys(head) if is_causal else 0
             heads.append(HeadDescription(head, branches, phases, pairs[head] / length, max(spans, default=0), keys))
         described.append(LayerDescription(index, pattern.shift, heads))
@@ -295,16 +295,21 @@ def _draw_in_parts(draw: np.random.Generator, start, stop, cut: int, shape) -> t
     return positions, np.where(both, 2 * np.where(below, share, 1 - share), 1.0)
 
 
-def _span(pattern: DilatedPattern, branch: Branch, phase: int, length: int) -> int:
-    """The largest distance of a query and a key that a branch joins, at most, in a sequence of `length` positions."""
+def _span(pattern: DilatedPattern, branch: Branch, phase: int, length: int, is_causal: bool) -> int:
+    """The largest distance of a query and a key that a branch joins in a sequence of `length` positions."""
+    w, r, g = branch.length, branch.rate, pattern.grid_shift(branch)
     if branch.type == "sink":
         return 0
-    longest = length if branch.length is None else min(branch.length, length)
     if branch.type == "window":
-        return longest - 1
-    # The first position that is kept, of a whole segment, or of one whose beginning the sequence may not hold
-    first = phase if branch.length <= length else (phase - pattern.grid_shift(branch)) % branch.rate
-    return max(0, (longest - 1 - first) // branch.rate * branch.rate)
+        kept = range((phase - g) % r, length, r)
+        to_last = length - 1 - kept[0] if kept else 0  # from the first key
+        to_first = kept[-1] if kept and not is_causal else 0  # from the last key
+        farthest = max(to_last, to_first)
+        return farthest if w is None else min(w - 1, farthest)
+    # The first segment may be partial and so may the last, and all between them are alike
+    starts = (-g, w - g, (length - 1 + g) // w * w - g)
+    segments = [clip(range(start + phase, start + w, r), 0, length) for start in starts]
+    return max((kept[-1] - kept[0] for kept in segments if kept), default=0)
 
 
 def _rows_of(layer: LayerDescription, is_causal: bool) -> tuple[str, ...]:
