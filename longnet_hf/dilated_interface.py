@@ -167,7 +167,8 @@ def describe(model: PreTrainedModel, length: int | None = None) -> PatternDescri
         can be exchanged (recurrent ones) are left out, also from what is reached.
 
     Raises:
-        ValueError: if the model has no pattern, or if `length` is no integer of at least 1.
+        ValueError: if the model has no pattern, or one that is not in use (`attn_implementation="sdpa"`), or if
+            `length` is no integer of at least 1.
 
     ```python
     >>> print(describe(LongNetForCausalLM(LongNetConfig()), length=8192))
@@ -179,7 +180,7 @@ def describe(model: PreTrainedModel, length: int | None = None) -> PatternDescri
     fields = getattr(config, "dilated_attention", None)
     if hasattr(config, "layer_patterns"):
         patterns, layers = config.layer_patterns, range(config.num_hidden_layers)
-    elif fields is not None:
+    elif fields is not None and config._attn_implementation in (None, DILATED):
         types = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
         layers = [index for index, kind in enumerate(types) if kind in ("attention", "full_attention")]
         patterns = [_patterns_of(config, fields)[index] for index in layers]
@@ -187,6 +188,11 @@ def describe(model: PreTrainedModel, length: int | None = None) -> PatternDescri
         raise ValueError(
             "`model` must be a LongNet or have dilated attention (`set_dilated_attention`), and "
             f"{type(model).__name__} has the attention that it came with."
+            + (
+                f' (Its configuration has a pattern, but `attn_implementation` is "{config._attn_implementation}".)'
+                if fields is not None
+                else ""
+            )
         )
     if length is None:
         length = min(getattr(config, "max_position_embeddings", None) or DESCRIBED_LENGTH, DESCRIBED_LENGTH)
@@ -226,6 +232,8 @@ def check_model(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         raise ValueError(f"{name} is dilated already: its pattern is in its configuration.")
     if getattr(config, "vocab_size", None) is None:
         raise ValueError(f"{name} is no model of text: its configuration has no `vocab_size`.")
+    if getattr(config, "num_attention_heads", None) is None:
+        raise ValueError(f"{name} has no attention to exchange: its configuration has no `num_attention_heads`.")
     takes = inspect.signature(model.base_model.forward).parameters
     if "input_ids" not in takes:
         raise ValueError(f"{name} is no model of text: it takes `{next(iter(takes))}` in place of `input_ids`.")

@@ -32,6 +32,7 @@ from longnet_hf import (
     LongNetForCausalLM,
     describe,
     dilated_interface,
+    rank_heads,
     set_dilated_attention,
 )
 from longnet_hf.dilated_interface import dilated_attention_forward, pattern_of
@@ -288,6 +289,11 @@ def test_models_are_described():
     assert [head.cache_keys for head in exchanged.layers[1].heads] == [None, 8] and exchanged.cache_keys is None
     assert [head.farthest for head in exchanged.layers[1].heads] == [63, 7]
     assert exchanged.sight[-1].reached == 64 and describe(model, length=4).length == 4
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match='came with. .* has a pattern, but `attn_implementation` is "sdpa"'):
+        describe(model)
+    model.set_attn_implementation("dilated")
+    assert describe(model) == exchanged
 
 
 def test_an_encoder_is_described_as_one():
@@ -408,6 +414,13 @@ def test_other_models_are_refused():
         for probe in (True, False):
             with pytest.raises(ValueError, match=f"is no model of text: .*{words}"):
                 set_dilated_attention(AutoModel.from_config(small), **PATTERN, probe=probe)
+    sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2)
+    of_mamba = dict(num_heads=8, head_dim=8, state_size=8, n_groups=1)
+    for config in (transformers.Mamba2Config(**sizes, **of_mamba), transformers.RwkvConfig(**sizes)):
+        model = AutoModelForCausalLM.from_config(config)
+        for refused in (lambda x: set_dilated_attention(x, **PATTERN), lambda x: rank_heads(x, ids_of(1, 400))):
+            with pytest.raises(ValueError, match=f"{type(model).__name__} has no attention to exchange"):
+                refused(model)
     with pytest.raises(ValueError, match="`model` must be a model of Transformers, got Linear"):
         set_dilated_attention(torch.nn.Linear(1, 1), **PATTERN)
     with torch.device("meta"):
