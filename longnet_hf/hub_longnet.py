@@ -56,7 +56,7 @@ model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 
 | | |
 |---|---|
-| context length | {context} tokens |
+| context length | {config.max_position_embeddings} tokens |
 | layers, hidden size | {config.num_hidden_layers}, {config.hidden_size} |
 | heads (key/value), head size | {config.num_attention_heads} ({config.num_key_value_heads}), {config.head_dim} |
 | vocabulary | {vocabulary} |
@@ -142,17 +142,15 @@ def model_card(config, auto_class: str, repo_id: str, has_picture: bool = False)
 
 
 def describe_config(config) -> PatternDescription:
-    """The description in the card: of sequences as long as what is seen, up to a limit."""
-    length = min(_context(config)[0], DESCRIBED_LENGTH)
+    """The description in the card: of sequences of the context length, up to a limit."""
+    length = min(config.max_position_embeddings, DESCRIBED_LENGTH)
     return describe_patterns(config.layer_patterns, config.num_key_value_heads, length, is_causal=config.is_causal)
 
 
-def _context(config) -> tuple[int, bool]:
-    """How many tokens back a layer sees, and whether that is everything."""
-    lengths = [length for length in config.segment_lengths if length is not None]
+def _is_unbounded(config) -> bool:
+    """Whether some layers or heads attend to everything."""
     is_full = config.full_attention_layers or any((config.full_attention_heads or {}).values())
-    unbounded = len(lengths) < len(config.segment_lengths) or bool(is_full)
-    return config.max_position_embeddings if unbounded else max(lengths), unbounded
+    return None in config.segment_lengths or bool(is_full)
 
 
 def write_picture(config, folder: Path) -> bool:
@@ -190,7 +188,7 @@ def _metadata(auto_class: str) -> ModelCardData:
 def _sections(config, auto_class: str, repo_id: str, has_picture: bool) -> str:
     types = config.branch_types or ["segment"] * len(config.segment_lengths)
     rows = zip(types, config.segment_lengths, config.dilation_rates, strict=True)
-    context, unbounded = _context(config)
+    unbounded = _is_unbounded(config)
     full_heads = sum(map(len, (config.full_attention_heads or {}).values()))
     beyond = f", but for the first {config.sink_tokens} tokens" if config.sink_tokens else ""
     return _SECTIONS.format(
@@ -198,13 +196,12 @@ def _sections(config, auto_class: str, repo_id: str, has_picture: bool) -> str:
         end=_END,
         repo_id=repo_id,
         auto_class=auto_class,
-        context=context,
         description=describe_config(config),
         picture=_LINK if has_picture else "",
         but=", but for what attends to everything" if unbounded else "",
         reach="Some layers or heads attend to everything."
         if unbounded
-        else f"A pair of tokens further apart than the longest segment is not seen directly{beyond}.",
+        else f"A pair of tokens further apart than the longest segment or window is not seen directly{beyond}.",
         config=config,
         vocabulary=config.vocab_size or "none",
         shift="yes" if config.segment_shift else "no",

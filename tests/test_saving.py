@@ -163,18 +163,21 @@ def test_a_model_is_saved_where_no_picture_can_be_drawn(problem, tmp_path, monke
     [
         ("heads", {}, 64, "Some layers or heads attend to everything."),
         ("hybrid", {}, 64, "Some layers or heads attend to everything."),
-        ("heads", dict(full_attention_heads=None), 8, "is not seen directly, but for the first 2 tokens."),
-        ("paper", {}, 40, "is not seen directly."),
+        ("heads", dict(full_attention_heads=None), 64, "is not seen directly, but for the first 2 tokens."),
+        ("paper", {}, 64, "is not seen directly."),
+        ("paper", dict(max_position_embeddings=24), 24, "is not seen directly."),
     ],
 )
 def test_a_card_says_how_far_its_model_sees(kind, changes, context, said):
-    """Heads with full attention see everything, as layers do, and cost so much."""
+    """Heads with full attention see everything, as layers do, and cost so much. How long its texts are meant to be is
+    not how far it sees."""
+    sees_all = "everything" in said
     config = small_config(kind, **changes)
     card = hub_longnet.model_card(config, "AutoModel", "tester/model")
     assert f"| context length | {context} tokens |" in card and said in card
     assert f"a sequence of {context} tokens, causal" in card
-    assert ("for what attends to everything" in card) == (context == 64)
-    full_heads = "3" if kind == "heads" and context == 64 else "none"
+    assert ("for what attends to everything" in card) == sees_all
+    full_heads = "3" if kind == "heads" and sees_all else "none"
     assert f"| key/value heads with full attention in other layers | {full_heads} |" in card
     assert f"(sink) | {2 if kind == 'heads' else 'none'} |" in card
 
@@ -183,5 +186,5 @@ def test_the_model_card_is_that_of_the_model(tmp_path):
     build(LongNetForSequenceClassification, is_causal=False).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "import AutoModelForSequenceClassification" in card
-    assert "40 tokens" in card and "further apart than the longest segment" in card and "CausalLM" not in card
-    assert "a sequence of 40 tokens, not causal" in card and "segment of 40 at dilation rate 3" in card
+    assert "64 tokens" in card and "further apart than the longest segment" in card and "CausalLM" not in card
+    assert "a sequence of 64 tokens, not causal" in card and "segment of 40 at dilation rate 3" in card
