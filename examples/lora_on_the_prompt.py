@@ -180,6 +180,7 @@ def main():
         branch_types=["window"] * len(args.segment_lengths),
         head_offset="rotating",
         full_attention_layers=list(range(4, source.num_hidden_layers, 5)) if full is None else full,
+        sink_tokens=4,
         **positions,
         dtype=torch.float32,
     )

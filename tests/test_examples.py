@@ -1119,6 +1119,16 @@ def test_a_conversion_that_must_fail_is_refused_at_once(evaluation, example):
     arguments(context_length=256, share=1.0)
 
 
+def test_windows_for_a_pretrained_model_come_with_a_sink(evaluation, tiny_llama, tmp_path, monkeypatch):
+    example, converted = importlib.import_module("lora_on_the_prompt"), []
+    monkeypatch.setattr(example, "get_peft_model", lambda model, adapters: converted.append(model) or sys.exit())
+    options = ("--model", tiny_llama, "--entries", 1, "--use_cpu", "--output_dir", tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["lora_on_the_prompt.py", *map(str, options)])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert converted[0].config.sink_tokens == 4
+
+
 def test_a_document_is_learned_and_asked_for(tiny_llama, tmp_path):
     common = ("--model", tiny_llama, "--passes", 2, "--use_cpu", "--report_to", "none", "--disable_tqdm", "true")
     numbers = (*common, "--entries", 4, "--save_steps", 2, "--save_total_limit", 99, "--output_dir", "run")
