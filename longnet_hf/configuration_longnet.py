@@ -176,12 +176,13 @@ class LongNetConfig(PreTrainedConfig):
         )
 
     @classmethod
-    def from_llama(cls, config: PreTrainedConfig, **kwargs) -> "LongNetConfig":
+    def from_llama(cls, config: PreTrainedConfig, *, segment_lengths, dilation_rates, **kwargs) -> "LongNetConfig":
         """The configuration under which LongNet computes what a Llama-family model computes, but for its attention.
 
         Args:
             config: configuration of a Llama, Mistral, SmolLM or Qwen2 model.
-            kwargs: fields of `LongNetConfig`, at least `segment_lengths` and `dilation_rates`.
+            segment_lengths, dilation_rates: the pattern.
+            kwargs: further fields of `LongNetConfig`.
 
         Raises:
             ValueError: if the source has something that LongNet does not compute.
@@ -218,6 +219,8 @@ class LongNetConfig(PreTrainedConfig):
             "attention_bias": qkv_bias,
             "attention_out_bias": qkv_bias and config.model_type != "qwen2",
             "mlp_bias": getattr(config, "mlp_bias", False),
+            "segment_lengths": segment_lengths,
+            "dilation_rates": dilation_rates,
         }
         return cls(**(fields | kwargs))
 

@@ -60,9 +60,11 @@ class SequenceSplit:
             raise ValueError(f"`rank` must lie below `world_size` ({self.world_size}), got {self.rank}.")
         parts = self.world_size * (2 if self.is_head_tail else 1)
         if self.length < parts or self.length % parts:
+            fits_contiguous = self.length > 0 and self.length % self.world_size == 0
             raise ValueError(
                 f"A sequence of {self.length} tokens cannot be split into {parts} equal chunks ({self.layout} layout, "
-                f"{self.world_size} processes): pad it to a multiple of {parts} (`pad_to_multiple_of={parts}`)."
+                f"{self.world_size} processes): pad it to a multiple of {parts} (`pad_to_multiple_of={parts}`)"
+                + (', or split it with `layout="contiguous"`.' if fits_contiguous else ".")
             )
 
     @property

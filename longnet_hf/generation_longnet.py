@@ -34,7 +34,7 @@ class LongNetChunkOutput:
 
     Args:
         last_hidden_state: `[B, L, hidden_size]`, of this chunk.
-        loss: mean over the labels of all chunks so far, if there are any.
+        loss: mean over the labels of all chunks that this call of `forward_chunks` has read so far, if there are any.
         past_key_values: the cache, which holds what comes next needs of all chunks so far.
     """
 
@@ -65,7 +65,8 @@ class ReadingMixin:
 
         A chunk attends to what a [`DilatedCache`] keeps of all chunks before it, so that the outputs are those of the
         whole sequence. To go on after an interruption, give the cache, and the tokens that it does not hold yet; if it
-        came in the middle of a chunk, as the cache then says, a copy that was saved before.
+        came in the middle of a chunk, as the cache then says, a copy that was saved before. The loss is then that of
+        the tokens given, of which the first is not predicted: the hidden state before it belongs to the earlier call.
 
         Args:
             input_ids: integers `[B, N]` on any device; memory-mapped ones are read chunk by chunk.

@@ -311,6 +311,8 @@ class LongNetDecoderLayer(GradientCheckpointingLayer):
 
 
 class LongNetPreTrainedModel(HubMixin, ReadingMixin, PreTrainedModel):
+    """What all LongNet models have in common: how they are loaded, saved, converted and given long sequences."""
+
     config: LongNetConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

@@ -708,8 +708,8 @@ def test_a_report_of_short_texts_leaves_numbers_out(tiny_llama, tmp_path):
 
 
 def test_models_are_reported_beside_each_other(evaluation, tiny_llama, tmp_path):
-    config = LongNetConfig.from_llama(AutoModelForCausalLM.from_pretrained(tiny_llama).config)
-    config.segment_lengths, config.dilation_rates = [64, 512], [1, 4]
+    source = AutoModelForCausalLM.from_pretrained(tiny_llama).config
+    config = LongNetConfig.from_llama(source, segment_lengths=[64, 512], dilation_rates=[1, 4])
     LongNetForCausalLM(config).save_pretrained(tmp_path / "longnet")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "longnet")
     command = ("--model", tiny_llama, "--data", ROOT / "longnet_hf", "--texts", 2, "--lengths", 256, 4096)

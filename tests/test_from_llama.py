@@ -186,6 +186,11 @@ def test_from_llama_refuses_what_does_not_fit(tmp_path):
         with pytest.raises(ValueError, match="`model_or_path` must be a Transformers model.*" + type(source).__name__):
             LongNetForCausalLM.from_llama(source, **pattern)
     source = llama_family("llama")
+    for call in (LongNetConfig.from_llama, LongNetForCausalLM.from_llama):  # a pattern is never taken unasked
+        with pytest.raises(TypeError, match="segment_lengths"):
+            call(source.config, dilation_rates=[1])
+        with pytest.raises(TypeError, match="dilation_rates"):
+            call(source.config, segment_lengths=[8])
     assert LongNetConfig.from_llama(source.config, **pattern).rope_parameters is not source.config.rope_parameters
     source.model.layers[0].mlp.extra = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="extra"):

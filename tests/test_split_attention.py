@@ -132,10 +132,12 @@ def test_no_key_is_sent_to_a_process_twice(layout):
 
 
 def test_a_length_that_cannot_be_split_is_refused_with_one_that_can():
-    with pytest.raises(ValueError, match="pad_to_multiple_of=8"):
+    with pytest.raises(ValueError, match='pad_to_multiple_of=8.*, or split it with `layout="contiguous"`'):
         SequenceSplit(100, 4, 0)
-    with pytest.raises(ValueError, match="pad_to_multiple_of=4"):
-        SequenceSplit(102, 4, 0, "contiguous")
+    assert SequenceSplit(100, 4, 1, "contiguous").positions().tolist() == list(range(25, 50))
+    for layout in ("head_tail", "contiguous"):
+        with pytest.raises(ValueError, match=r"pad_to_multiple_of=[48]`\)\.$"):
+            SequenceSplit(102, 4, 0, layout)
     with pytest.raises(ValueError, match="pad_to_multiple_of=4"):
         SequenceSplit(0, 2, 0)
     with pytest.raises(ValueError, match="`layout`"):
