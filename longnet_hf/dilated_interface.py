@@ -27,7 +27,13 @@ from .dilated_pattern import DilatedPattern, layer_patterns
 from .documents import find_documents, is_packed, running_max
 from .hub_longnet import forget_name, with_parts
 from .input_checks import check_flag, check_tensor
-from .pattern_report import DESCRIBED_LENGTH, PatternDescription, describe_patterns, pattern_warnings
+from .pattern_report import (
+    DESCRIBED_LENGTH,
+    PatternDescription,
+    describe_patterns,
+    pattern_warnings,
+    sink_warning,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -112,7 +118,7 @@ def set_dilated_attention(
         full_attention_heads=full_attention_heads,
         sink_tokens=sink_tokens,
     )
-    patterns = _patterns_of(config, fields)
+    patterns, is_pretrained = _patterns_of(config, fields), bool(model.name_or_path)
     fields = json.loads(json.dumps(fields))  # as a saved configuration has them
 
     old = getattr(config, "dilated_attention", None)
@@ -125,7 +131,16 @@ def set_dilated_attention(
             adapter.base_model_name_or_path = None
     for text in pattern_warnings(patterns, num_key_value_heads(config)):
         logger.warning(text)
+    context = getattr(config, "max_position_embeddings", None) or DESCRIBED_LENGTH
+    text = sink_warning(patterns, num_key_value_heads(config), context)
+    if text is not None and is_pretrained and _is_causal(model, config):
+        logger.warning_once(text)
     return model
+
+
+def _is_causal(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
+    is_causal = getattr(config, "is_causal", None)
+    return any(getattr(module, "is_causal", False) for module in model.modules()) if is_causal is None else is_causal
 
 
 def _exchange(model: PreTrainedModel, config: PreTrainedConfig, old: dict | None, probe: bool) -> None:
@@ -196,10 +211,8 @@ def describe(model: PreTrainedModel, length: int | None = None) -> PatternDescri
         )
     if length is None:
         length = min(getattr(config, "max_position_embeddings", None) or DESCRIBED_LENGTH, DESCRIBED_LENGTH)
-    is_causal = getattr(config, "is_causal", None)
-    if is_causal is None:
-        is_causal = any(getattr(module, "is_causal", False) for module in model.modules())
-    return describe_patterns(patterns, num_key_value_heads(config), length, is_causal=is_causal, layers=layers)
+    heads, is_causal = num_key_value_heads(config), _is_causal(model, config)
+    return describe_patterns(patterns, heads, length, is_causal=is_causal, layers=layers)
 
 
 def num_key_value_heads(config: PreTrainedConfig) -> int:

@@ -63,6 +63,7 @@ from .input_checks import (
     resolve_indices,
 )
 from .operators import is_watched
+from .pattern_report import sink_warning
 from .pointwise import RMSNorm, activate, is_plain, rotate
 from .recompute import has_room_for, in_chunks
 from .token_loss import TokenLossMixin, keep_positions, labels_of_next, loss_divisor, without_padding
@@ -747,6 +748,9 @@ class LongNetForCausalLM(TokenLossMixin, LongNetPreTrainedModel, LongNetGenerati
             path = model_or_path
         config = LongNetConfig.from_llama(source, **fields)
         model = cls.load_exactly(path, config, **kwargs)
+        text = sink_warning(config.layer_patterns, config.num_key_value_heads, config.max_position_embeddings)
+        if text is not None and (path is not None or model_or_path.name_or_path):  # weights that were trained
+            logger.warning_once(text)
         if path is None and getattr(model_or_path, "generation_config", None) is not None:
             model.generation_config = copy.deepcopy(model_or_path.generation_config)
         return model

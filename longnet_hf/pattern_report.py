@@ -363,6 +363,22 @@ def pattern_warnings(patterns: Sequence[DilatedPattern], num_heads: int, is_caus
     return warnings
 
 
+def sink_warning(patterns: Sequence[DilatedPattern], num_heads: int, context: int) -> str | None:
+    """A text that warns a user of pretrained weights about heads to which the first tokens are lost; `None` if there
+    are none, in texts of at most `context` tokens."""
+    for pattern in patterns:
+        for head in range(num_heads):
+            branches = [branch for branch in pattern.branches if branch.belongs_to(head)]
+            covers = [x.rate == 1 and (x.length is None or x.length >= context) for x in branches]
+            if not any(covers) and "sink" not in [branch.type for branch in branches]:
+                return (
+                    f"In layer {pattern.layer_idx} key/value head {head} has neither full attention nor a sink. "
+                    "Models that were trained with full attention lean on the first tokens of a text, and lose much "
+                    "without them: give `sink_tokens=4`."
+                )
+    return None
+
+
 def _joined_keys(pattern: DilatedPattern, queries: int, num_heads: int, length: int, is_causal: bool) -> int:
     """The keys that `pattern` joins to any of `queries`. Both are sets of positions: bit n is 1 if n is in the set."""
     joined, everything = 0, (1 << length) - 1
@@ -456,4 +472,5 @@ __all__ = [
     "draw_pattern",
     "pattern_warnings",
     "reach",
+    "sink_warning",
 ]

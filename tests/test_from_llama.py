@@ -17,6 +17,7 @@ from longnet_hf import (
     DilatedPattern,
     LongNetConfig,
     LongNetForCausalLM,
+    set_dilated_attention,
 )
 
 
@@ -168,6 +169,24 @@ def test_a_reference_model_of_dpo_is_dilated_too(tmp_path):
     model.save_pretrained(tmp_path / "longnet")
     model = LongNetForCausalLM.from_pretrained(tmp_path / "longnet")
     assert first_loss(model) == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("convert", [LongNetForCausalLM.from_llama, set_dilated_attention])
+def test_trained_weights_without_a_sink_are_warned_of(convert, tmp_path, monkeypatch, caplog):
+    """Where every head sees all of a text, or the weights are random, there is nothing to lose."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    llama_family("llama").save_pretrained(tmp_path)
+
+    def says(trained, *lengths, **options):
+        transformers.utils.logging.warning_once.cache_clear()
+        caplog.clear()
+        source = transformers.LlamaForCausalLM.from_pretrained(tmp_path) if trained else llama_family("llama")
+        convert(source, segment_lengths=list(lengths), dilation_rates=[1] * len(lengths), **options)
+        return "head 0 has neither full attention nor a sink" in caplog.text
+
+    window = dict(branch_types=["window"])
+    assert says(True, 8, **window) and says(True, 8, 16) and says(True, 8, full_attention_layers=[0])
+    assert not says(False, 8, **window) and not says(True, 8, **window, sink_tokens=4) and not says(True, 8, 64)
 
 
 def test_from_llama_refuses_what_does_not_fit(tmp_path):
