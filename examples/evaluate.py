@@ -362,7 +362,7 @@ def longer_positions(config: PreTrainedConfig, longest: int, where: str) -> dict
     text_config = config.get_text_config()
     rope = getattr(text_config, "rope_parameters", None)
     native = getattr(text_config, "max_position_embeddings", None)
-    if longest <= (native or longest):
+    if native is None or longest <= native or native < 1:  # below 1: without a bound
         return {}
     if not rope or "rope_type" not in rope:
         raise ValueError(
@@ -373,7 +373,7 @@ def longer_positions(config: PreTrainedConfig, longest: int, where: str) -> dict
             f"`--lengths` must be at most {native} for {where}, which is not of text alone: the positions of its part "
             f"cannot be stretched from here, got {longest}."
         )
-    return stretched_positions(text_config, longest)
+    return stretched_positions(text_config, longest, where)
 
 
 def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:

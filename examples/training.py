@@ -52,24 +52,21 @@ class ModelArguments:
     )
 
 
-def stretched_positions(config: PreTrainedConfig, length: int) -> dict:
+def stretched_positions(config: PreTrainedConfig, length: int, where: str | None = None) -> dict:
     """The fields that let rotary positions reach over `length` tokens: with YaRN, where the model was not made for
-    them."""
+    them. `where` is the argument that names the model, for errors; `--model` by default."""
     native = config.max_position_embeddings
-    if length <= native:
+    if length <= native or native < 1:  # as XLNet's, which has no bound
         return {}
-    if config.rope_parameters["rope_type"] != "default":
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
         raise ValueError(
-            f"`--model` {config.name_or_path} scales its rotary positions already "
-            f"({config.rope_parameters['rope_type']}): it can take at most {native} tokens, not {length}."
+            f"{where or f'`--model {config.name_or_path}`'} scales its rotary positions already "
+            f"({rope['rope_type']}): it can take at most {native} tokens, not {length}."
         )
-    yarn = {
-        "rope_type": "yarn",
-        "rope_theta": config.rope_parameters["rope_theta"],
-        "factor": length / native,
-        "original_max_position_embeddings": native,
-    }
-    return {"max_position_embeddings": length, "rope_parameters": yarn}
+    yarn = {"rope_type": "yarn", "factor": length / native, "original_max_position_embeddings": native}
+    # Into the model's own, which may say more: how much of a head is rotated, for one
+    return {"max_position_embeddings": length, "rope_parameters": rope | yarn}
 
 
 def check_at_least(args, **least: float) -> None:

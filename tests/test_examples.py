@@ -33,10 +33,13 @@ from transformers import (
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    XLNetConfig,
 )
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -157,6 +160,25 @@ def test_files_are_whole_or_named(monkeypatch, tmp_path):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-50").mkdir()
     assert training.last_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+def test_stretched_positions_leave_the_rest_of_a_models_rotation_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    stretched = importlib.import_module("training").stretched_positions
+    shape = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    shape |= dict(max_position_embeddings=64)
+    for config in (GPTNeoXConfig(**shape), PhiConfig(**shape)):
+        model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(tmp_path)
+        fields = stretched(config, 256)
+        longer = AutoModelForCausalLM.from_pretrained(tmp_path, **fields)
+        assert fields["rope_parameters"].items() >= (config.rope_parameters | {"rope_type": "yarn"}).items()
+        assert longer.base_model.rotary_emb.inv_freq.shape == model.base_model.rotary_emb.inv_freq.shape
+        assert longer(torch.arange(100)[None] % 50).logits.isfinite().all()
+    config.rope_parameters["rope_type"] = "linear"
+    with pytest.raises(ValueError, match="^`--beside a=b` scales its rotary positions already .linear.: .* 64 tokens"):
+        stretched(config, 256, "`--beside a=b`")
+    assert stretched(XLNetConfig(), 10**6) == {}  # -1: without a bound
 
 
 def test_data_that_is_not_there_is_named(tmp_path):
