@@ -135,7 +135,7 @@ def attention_of(arm: str, args: Arguments) -> dict:
         thin = dict(segment_lengths=[args.length >> 4, args.length >> 2, args.length], dilation_rates=[1, 4, 16])
         fields = paper if arm == "windows" else thin
         return fields | {"branch_types": ["window"] * len(fields["dilation_rates"]), "head_offset": "rotating"}
-    width = None if arm == "full" else window_of_equal_work(DilatedPattern(**paper), args.length)
+    width = None if arm == "full" else window_of_equal_work(DilatedPattern(**paper), args.length, SINK_TOKENS)
     fields = dict(segment_lengths=[width], dilation_rates=[1], branch_types=["window"])
     if arm == "full":
         return fields

@@ -66,7 +66,7 @@ from measurements import (  # noqa: E402
 )
 from record import Results, environment, peak_gibibytes, read, write  # noqa: E402
 from report import above, said, signed, table  # noqa: E402
-from training import RESUME_WITH_SAME, check_at_least, check_settings, checkpoint_step, train_on  # noqa: E402
+from training import RESUME_WITH_SAME, check_at_least, check_settings, checkpoint_step, rows_per_step, train_on  # noqa: E402
 
 
 matplotlib.use("Agg")
@@ -222,7 +222,7 @@ def attention_of(arm: str, args: Arguments) -> dict:
         return paper | {"segment_shift": arm == "shifted"}
     if arm.startswith("windows"):
         return dilated_windows(args.context_length) | {"sink_tokens": SINK_TOKENS}
-    width = None if arm == "full" else window_of_equal_work(DilatedPattern(**paper), args.context_length)
+    width = None if arm == "full" else window_of_equal_work(DilatedPattern(**paper), args.context_length, SINK_TOKENS)
     fields = dict(segment_lengths=[width], dilation_rates=[1], branch_types=["window"])
     if arm == "full":
         return fields
@@ -341,7 +341,7 @@ class CurveTrainer(Trainer):
         if self.begin is not None:
             seconds += time.perf_counter() - self.begin
         self.model.eval()
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch_size = rows_per_step(self.args)
         length = next(iter(self.held_out.values())).shape[1]
         point = {"step": step, "tokens": step * batch_size * length, "seconds": round(seconds, 3)}
         point |= {measure: {} for measure in MEASURES}
@@ -398,9 +398,9 @@ def run_arm(arm: str, args: Arguments, training_args: TrainingArguments, context
 
 
 def at_time(curve: list[dict], seconds: float, kind: str) -> float:
-    """The loss of a curve after so many seconds of training, between the points around it."""
+    """The loss of a curve after so many seconds of training, between the points around it; NaN before the first."""
     times, losses = [point["seconds"] for point in curve], [np.mean(point["loss"][kind]) for point in curve]
-    return float(np.interp(seconds, times, losses))
+    return float(np.interp(seconds, times, losses, left=math.nan))
 
 
 def write_results(results: dict[str, dict], kinds: list[str], folder: Path) -> None:
@@ -413,7 +413,7 @@ def write_results(results: dict[str, dict], kinds: list[str], folder: Path) -> N
         end = next(point for point in result["curve"] if point["tokens"] >= tokens)
         ends.append(end)
         losses = [said(end[measure][kind]).partition(" ")[0] for kind, measure in measures]
-        in_time = [f"{at_time(result['curve'], seconds, kind):.3f}" for kind in kinds]
+        in_time = [said([at_time(result["curve"], seconds, kind)]) for kind in kinds]
         speed = end["tokens"] / max(end["seconds"], 1e-9)
         about = (f"{result['parameters'] / 1e6:.0f} M", result["pairs"] or "", f"{speed:.0f}")
         rows.append([f"`{arm}`: {ARMS[arm]}", *about, f"{result['peak_gibibytes']:.1f}", *losses, *in_time])

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # whose trai
 from measurements import (  # noqa: E402
     copy_distance,
     find_ranking,
+    judge_answers,
     make_needles,
     papers_pattern,
     read_texts,
@@ -47,7 +48,7 @@ from measurements import (  # noqa: E402
 )
 from record import Results, environment, write  # noqa: E402
 from report import above, mean_and_error, said, signed  # noqa: E402
-from training import RESUME_WITH_SAME, check_settings, stretched_positions, train_on  # noqa: E402
+from training import RESUME_WITH_SAME, check_settings, rows_per_step, stretched_positions, train_on  # noqa: E402
 
 
 ARMS = {
@@ -109,7 +110,8 @@ def attention_of(arm: str, length: int, ranking: HeadRanking) -> dict:
     if arm in ("paper", "dilated-20"):
         fields = (paper if arm == "paper" else dilated) | {"head_offset": "rotating"}
     else:
-        width = window_of_equal_work(DilatedPattern(**(dilated if arm == "window-wide" else paper)), length)
+        sink = 0 if arm == "window-no-sink" else SINK_TOKENS
+        width = window_of_equal_work(DilatedPattern(**(dilated if arm == "window-wide" else paper)), length, sink)
         fields = dict(segment_lengths=[width], dilation_rates=[1], branch_types=["window"])
     if arm != "window-no-sink":
         fields["sink_tokens"] = SINK_TOKENS
@@ -137,24 +139,25 @@ def pairs_per_token(model: LongNetForCausalLM, length: int) -> float:
 
 
 def measure(model: PreTrainedModel, data: dict, args: Arguments, name: str) -> dict:
-    """Of every kind of text: mean losses of each text, in all and by class, and which numbers are found."""
+    """Of every kind of text: mean losses of each text, in all and by class (None: it has none), and which numbers are
+    found."""
     model.eval()
     half, results = args.context_length // 2, {}
     for kind, (texts, distances, needles) in data.items():
-        losses: dict[str, list[float]] = {"all": [], "near": [], "far": [], "new": []}
+        losses: dict[str, list[float | None]] = {"all": [], "near": [], "far": [], "new": []}
         for ids, distance in zip(tqdm(texts, desc=f"{name}, {kind}"), distances, strict=True):
             loss, _ = token_losses(model, ids, half)
             far = args.context_length // 15
             classes = {"all": distance >= 0, "new": distance == 0}
             classes |= {"near": (distance > 0) & (distance <= far), "far": distance > far}
             for which, is_in in classes.items():
-                losses[which].append(loss[is_in[half:]].mean().item())
+                of_class = loss[is_in[half:]]
+                losses[which].append(of_class.mean().item() if len(of_class) else None)
         found, bits = [], []
         for ids, answers, _ in needles:
-            start = int(answers.min())
-            loss, is_top = token_losses(model, ids, start)
-            found.append(is_top[answers - start].all(1).float().mean().item())
-            bits.append(loss[answers - start].mean().item())
+            is_right, nats = judge_answers(model, ids, answers)
+            found.append(is_right.float().mean().item())
+            bits.append(nats.sum().item() / sum(map(len, answers)))
         results[kind] = {"losses": losses, "found": found, "needle_loss": bits}
     return results
 
@@ -216,8 +219,8 @@ def train_arm(arm: str, args: Arguments, training_args: TrainingArguments, data:
     metrics, steps = train_on(trainer, folder)
     trainer.save_model(str(folder / "adapter"))
     if steps:
-        speed = steps * args.context_length * training_args.train_batch_size / metrics["train_runtime"]
-        result.save(trained_tokens_per_second=round(speed))
+        tokens = steps * rows_per_step(training_args) * args.context_length
+        result.save(trained_tokens_per_second=round(tokens / metrics["train_runtime"]))
     result.save(after=measure(model, data, args, f"{arm}, after"), max_steps=training_args.max_steps)
 
 

@@ -51,6 +51,7 @@ from longnet_hf import DilatedPattern, HeadRanking, dilated_attention
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # whose measurements and records it shares
 from measurements import (  # noqa: E402
     find_ranking,
+    judge_answers,
     load_stretched,
     make_needles,
     papers_pattern,
@@ -373,7 +374,7 @@ class StudiedAttention:
     def __init__(self, model: PreTrainedModel, ranking: HeadRanking, args: Arguments):
         self.ranking, self.args, self.arm, self.observe, self.projections = ranking, args, None, None, {}
         paper = DilatedPattern(**papers_pattern(args.context_length))
-        self.other_window = args.other_window or window_of_equal_work(paper, args.context_length)
+        self.other_window = args.other_window or window_of_equal_work(paper, args.context_length, SINK_TOKENS)
         self.chosen: list[tuple[torch.Tensor, int]] = []
         AttentionInterface.register(self.NAME, self)
         model.set_attn_implementation(self.NAME)
@@ -554,13 +555,11 @@ def measure(model: PreTrainedModel, data: dict, name: str, beyond: int) -> dict:
             natural.append(loss[: -spans * SPAN_LENGTH].mean().item())
             copy.append(loss[-spans * SPAN_LENGTH :].view(spans, SPAN_LENGTH)[:, LEAD:].mean().item())
         for ids, answers, places in needles:
-            start = int(answers.min())
-            loss, is_top = token_losses(model, ids, start)
-            right = is_top[answers - start].all(1).float()
-            found.append(right.mean().item())
-            is_far = answers[:, 0] - places > beyond
-            far.append(right[is_far].mean().item() if is_far.any() else None)
-            bits.append(loss[answers - start].mean().item())
+            is_right, nats = judge_answers(model, ids, answers)
+            found.append(is_right.float().mean().item())
+            is_far = torch.stack([answer[0] for answer in answers]) - places > beyond
+            far.append(is_right[is_far].float().mean().item() if is_far.any() else None)
+            bits.append(nats.sum().item() / sum(map(len, answers)))
         results[kind] = {"natural": natural, "copy": copy, "found": found, "found_far": far, "number_loss": bits}
     return results
 

@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from measurements import (
     copy_distance,
+    judge_answers,
     make_needles,
     pack,
     papers_pattern,
@@ -292,12 +293,12 @@ def find_needles(model: PreTrainedModel, material: Material, length: int, name: 
     result: dict = {"depth": [], "distance": [], "found": [], "log_probability": []}
     needles = make_needles(material.texts[:, -length:], material.tokenizer, args.needle_texts, args.seed)
     for ids, answers, said in tqdm(needles, desc=f"{name}: numbers in {length}"):
-        start = int(answers.min())
-        losses, is_top = token_losses(model, material.start(ids), start)
-        result["depth"].append((said / start).tolist())
-        result["distance"].append((answers[:, 0] - said).tolist())
-        result["found"].append(is_top[answers - start].all(1).int().tolist())
-        result["log_probability"].append((-losses[answers - start].sum(1)).tolist())
+        is_right, nats = judge_answers(model, material.start(ids), answers)
+        first = torch.stack([answer[0] for answer in answers])
+        result["depth"].append((said / first[0]).tolist())
+        result["distance"].append((first - said).tolist())
+        result["found"].append(is_right.int().tolist())
+        result["log_probability"].append((-nats).tolist())
     return result
 
 
@@ -309,12 +310,9 @@ def answer_ruler(model: PreTrainedModel, material: Material, length: int, name: 
     for task in tqdm(TASKS, desc=f"{name}: RULER in {length}"):
         of_task: dict = {"right": [], "log_probability": [], "chance": []}
         for ids, answers, chance in make_tasks(task, material.tokenizer, length, texts, args.ruler_texts, args.seed):
-            start = int(answers[0][0])
-            losses, is_top = token_losses(model, material.start(ids), start)
-            of_task["right"].append(sum(bool(is_top[answer - start].all()) for answer in answers) / len(answers))
-            of_task["log_probability"].append(
-                -sum(losses[answer - start].sum().item() for answer in answers) / len(answers)
-            )
+            is_right, nats = judge_answers(model, material.start(ids), answers)
+            of_task["right"].append(is_right.double().mean().item())
+            of_task["log_probability"].append(-nats.mean().item())
             of_task["chance"].append(chance)
         result[task] = of_task
     return result
@@ -397,9 +395,9 @@ def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
         if has_pattern:
             with torch.device("meta"):
                 described = describe(AutoModelForCausalLM.from_config(config), longest)
-            width = window_of_pairs(max(1, described.pairs_per_token - SINK_TOKENS), longest)
+            width = window_of_pairs(described.pairs_per_token, longest, SINK_TOKENS)
         else:
-            width = window_of_equal_work(DilatedPattern(**papers_pattern(longest)), longest)
+            width = window_of_equal_work(DilatedPattern(**papers_pattern(longest)), longest, SINK_TOKENS)
         pattern = dict(segment_lengths=[width], dilation_rates=[1], branch_types=["window"], sink_tokens=SINK_TOKENS)
     is_longnet = hasattr(text_config, "layer_patterns")
     if arm != "model" and is_longnet:

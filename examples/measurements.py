@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm.auto import tqdm
 from training import stretched_positions
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -32,11 +33,11 @@ _PROBED = 8
 
 
 class NeedleText(NamedTuple):
-    """A text `ids` `[N]` that asks for 40 numbers at its end: where the tokens of the answers are, `answers`
-    `[40, digits]`, and where the text has said each, `said` `[40]`, both in the order of the questions."""
+    """A text `ids` `[N]` that asks for 40 numbers at its end: the columns of each answer's tokens, and where the text
+    has said each, `said` `[40]`, both in the order of the questions."""
 
     ids: torch.Tensor
-    answers: torch.Tensor
+    answers: list[torch.Tensor]
     said: torch.Tensor
 
 
@@ -45,29 +46,32 @@ def papers_pattern(length: int) -> dict:
     return dict(segment_lengths=[length >> i for i in range(4, -1, -1)], dilation_rates=[1, 2, 4, 6, 12])
 
 
-def window_of_pairs(pairs: float, length: int) -> int:
-    """w of the sliding window that joins `pairs` pairs per token of a sequence: on average w - w (w - 1) / 2N."""
-    return max(1, round(length + 0.5 - math.sqrt(max(0, (length + 0.5) ** 2 - 2 * length * pairs))))
+def window_of_pairs(pairs: float, length: int, sink_tokens: int = 0) -> int:
+    """w of the sliding window that joins `pairs` pairs per token of N = `length`, together with a sink of s tokens: on
+    average w - w (w - 1) / 2N of the window, and s (N - w) / N - s (s - 1) / 2N of the sink outside it."""
+    middle = length + 0.5 - sink_tokens
+    of_sink = sink_tokens * (length - (sink_tokens - 1) / 2)
+    return max(1, round(middle - math.sqrt(max(0, middle**2 - 2 * (length * pairs - of_sink)))))
 
 
-def window_of_equal_work(pattern: DilatedPattern, length: int) -> int:
-    """w of the sliding window that joins as many pairs of a sequence as `pattern` does."""
+def window_of_equal_work(pattern: DilatedPattern, length: int, sink_tokens: int = 0) -> int:
+    """w of the sliding window that, with its sink, joins as many pairs of a sequence as `pattern` does."""
     heads = math.lcm(*pattern.dilation_rates)  # all phases
-    return window_of_pairs(pattern.pairs(length, heads) / heads / length, length)
+    return window_of_pairs(pattern.pairs(length, heads) / heads / length, length, sink_tokens)
 
 
 def read_documents(data: list[str]) -> dict[str, Iterator[str]]:
     """The texts of the files of every kind in `data` (KIND=FILES), folder by folder."""
     if not data:
         raise ValueError("`--data` must name texts: KIND=FILES, such as code='src/**/*.py'.")
-    found = {}
+    found: dict[str, list[str]] = {}
     for entry in data:
         kind, _, pattern = entry.partition("=")
         files = sorted(glob.glob(pattern, recursive=True))
         if not files:
             raise ValueError(f"`--data` names no file: {entry!r}; it takes KIND=FILES, such as code='src/**/*.py'.")
-        found[kind] = _read(files, f"Read {kind}")
-    return found
+        found.setdefault(kind, []).extend(files)
+    return {kind: _read(files, f"Read {kind}") for kind, files in found.items()}
 
 
 def _read(files: list[str], description: str) -> Iterator[str]:
@@ -156,8 +160,7 @@ def long_perplexity(losses: torch.Tensor, keys: torch.Tensor) -> tuple[float, fl
 
 
 def make_needles(texts: torch.Tensor, tokenizer, number: int, seed: int) -> list[NeedleText]:
-    """Texts in which 40 people have a number each, that ask for all of them at their end. What comes before an answer
-    is given, the right answers to earlier questions too."""
+    """Texts in which 40 people have a number each, that ask for all of them at their end."""
     generator, needles = torch.Generator().manual_seed(seed), []
 
     def ids_of(text: str) -> torch.Tensor:
@@ -165,12 +168,13 @@ def make_needles(texts: torch.Tensor, tokenizer, number: int, seed: int) -> list
 
     for text in texts[torch.arange(number) % len(texts)]:
         secrets = torch.randint(10**6, 10**7, (len(NAMES),), generator=generator).tolist()
-        said = [ids_of(f"\nThe secret number of {name} is {x}.\n") for name, x in zip(NAMES, secrets, strict=True)]
+        hidden = [ids_of(f"\nThe secret number of {name} is {x}.\n") for name, x in zip(NAMES, secrets, strict=True)]
         asked, answers = [], [ids_of(f" {x}") for x in secrets]
-        order = torch.randperm(len(NAMES), generator=generator).tolist()
+        # Who comes first in the text, and who is asked for first
+        placed, order = (torch.randperm(len(NAMES), generator=generator).tolist() for _ in range(2))
         for i in order:
             asked += [ids_of(f"\nThe secret number of {NAMES[i]} is"), answers[i]]
-        room = len(text) - sum(map(len, said)) - sum(map(len, asked))
+        room = len(text) - sum(map(len, hidden)) - sum(map(len, asked))
         if room < len(NAMES):
             raise ValueError(
                 f"The context (`--context_length`, `--lengths`) must be longer, got {len(text)}: 40 numbers take "
@@ -178,15 +182,17 @@ def make_needles(texts: torch.Tensor, tokenizer, number: int, seed: int) -> list
             )
         cuts = torch.randperm(room, generator=generator)[: len(NAMES)].sort().values.tolist()
         pieces, start = [], 0
-        for cut, needle in zip(cuts, said, strict=True):
-            pieces += [text[start:cut], needle]
+        for cut, i in zip(cuts, placed, strict=True):
+            pieces += [text[start:cut], hidden[i]]
             start = cut
         pieces += [text[start:room], *asked]
         stops = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
-        ends = stops[-2 * len(NAMES) :][1::2]
-        digits = min(map(len, answers))
-        places = stops[1 : 2 * len(NAMES) : 2][order] - 1
-        needles.append(NeedleText(torch.cat(pieces), ends[:, None] - digits + torch.arange(digits), places))
+        columns = [
+            torch.arange(stop - len(answers[i]), stop)
+            for i, stop in zip(order, stops[-2 * len(NAMES) :][1::2].tolist(), strict=True)
+        ]
+        said = stops[1 : 2 * len(NAMES) : 2][[placed.index(i) for i in order]] - 1
+        needles.append(NeedleText(torch.cat(pieces), columns, said))
     return needles
 
 
@@ -194,8 +200,8 @@ def make_needles(texts: torch.Tensor, tokenizer, number: int, seed: int) -> list
 def token_losses(
     model: PreTrainedModel, ids: torch.Tensor, start: int, in_bf16: bool | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats of the tokens from column `start` on, and whether each is the likeliest; under bf16 autocast, by default on
-    a GPU.
+    """Nats of the tokens from column `start` on, and whether each is the likeliest; the model under bf16 autocast, by
+    default on a GPU.
 
     The logits of a few positions exist at a time, but for a model that makes more of its last hidden states than its
     output embedding does (such as a soft cap), whose own logits are taken, all at once.
@@ -206,8 +212,7 @@ def token_losses(
     with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
         if _head_is_all(model):
             states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0, start - 1 : -1]
-            head = model.get_output_embeddings()
-            pieces = (head(h) for h in states.split(_PIECE))
+            pieces = _logits_of(model.get_output_embeddings(), states)
         else:
             pieces = _own_logits(model, input_ids, len(labels) + 1)[:-1].split(_PIECE)
         losses, is_top = [], []
@@ -215,6 +220,30 @@ def token_losses(
             losses.append(F.cross_entropy(logits.float(), y, reduction="none"))
             is_top.append(logits.argmax(-1) == y)
     return torch.cat(losses).cpu(), torch.cat(is_top).cpu()
+
+
+def judge_answers(
+    model: PreTrainedModel, ids: torch.Tensor, answers: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each answer in a text, given the columns of its tokens, the first answer first: whether all of these are the
+    likeliest, and their nats in all. What comes before an answer is given, the answers before it too."""
+    start = int(answers[0][0])
+    losses, is_top = token_losses(model, ids, start)
+    is_right = torch.stack([is_top[answer - start].all() for answer in answers])
+    return is_right, torch.stack([losses[answer - start].sum() for answer in answers])
+
+
+def _logits_of(head: nn.Module, states: torch.Tensor) -> Iterator[torch.Tensor]:
+    """An output embedding's logits of a few states `[N, width]` at a time; of a linear one in float32, as bfloat16 has
+    ties between the likeliest."""
+    if type(head) is not nn.Linear:
+        yield from map(head, states.split(_PIECE))
+        return
+    weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
+    for of_piece in states.split(_PIECE):
+        with torch.autocast(states.device.type, enabled=False):
+            logits = F.linear(of_piece.float(), weight, bias)
+        yield logits
 
 
 def _own_logits(model: PreTrainedModel, input_ids: torch.Tensor, count: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from record import read, write
-from transformers import PreTrainedConfig, Trainer, TrainerState
+from transformers import PreTrainedConfig, Trainer, TrainerState, TrainingArguments
 
 
 # What a checkpoint cannot be continued without
@@ -115,6 +115,11 @@ def _is_whole(path: Path) -> bool:
 
 def checkpoint_step(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def rows_per_step(args: TrainingArguments) -> int:
+    """Rows of one step of the optimizer, of all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def train_on(trainer: Trainer, folder: Path) -> tuple[dict, int]:

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -387,6 +388,83 @@ def test_an_oracle_finds_all_numbers_and_one_with_a_window_those_in_it_alone(eva
     assert evaluation.written.share_in_window(blind, None) == 1
 
 
+def test_numbers_are_asked_for_in_whole_and_stand_in_any_order(evaluation):
+    """Of a tokenizer that cuts numbers unevenly, too."""
+    tokens = Tokenizer(BPE())
+    tokens.pre_tokenizer, tokens.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    numbers = [f" {x}" for x in range(10**6, 10**7, 7919)]
+    trainer = BpeTrainer(vocab_size=600, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    tokens.train_from_iterator(numbers, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens)
+    first_names = set()
+    for ids, answers, said in evaluation.of.make_needles(torch.zeros(2, 6000).long(), tokenizer, 4, seed=0):
+        text = tokenizer.decode(ids)
+        assert len(ids) == 6000 and len(answers) == 40 and len(set(map(len, answers))) > 1
+        for answer, place in zip(answers, said.tolist(), strict=True):
+            asked = re.search(r"secret number of (\w+) is$", tokenizer.decode(ids[: answer[0]]))[1]
+            number = tokenizer.decode(ids[answer])
+            assert re.fullmatch(r" \d{7}", number)
+            assert tokenizer.decode(ids[: place + 1]).endswith(f"The secret number of {asked} is{number}.\n")
+        names = re.findall(r"secret number of (\w+) is \d+\.", text)
+        assert sorted(names) == sorted(evaluation.of.NAMES) != names
+        first_names.add(names[0])
+    assert len(first_names) > 1
+
+
+def test_the_window_of_equal_pairs_makes_room_for_its_sink(evaluation):
+    for length, sink in itertools.product((64, 512, 4096), (0, 1, 4, 40)):
+        for width in (1, 5, 48, length - 60, length):
+            window = DilatedPattern((width,), (1,), ("window",))
+            pairs = (window.with_branch("sink", sink) if sink else window).pairs(length, 1) / length
+            if width <= length - sink:  # of a wider one, some of the sink is always in the window
+                assert evaluation.of.window_of_pairs(pairs, length, sink) == width
+        paper = DilatedPattern(**evaluation.of.papers_pattern(length))
+        width = evaluation.of.window_of_equal_work(paper, length, sink)
+        pattern = DilatedPattern((width,), (1,), ("window",))
+        pairs = (pattern.with_branch("sink", sink) if sink else pattern).pairs(length, 1) / length
+        assert width == 1 or abs(pairs - paper.pairs(length, 12) / 12 / length) <= 0.5
+
+
+def test_texts_of_a_kind_are_those_of_all_its_entries(evaluation, tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    found = evaluation.of.read_documents([f"{kind}={tmp_path}/{name}.txt" for kind, name in ("xb", "yc", "xa")])
+    assert {kind: list(texts) for kind, texts in found.items()} == {"x": ["b", "a"], "y": ["c"]}
+
+
+def test_logits_of_models_in_bfloat16_have_no_ties(evaluation):
+    config = LlamaConfig(
+        vocab_size=5000, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval().bfloat16()
+    ids = torch.randint(5000, (200,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        states = model.model(input_ids=ids[None]).last_hidden_state[0, :-1]
+    logits = states.float() @ model.lm_head.weight.detach().float().T
+    losses, is_top = evaluation.of.token_losses(model, ids, 1, in_bf16=True)
+    assert evaluation.of._head_is_all(model)
+    torch.testing.assert_close(losses, F.cross_entropy(logits, ids[1:], reduction="none"), rtol=0, atol=1e-5)
+    assert is_top.equal(logits.argmax(-1) == ids[1:])
+
+
+def test_studies_say_nothing_of_what_they_have_not_measured(evaluation, tiny_llama, monkeypatch):
+    """A class without tokens, a curve before its first point; and all rows of a step count."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    heads, scratch = importlib.import_module("pretrained_heads"), importlib.import_module("from_scratch")
+    args = heads.Arguments(context_length=32)
+    texts, distances = torch.randint(300, (1, 32)), [torch.zeros(32).long()]
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    losses = heads.measure(model, {"text": (texts, distances, [])}, args, "full")["text"]["losses"]
+    assert losses["near"] == losses["far"] == [None] and losses["new"] == losses["all"] != [None]
+
+    curve = [{"seconds": seconds, "loss": {"text": [loss]}} for seconds, loss in ((10, 4.0), (20, 2.0))]
+    assert scratch.at_time(curve, 15, "text") == 3 and math.isnan(scratch.at_time(curve, 9, "text"))
+    assert evaluation.written.said([math.nan]) == "–"
+
+    step = SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=3, world_size=4)
+    assert importlib.import_module("training").rows_per_step(step) == 24
+
+
 def solve_ruler(text):
     """The end of the text of a task, solved from what is seen of it, by rules of its own."""
     question = text[text.rfind("\n", 0, -1) :]
@@ -479,7 +557,7 @@ def test_a_report_asks_the_tasks_of_ruler(evaluation, tiny_llama, monkeypatch):
         is_top[-1] = False
         return torch.full((len(ids) - start,), 2.0), is_top
 
-    monkeypatch.setattr(evaluation.report, "token_losses", all_but_the_last_answer)
+    monkeypatch.setattr(evaluation.of, "token_losses", all_but_the_last_answer)
     result = evaluation.report.answer_ruler(None, material, 4000, "oracle")
     shares = dict(multi_key=0, multi_value=3 / 4, multi_query=3 / 4, variable_tracking=4 / 5, common_words=9 / 10)
     for name, share in (shares | dict(frequent_words=2 / 3)).items():
