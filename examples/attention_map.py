@@ -164,6 +164,8 @@ def main():
     if args.length is not None and args.length < 1:
         raise ValueError(f"`--length` must be at least 1, got {args.length}.")
     ids, pieces = pieces_of(Path(args.text).read_text(encoding="utf-8", errors="replace"), tokenizer, args.length)
+    if not len(ids):
+        raise ValueError(f"`--text` must be a file with text, got {args.text}, which is empty.")
     rows = chosen("rows", args.rows, len(ids))
     model = load_model(args.model, len(ids), args.device)
     layers = chosen("layers", args.layers, model.config.num_hidden_layers)

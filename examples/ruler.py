@@ -70,7 +70,8 @@ FREQUENT_END = (
 
 class RulerText(NamedTuple):
     """A task: `ids` `[N]` with its answers at the end, the columns of each answer's tokens, and `chance`, how often
-    one is right who draws an answer from the candidates that the text has (numbers, variables, words)."""
+    one is right who draws an answer from the candidates (numbers, variables, words) that the text has behind its
+    example, if it has one."""
 
     ids: torch.Tensor
     answers: list[torch.Tensor]
@@ -251,13 +252,13 @@ def _common_words(writer: _Writer, source: _Source, length: int) -> int:
 
     def listing(words: list[str], common: int, other: int) -> list[str]:
         entries = words[:COMMON] * common + words[COMMON:] * other
-        random.Random(len(words)).shuffle(entries)
+        random.Random(order).shuffle(entries)
         return entries
 
     def numbered(entries: list[str]) -> str:
         return " ".join(f"{i}. {word}" for i, word in enumerate(entries, 1))
 
-    words = _some_words(source, 40 + COMMON + length // 2)
+    words, order = _some_words(source, 40 + COMMON + length // 2), source.draw.random()
     for (common, other), (common_before, other_before, count_before) in REPEATS:
         before = listing(words[:count_before], common_before, other_before)
         first = list(dict.fromkeys(word for word in before if word in words[:COMMON]))
