@@ -18,11 +18,14 @@ report.json and pictures of
 Beside the model: the same weights with full attention, if they have a pattern, and with a sliding window and a sink,
 of as many pairs of a text of the longest length (for a model with full attention: as many as the paper's pattern has);
 other models (`--beside`), on the same texts; and chance. Differences are of text by text. Stopped, the same command
-goes on where it was.
+goes on where it was, unless texts or weights have become others meanwhile.
 """
 
+import hashlib
 import importlib
+import json
 import math
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -52,6 +55,7 @@ from transformers import (
     HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from longnet_hf import Branch, DilatedPattern, describe, set_dilated_attention
@@ -63,6 +67,7 @@ ARMS = {
     "window": "the same weights with a sliding window and a sink of equal pairs",
 }
 SINK_TOKENS = 4
+SHORTEST_PAPER = 16  # tokens that the paper's pattern can be made for
 SHUFFLED_PART = 128  # tokens that stay together
 CONTEXTS = ("true", "shuffled", "foreign")
 COPY_CONTEXTS = (3, 9)
@@ -152,9 +157,9 @@ class Arguments:
 # Texts
 
 
-def read_texts(args: Arguments, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def read_texts(args: Arguments, tokenizer) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Texts `[texts, N]` of the longest length, spread over the files, which are laid end to end; and for each the
-    index of another text that shares no file with it, `[texts]`."""
+    index of another text that shares no file with it, `[texts]`; None where a text has no such other."""
     files = sorted(find_files(args.data) if args.data else standard_library_files())
     if not files:
         raise ValueError(f"`--data` names no text file: {' '.join(args.data)}.")
@@ -178,10 +183,7 @@ def read_texts(args: Arguments, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
         order = [(i + step) % args.texts for step in range(1, args.texts)]
         others = [j for j in order if spans[j][0] > last or spans[j][1] < first]
         if not others:
-            raise ValueError(
-                f"`--data` must have more documents: {files[first]} and its neighbours are in all {args.texts} texts, "
-                "and a foreign context cannot be made."
-            )
+            return texts, None
         foreign.append(others[0])
     return texts, torch.tensor(foreign)
 
@@ -192,6 +194,7 @@ class Material:
     def __init__(self, args: Arguments, tokenizer):
         self.args, self.tokenizer = args, tokenizer
         self.texts, self.foreign = read_texts(args, tokenizer)
+        self.contexts = CONTEXTS if self.foreign is not None else CONTEXTS[:2]
         self.near = min(2048, args.lengths[-1] // 2)
         added = tokenizer("a")["input_ids"]
         # What the model has seen at the start of every text, if its tokenizer puts it there
@@ -202,6 +205,13 @@ class Material:
         if self.first_token is None:
             return ids
         return torch.cat([ids.new_tensor([self.first_token]), ids[1:]])
+
+    @property
+    def digest(self) -> str:
+        """Of all texts as the models see them, and of which is foreign to which."""
+        foreign = None if self.foreign is None else self.foreign.tolist()
+        seen = json.dumps([[self.start(text).tolist() for text in self.texts], foreign])
+        return hashlib.sha256(seen.encode()).hexdigest()
 
     @property
     def prefixes(self) -> list[int]:
@@ -257,7 +267,7 @@ def loss_of_texts(model: PreTrainedModel, material: Material, name: str) -> dict
             for key, is_in in copy_classes(copy_distance(ids, context)[1:], material).items():
                 mean = losses[is_in].mean().item() if is_in.any() else None
                 copies[context].setdefault(key, []).append(mean)
-    speed = length / sorted(seconds)[len(seconds) // 2]
+    speed = length / statistics.median(seconds[1:] or seconds)  # the first text may wait for kernels
     return {"losses": {"position": position, "copies": copies, "tokens_per_second": round(speed)}}
 
 
@@ -273,9 +283,9 @@ def copy_classes(distance: torch.Tensor, material: Material) -> dict[str, torch.
 def loss_after_context(model: PreTrainedModel, material: Material, name: str) -> dict:
     """For every kind of context and number of its tokens, the mean loss of the same tokens in each text (`contexts`);
     and the losses of these tokens after the shortest and the longest true context (`token_losses`)."""
-    result: dict = {kind: {} for kind in CONTEXTS}
+    result: dict = {kind: {} for kind in material.contexts}
     of_tokens: dict[int, torch.Tensor] = {}
-    cells = [(kind, prefix) for kind in CONTEXTS for prefix in material.prefixes]
+    cells = [(kind, prefix) for kind in material.contexts for prefix in material.prefixes]
     for kind, prefix in tqdm(cells, desc=f"{name}: contexts"):
         texts = [material.with_context(kind, index, prefix) for index in range(len(material.texts))]
         losses = torch.stack([token_losses(model, ids, prefix)[0] for ids in texts])
@@ -337,22 +347,61 @@ def plain_vocabulary(tokenizer) -> dict[str, int]:
     return {token: i for token, i in tokenizer.get_vocab().items() if token not in added}
 
 
+def load_tokenizer(model: str, where: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(f"{where} must be a model with its tokenizer, which could not be loaded: {error}") from error
+
+
 def check_others(args: Arguments, tokenizer, results: Results) -> None:
     """Refuse models that cannot be measured beside the model, before anything is."""
     for name, model in args.others.items():
-        where = f"`--beside {name}={model}`"
-        try:
-            other = AutoTokenizer.from_pretrained(model)
-        except (ImportError, OSError, ValueError) as error:
-            raise ValueError(
-                f"{where} must be a model with its tokenizer, which could not be loaded: {error}"
-            ) from error
+        where = named(name, args)
+        other = load_tokenizer(model, where)
         if plain_vocabulary(other) != plain_vocabulary(tokenizer):
             raise ValueError(f"{where} must be a model of the tokenizer of `--model {args.model}`.")
+        if other("a")["input_ids"] != tokenizer("a")["input_ids"]:
+            raise ValueError(
+                f"{where} must be a model of the tokenizer of `--model {args.model}`, with the same tokens around a "
+                f"text: of 'a' it makes {other('a')['input_ids']}, not {tokenizer('a')['input_ids']}."
+            )
         before = results.get(name, {}).get("of", model)
         if before != model:
             raise ValueError(f"{where}: in {args.output_dir} {name} is {before}; give another name or `--output_dir`.")
         longer_positions(AutoConfig.from_pretrained(model), args.lengths[-1], where)
+
+
+def named(arm: str, args: Arguments) -> str:
+    """The argument that names the model of an arm."""
+    return f"`--beside {arm}={args.others[arm]}`" if arm in args.others else f"`--model {args.model}`"
+
+
+def weights_of(model: str) -> str | None:
+    """What changes with a model: its commit on the Hub, or a digest of the configuration and weights in a folder."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return AutoConfig.from_pretrained(model)._commit_hash
+    config = AutoConfig.from_pretrained(model).to_diff_dict()
+    config.pop("transformers_version", None)  # saved again, a model is the same
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as opened:
+            while part := opened.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def check_weights(args: Arguments, weights: dict[str, str | None], results: Results) -> None:
+    """Refuse to set arms beside others whose models were not what they are now."""
+    for arm, result in results.items():
+        is_shown = arm in ARMS or arm in args.others
+        if is_shown and "weights" in result and result["weights"] != weights[args.others.get(arm, args.model)]:
+            raise ValueError(
+                f"{named(arm, args)} has other weights, or another configuration, than when `{arm}` of "
+                f"{args.output_dir} was measured: choose another `--output_dir`, or delete it."
+            )
 
 
 def longer_positions(config: PreTrainedConfig, longest: int, where: str) -> dict:
@@ -377,8 +426,7 @@ def longer_positions(config: PreTrainedConfig, longest: int, where: str) -> dict
 def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
     """The model of an arm, and what is said of it: its name, pairs per token and the width of its dense window, that
     of the heads that see least (None: all)."""
-    longest, name = args.lengths[-1], args.others.get(arm, args.model)
-    where = f"`--beside {arm}={name}`" if arm in args.others else f"`--model {name}`"
+    longest, name, where = args.lengths[-1], args.others.get(arm, args.model), named(arm, args)
     if arm in args.others:
         arm = "model"
     config = AutoConfig.from_pretrained(name)
@@ -396,6 +444,11 @@ def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
             with torch.device("meta"):
                 described = describe(AutoModelForCausalLM.from_config(config), longest)
             width = window_of_pairs(described.pairs_per_token, longest, SINK_TOKENS)
+        elif longest < SHORTEST_PAPER:
+            raise ValueError(
+                f"`--lengths` must reach {SHORTEST_PAPER} tokens for the `window` of `--arms`, which has the pairs of "
+                f"the paper's pattern, got {longest}."
+            )
         else:
             width = window_of_equal_work(DilatedPattern(**papers_pattern(longest)), longest, SINK_TOKENS)
         pattern = dict(segment_lengths=[width], dilation_rates=[1], branch_types=["window"], sink_tokens=SINK_TOKENS)
@@ -417,32 +470,52 @@ def load_arm(arm: str, args: Arguments) -> tuple[PreTrainedModel, dict]:
     return model, about | {"pairs": described.pairs_per_token, "dense_window": window}
 
 
-def measure_arm(arm: str, args: Arguments, material: Material, results: Results) -> None:
+def pieces_of(args: Arguments) -> list[str]:
+    """What is measured of every arm, by the names it has in its results."""
+    of_lengths = [kind for kind, texts in (("needles", args.needle_texts), ("ruler", args.ruler_texts)) if texts]
+    return ["losses", "contexts", *(f"{kind}-{length}" for kind in of_lengths for length in args.lengths)]
+
+
+def is_done(arm: str, args: Arguments, results: Results) -> bool:
+    return all(piece in results.get(arm, {}) for piece in pieces_of(args))
+
+
+def find_missing(arms: list[str], args: Arguments, results: Results) -> None:
+    """Load every arm that is not measured, before hours of measuring rather than after them; and note in `results`
+    why one is missing, each time anew."""
+    for arm in arms:
+        if is_done(arm, args, results):
+            continue
+        try:
+            load_arm(arm, args)
+        except ArmMissing as reason:
+            print(f"{arm} is left out: {reason}")
+            results.save(**{arm: {"missing": str(reason)}})
+        else:
+            if "missing" in results.get(arm, {}):
+                results.save(**{arm: {}})
+
+
+def measure_arm(arm: str, args: Arguments, material: Material, results: Results, weights: str | None) -> None:
     """Measure what is not in `results` yet, and save it there piece by piece."""
-    done = results.get(arm, {})
-    of_texts = {"losses": loss_of_texts, "contexts": loss_after_context}
-    asked = {"needles": (find_needles, args.needle_texts), "ruler": (answer_ruler, args.ruler_texts)}
-    of_lengths = {kind: ask for kind, (ask, texts) in asked.items() if texts}
-    names = [*of_texts, *(f"{kind}-{length}" for kind in of_lengths for length in args.lengths)]
-    if "missing" in done or all(name in done for name in names):
+    if is_done(arm, args, results):
         print(f"{arm} is measured already.")
         return
-    try:
-        model, about = load_arm(arm, args)
-    except ArmMissing as reason:
-        print(f"{arm} is left out: {reason}")
-        results.save(**{arm: {"missing": str(reason)}})
-        return
+    model, about = load_arm(arm, args)
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(torch.device(args.device))
-    done |= {"vocabulary": model.config.get_text_config().vocab_size} | about | environment(args.device)
-    for name in names:
-        if name not in done:
-            kind, _, length = name.partition("-")
+    done = results.get(arm, {})
+    done |= {"vocabulary": model.config.get_text_config().vocab_size, "weights": weights} | about
+    done |= environment(args.device)
+    of_texts = {"losses": loss_of_texts, "contexts": loss_after_context}
+    of_lengths = {"needles": find_needles, "ruler": answer_ruler}
+    for piece in pieces_of(args):
+        if piece not in done:
+            kind, _, length = piece.partition("-")
             if kind in of_lengths:
-                done[name] = of_lengths[kind](model, material, int(length), arm)
+                done[piece] = of_lengths[kind](model, material, int(length), arm)
             else:
-                done |= of_texts[name](model, material, arm)
+                done |= of_texts[piece](model, material, arm)
             done["peak_gibibytes"] = max(done.get("peak_gibibytes", 0), peak_gibibytes(args.device))
             results.save(**{arm: done})
 
@@ -451,17 +524,29 @@ def main():
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = asdict(args) | dict.fromkeys(("arms", "beside", "imports", "output_dir", "device"))
-    check_settings(folder / "settings.json", settings)
-    tokenizer, results = AutoTokenizer.from_pretrained(args.model), Results(folder / "report.json")
+    tokenizer, results = load_tokenizer(args.model, f"`--model {args.model}`"), Results(folder / "report.json")
     check_others(args, tokenizer, results)
     material = Material(args, tokenizer)
     check_shortest(material)
+    settings = asdict(args) | dict.fromkeys(("arms", "beside", "imports", "output_dir", "device"))
+    settings["texts_sha256"] = material.digest
+    check_settings(folder / "settings.json", settings)
+    models = {arm: args.others.get(arm, args.model) for arm in (*ARMS, *args.others)}
+    weights = {model: weights_of(model) for model in models.values()}
+    check_weights(args, weights, results)
+    arms = [*sorted(args.arms, key=list(ARMS).index), *args.others]
+    find_missing(arms, args, results)
     results.save(settings=settings)
+    for arm in arms:
+        if "missing" not in results.get(arm, {}):
+            measure_arm(arm, args, material, results, weights[models[arm]])
     words = ARMS | {name: f"{model} as it is" for name, model in args.others.items()}
-    for arm in (*sorted(args.arms, key=list(ARMS).index), *args.others):
-        measure_arm(arm, args, material, results)
-    write_report(args, words, Results(folder / "report.json"), folder)  # read again: JSON makes text of the keys
+    # Read again: JSON makes text of the keys. An arm that was stopped is not there, if it is not asked for again
+    results = Results(folder / "report.json")
+    words = {
+        arm: what for arm, what in words.items() if "missing" in results.get(arm, {}) or is_done(arm, args, results)
+    }
+    write_report(args, words, results, folder)
     print(f"Written to {folder / 'report.md'}")
 
 

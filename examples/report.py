@@ -17,11 +17,13 @@ DEPTHS = 10
 
 
 def mean_and_error(values: list) -> tuple[float, float]:
-    """Mean and its standard error, without the texts that have None; NaN where there are too few."""
+    """Mean and its standard error, without the texts that have None; NaN where it cannot be known, of too few texts or
+    of equal ones."""
     known = torch.tensor([x for x in values if x is not None], dtype=torch.float64)
     if not len(known):
         return math.nan, math.nan
-    return known.mean().item(), (known.std() / len(known) ** 0.5).item() if len(known) > 1 else math.nan
+    differ = bool((known != known[0]).any())
+    return known.mean().item(), (known.std() / len(known) ** 0.5).item() if differ else math.nan
 
 
 def said(values: list, form: str = "{:.3f}") -> str:
@@ -32,9 +34,9 @@ def said(values: list, form: str = "{:.3f}") -> str:
     return form.format(mean) + ("" if math.isnan(error) else " ± " + form.format(error))
 
 
-def signed(values: list) -> str:
+def signed(values: list, form: str = "{:+.3f}") -> str:
     """The same of differences, with a sign."""
-    return said(values, "{:+.3f}").replace("± +", "± ")
+    return said(values, form).replace("± +", "± ")
 
 
 def above(values: list, others: list) -> list:
@@ -66,6 +68,17 @@ def table(head: list, rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def environment_of(arms: dict[str, dict]) -> str:
+    """Hardware, versions and commit: of all arms, or of each where they differ."""
+    said = {
+        arm: f"{x['hardware']}, torch {x['torch']}, transformers {x['transformers']}, longnet-hf {x['longnet_hf']}."
+        for arm, x in arms.items()
+    }
+    if len(set(said.values())) == 1:
+        return said["model"]
+    return " ".join(f"`{arm}`: {words}" for arm, words in said.items())
+
+
 def write_report(args, words: dict[str, str], results: Results, folder: Path) -> None:
     """Write report.md and its pictures.
 
@@ -89,9 +102,11 @@ def write_report(args, words: dict[str, str], results: Results, folder: Path) ->
         "",
         f"{args.texts} texts of {args.lengths[-1]} tokens, "
         + f"{args.needle_texts} texts with 40 numbers at each length, " * asks_numbers
-        + f"seed {args.seed}. ± is one standard error over texts. Losses in nats per token. "
-        f"{first['hardware']}, torch {first['torch']}, transformers {first['transformers']}, longnet-hf "
-        f"{first['longnet_hf']}."
+        + f"seed {args.seed}. ± is one standard error over texts; none is given where all are equal, which says "
+        "little of other texts. Losses in nats per token. "
+        + "There are fewer texts than ones with numbers or of a task, whose haystacks repeat. "
+        * (max(args.needle_texts, args.ruler_texts) > args.texts)
+        + environment_of(arms)
         + f" Rotary positions of {', '.join(stretched)} are stretched to the longest length with YaRN, at all lengths."
         * bool(stretched),
         "",
@@ -128,20 +143,14 @@ def write_report(args, words: dict[str, str], results: Results, folder: Path) ->
         compare(f"Loss of copies behind {context} tokens", "last seen", copies, f"copies_{context}.png")
         bars(copies, folder / f"copies_{context}.png")
 
-    rows, kinds = [], list(first["contexts"])
-    for prefix in first["contexts"]["true"]:
-        for arm, result in arms.items():
-            of = {kind: result["contexts"][kind][prefix] for kind in kinds}
-            rows.append([prefix, arm, *map(said, of.values()), signed(above(of["foreign"], of["true"]))])
-    parts += [
-        f"## Loss of the same {args.target_tokens} tokens after more context",
-        "",
-        table(["context", "arm", *kinds, "use: foreign - true"], rows),
-        "",
-        "![Loss after context](context.png)",
-        "",
-        *long_perplexity_of(arms),
-    ]
+    parts += [f"## Loss of the same {args.target_tokens} tokens after more context", ""]
+    parts += [contexts_of(arms), "", "![Loss after context](context.png)", ""]
+    if "foreign" not in first["contexts"]:
+        parts += [
+            "Foreign contexts are left out: `--data` has a text without another that shares no file with it.",
+            "",
+        ]
+    parts += long_perplexity_of(arms)
     parts += needles_of(arms, args.lengths) if args.needle_texts else []
     parts += ruler_of(arms, args.lengths) if args.ruler_texts else []
     (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
@@ -151,20 +160,44 @@ def write_report(args, words: dict[str, str], results: Results, folder: Path) ->
         needle_map(arms, args.lengths, folder / "needles.png")
 
 
+def contexts_of(arms: dict[str, dict]) -> str:
+    """The table of the losses after more and more context of each kind."""
+    kinds, rows = list(arms["model"]["contexts"]), []
+    head = ["context", "arm", *kinds, "shuffled - true"]
+    if "foreign" in kinds:
+        head += ["use: foreign - true"] + ["use - model's"] * (len(arms) > 1)
+    for prefix in arms["model"]["contexts"]["true"]:
+        for arm, result in arms.items():
+            of, of_model = ({kind: x["contexts"][kind][prefix] for kind in kinds} for x in (result, arms["model"]))
+            row = [prefix, arm, *map(said, of.values()), signed(above(of["shuffled"], of["true"]))]
+            if "foreign" in kinds:
+                use, of_model = (above(x["foreign"], x["true"]) for x in (of, of_model))
+                row += [signed(use)] + ["" if arm == "model" else signed(above(use, of_model))] * (len(arms) > 1)
+            rows.append(row)
+    return table(head, rows)
+
+
 def needles_of(arms: dict[str, dict], lengths: list[int]) -> list[str]:
     """The section of the numbers that were found, by length and depth."""
-    rows = []
+    rows, forms = [], {"found": "{:.1%}", "log_probability": "{:.1f}"}
     for length in lengths:
+        means = {
+            arm: {what: [sum(x) / len(x) for x in result[f"needles-{length}"][what]] for what in forms}
+            for arm, result in arms.items()
+        }
         for arm, result in arms.items():
-            needles = result[f"needles-{length}"]
+            needles, row = result[f"needles-{length}"], [length, arm]
+            for what, form in forms.items():
+                of_arm, of_model = means[arm][what], means["model"][what]
+                row.append(said(of_arm, form))
+                if len(arms) > 1:
+                    row.append("" if arm == "model" else signed(above(of_arm, of_model), form.replace(":", ":+")))
             inside = share_in_window(needles, result["dense_window"])
-            found, bits = (
-                [sum(of_text) / len(of_text) for of_text in needles[x]] for x in ("found", "log_probability")
-            )
-            depths = [said(cell, "{:.0%}") for cell in by_depth(needles, "found")]
-            rows.append([length, arm, said(found, "{:.1%}"), said(bits, "{:.1f}"), f"{inside:.0%}", *depths])
-    depths = [f"depth {i / DEPTHS:.0%}" for i in range(DEPTHS)]
-    head = ["length", "arm", "found", "log-probability", "nearer than the dense window", *depths]
+            rows.append([*row, f"{inside:.0%}", *(said(cell, "{:.0%}") for cell in by_depth(needles, "found"))])
+    head = ["length", "arm"]
+    for what in ("found", "log-probability"):
+        head += [what] + [f"{what} - model's"] * (len(arms) > 1)
+    head += ["nearer than the dense window", *(f"depth {i / DEPTHS:.0%}" for i in range(DEPTHS))]
     return ["## Numbers found", "", table(head, rows), "", "![Numbers found](needles.png)", ""]
 
 
@@ -182,41 +215,56 @@ def long_perplexity_of(arms: dict[str, dict]) -> list[str]:
     if evaluator is None:
         return [*parts, "Left out: an arm with full attention, which chooses the key tokens, is not in `--arms`.", ""]
     prefixes = list(arms["model"]["contexts"]["true"])
+    if len(prefixes) == 1:
+        reason = f"the short and the long context are the same {prefixes[0]} tokens"
+        return [*parts, f"Left out: {reason}. Give longer `--lengths`, or fewer `--target_tokens`.", ""]
     short, long = (unpack(arms[evaluator]["token_losses"][which]) for which in ("short", "long"))
     keys = key_tokens(short, long)
+
+    def perplexity(losses: torch.Tensor, chosen: torch.Tensor) -> str:
+        mean, error = long_perplexity(losses, chosen)
+        return "–" if math.isnan(mean) else f"{mean:.3f}" + f" ± {error:.3f}" * (error > 0)
+
     rows = []
-    for arm, result in arms.items():
-        losses = unpack(result["token_losses"]["long"])
-        numbers = []
+    losses = {arm: unpack(result["token_losses"]["long"]) for arm, result in arms.items()}
+    for arm, of_arm in losses.items():
+        row = [arm]
         for chosen in (keys, torch.ones_like(keys)):
-            mean, error = long_perplexity(losses, chosen)
-            numbers.append("–" if math.isnan(mean) else f"{mean:.3f}" + f" ± {error:.3f}" * (not math.isnan(error)))
-        rows.append([arm, *numbers])
+            row.append(perplexity(of_arm, chosen))
+            if len(arms) > 1:  # of a ratio of perplexities the loss is a difference
+                row.append("" if arm == "model" else perplexity(of_arm - losses["model"], chosen))
+        rows.append(row)
+    head, targets = ["arm"], keys.shape[1]
+    for chosen, column in (("key", "LongPPL"), ("all", "perplexity")):
+        head += [f"{chosen} tokens: {column}"] + [f"{column} / model's"] * (len(arms) > 1)
     return [
         *parts,
         f"The perplexity of {int(keys.sum())} key tokens of {keys.numel()}, after {prefixes[-1]} tokens of true "
         f"context. A token is one (arXiv 2410.23771) if its log-probability under `{evaluator}` is above -2 there, "
-        f"and more than 2 above that after {prefixes[0]} tokens. So chosen, they favour `{evaluator}`.",
+        f"and more than 2 above that after {prefixes[0]} tokens. So chosen, they favour `{evaluator}`. The first of a "
+        f"text's {targets} tokens has such a context, the last {targets - 1} tokens more; the paper's short context "
+        "is another, of 4096 tokens.",
         "",
-        table(["arm", "key tokens: LongPPL", "all tokens: perplexity"], rows),
+        table(head, rows),
         "",
     ]
 
 
 def ruler_of(arms: dict[str, dict], lengths: list[int]) -> list[str]:
-    rows = []
+    rows, others = [], [arm for arm in arms if arm != "model"]
     for task in arms["model"][f"ruler-{lengths[0]}"]:
         for length in lengths:
-            of = {arm: result[f"ruler-{length}"][task] for arm, result in arms.items()}
-            chance = mean_and_error(of["model"]["chance"])[0]
-            rows.append([task, length, *(said(cells["right"], "{:.1%}") for cells in of.values()), f"{chance:.1%}"])
+            right = {arm: result[f"ruler-{length}"][task]["right"] for arm, result in arms.items()}
+            chance = mean_and_error(arms["model"][f"ruler-{length}"][task]["chance"])[0]
+            differences = [signed(above(right[arm], right["model"]), "{:+.1%}") for arm in others]
+            rows.append([task, length, *(said(x, "{:.1%}") for x in right.values()), f"{chance:.1%}", *differences])
     return [
         "## RULER",
         "",
         "Answers whose tokens are all the likeliest, behind the right answers before them. Chance is to draw one of "
-        "the numbers, variables or words of the text.",
+        "the numbers, variables or words of the text that is asked about, without those of an example before it.",
         "",
-        table(["task", "length", *arms, "chance"], rows),
+        table(["task", "length", *arms, "chance", *(f"{arm} - model" for arm in others)], rows),
         "",
     ]
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
@@ -542,6 +543,23 @@ def test_tasks_of_ruler_are_solved_from_their_texts_and_not_from_what_is_out_of_
     assert blind_to > 20
 
 
+def test_tasks_of_ruler_differ_by_more_than_words(evaluation, tiny_llama):
+    """Common words come in another order in each text; chance is to draw from what stands behind the example."""
+    material = small_material(evaluation, tiny_llama)
+    orders = set()
+    for ids, _, _ in evaluation.ruler.make_tasks("common_words", material.tokenizer, 6000, material.texts, 3, seed=0):
+        ranks: dict[str, int] = {}
+        words = re.findall(r"\d+\. (\w+)", material.tokenizer.decode(ids))[:60]
+        orders.add(tuple(ranks.setdefault(word, len(ranks)) for word in words))
+    assert len(orders) == 3
+    ((ids, answers, chance),) = evaluation.ruler.make_tasks(
+        "variable_tracking", material.tokenizer, 6000, material.texts, 1, seed=0
+    )
+    text = material.tokenizer.decode(ids)
+    behind_example = text[text.rfind("Memorize and track") :]
+    assert 1 / chance == len(answers) == len(set(re.findall(r"VAR (\w+) =", behind_example)))
+
+
 def test_a_report_asks_the_tasks_of_ruler(evaluation, tiny_llama, monkeypatch):
     """As the model is asked, and with the first token that it expects."""
     material = small_material(evaluation, tiny_llama, ruler_texts=3)
@@ -564,7 +582,7 @@ def test_a_report_asks_the_tasks_of_ruler(evaluation, tiny_llama, monkeypatch):
         assert result[name]["right"] == pytest.approx([share] * 3)
     assert result["multi_key"]["log_probability"] == [-2.0 * len(" 1234567")] * 3
     written = evaluation.written.ruler_of({"model": {"pairs": None, "ruler-4000": result}}, [4000])
-    assert "| multi_value | 4000 | 75.0% ± 0.0% | 25.0% |" in "\n".join(written)
+    assert "| multi_value | 4000 | 75.0% | 25.0% |" in "\n".join(written)
 
 
 def test_tasks_of_ruler_that_do_not_fit_are_refused(evaluation, tiny_llama):
@@ -622,9 +640,12 @@ def test_perplexity_of_tokens_that_need_a_long_context(evaluation):
     assert all(map(math.isnan, evaluation.of.long_perplexity(long[2:], keys[2:])))
     said = "\n".join(evaluation.written.long_perplexity_of(arms))  # both by the key tokens of `full`
     assert "4 key tokens of 12" in said and "under `full`" in said
-    assert f"| full | {mean:.3f} ± {error:.2f}" in said and f"| model | {mean * math.e:.3f} ±" in said
+    assert f"| full | {mean:.3f} ± {error:.2f}" in said and f"| {1 / math.e:.3f} |" in said  # of the model's
+    assert "the last 3 tokens more" in said and f"| model | {mean * math.e:.3f} ±" in said
     assert "Left out" in "\n".join(evaluation.written.long_perplexity_of({"model": arms["model"]}))
     arms["model"]["pairs"] = None
+    same = {"model": arms["model"] | {"contexts": {"true": {"8": []}}}}
+    assert "Left out: the short and the long context are the same 8" in evaluation.written.long_perplexity_of(same)[2]
     assert "under `model`" in "\n".join(evaluation.written.long_perplexity_of({"model": arms["model"]}))
 
 
@@ -712,14 +733,16 @@ def test_baselines_have_full_attention_and_a_window_of_equal_pairs(evaluation, t
 def test_a_report_is_written_and_goes_on_where_it_was_stopped(tiny_llama, tmp_path):
     common = (
         *("--model", tiny_llama, "--data", ROOT / "longnet_hf", ROOT / "docs", "--lengths", 3600, 4096),
-        *("--texts", 2, "--needle_texts", 2, "--ruler_texts", 1, "--device", "cpu", "--output_dir", "run"),
+        *("--texts", 2, "--needle_texts", 3, "--ruler_texts", 1, "--device", "cpu", "--output_dir", "run"),
+        *("--target_tokens", 1024),
     )
     done = run("evaluate.py", *common, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     report, results = (tmp_path / "run" / "report.md").read_text(), (tmp_path / "run" / "report.json").read_text()
     plain = json.loads(results, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert "missing" in plain["full"] and "`full` is left out" in report and "YaRN" in report
-    assert list(plain["model"]["contexts"]["true"]) == ["2048"] and len(plain["model"]["needles-3600"]["found"]) == 2
+    assert list(plain["model"]["contexts"]["true"]) == ["1024", "2048", "3072"]
+    assert len(plain["model"]["needles-3600"]["found"]) == 3 and "whose haystacks repeat" in report
     for loss in plain["model"]["losses"]["position"].values():
         assert loss == pytest.approx([math.log(300)] * 2, rel=0.05)  # knows nothing, as chance
     assert f"a loss of {math.log(300):.2f} nats" in report and "nan" not in report
@@ -727,10 +750,11 @@ def test_a_report_is_written_and_goes_on_where_it_was_stopped(tiny_llama, tmp_pa
     for key, losses in plain["window"]["losses"]["position"].items():
         x, y = (loss - own for loss, own in zip(losses, plain["model"]["losses"]["position"][key], strict=True))
         (row,) = (line for line in report.splitlines() if line.startswith(f"| {key} |"))
-        assert row.endswith(f"| {(x + y) / 2:+.3f} ± {abs(x - y) / 2:.3f} |")  # text by text
+        error = f" ± {abs(x - y) / 2:.3f}" if x != y else ""
+        assert row.endswith(f"| {(x + y) / 2:+.3f}{error} |")  # text by text
     pictures = [name.partition(")")[0] for name in report.split("](")[1:]]
     assert len(pictures) == 5
-    assert "| frequent_words | 4096 |" in report and "key tokens of 4096" in report
+    assert "| frequent_words | 4096 |" in report and "key tokens of 2048" in report
     assert set(plain["model"]["ruler-3600"]["multi_key"]["chance"]) == {0.25}
     losses = plain["model"]["token_losses"]["long"]
     assert [len(json.dumps(losses)) < 12_000, len(losses)] == [True, 2]
@@ -741,10 +765,23 @@ def test_a_report_is_written_and_goes_on_where_it_was_stopped(tiny_llama, tmp_pa
     file.write_text(json.dumps(plain))
     done = run("evaluate.py", *common, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("is measured already") == 2 and "window: numbers in 4096" in done.stderr
+    assert done.stdout.count("is measured already") == 1 and "window: numbers in 4096" in done.stderr
     assert "losses" not in done.stderr
     assert json.loads(file.read_text())["window"]["needles-4096"] == json.loads(results)["window"]["needles-4096"]
 
+    # An arm that was stopped, and is not asked for, is not reported
+    other = json.loads(results)
+    other["window"] = {"missing": "for a reason of then"}
+    file.write_text(json.dumps(other))
+    done = run("evaluate.py", *common, "--arms", "model", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "`window` is left out: for a reason of then" in (tmp_path / "run" / "report.md").read_text()
+    del other["window"], other["model"]["needles-4096"]
+    other["window"] = plain["window"]  # without its numbers in 4096
+    file.write_text(json.dumps(other))
+    done = run("evaluate.py", *common, "--arms", "model", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "`window`" not in (tmp_path / "run" / "report.md").read_text()
     refused = run("evaluate.py", *common, "--seed", 1, folder=tmp_path)
     assert refused.returncode != 0 and "seed was 0, is 1" in refused.stderr
 
@@ -754,7 +791,7 @@ def test_differences_are_of_texts_that_both_have(evaluation):
 
 
 def test_what_a_report_cannot_be_made_of_is_refused(evaluation, tiny_llama, tmp_path):
-    (tmp_path / "one.txt").write_text("a line of a document\n" * 2000)
+    (tmp_path / "one.txt").write_text("a line of a document\n")
     wrong = (
         (dict(arms=["full"]), "`--arms` must be `model` and others"),
         (dict(arms=["model", "dense"]), "'dense'"),
@@ -764,7 +801,6 @@ def test_what_a_report_cannot_be_made_of_is_refused(evaluation, tiny_llama, tmp_
         (dict(lengths=[0, 6000]), "`--lengths` must be of at least 2 tokens, got 0"),
         (dict(target_tokens=4000), "at most half of the longest of `--lengths`, 6000, got 4000"),
         (dict(texts=500), "fills [0-9]+ texts of 6000 tokens, and 500 are needed"),
-        (dict(data=[str(tmp_path / "one.txt")]), "`--data` must have more documents"),
         (dict(data=[str(tmp_path / "none.txt")]), "`--data` names no text file"),
         (dict(data=[str(tmp_path), str(tmp_path / "none.txt")]), "`--data`: no file or folder .*none.txt"),
     )
@@ -797,14 +833,158 @@ def test_a_report_that_is_refused_is_asked_for_again_with_other_settings(
         evaluation.report.check_shortest(small_material(evaluation, tiny_llama, lengths=[700, 6000], ruler_texts=0))
 
 
-def test_a_report_of_short_texts_leaves_numbers_out(tiny_llama, tmp_path):
-    command = ("--model", tiny_llama, "--data", ROOT / "longnet_hf", "--texts", 2, "--lengths", 256, 512)
+def test_a_report_of_short_texts_of_one_document_leaves_numbers_and_foreign_contexts_out(tiny_llama, tmp_path):
+    command = (
+        "--model",
+        tiny_llama,
+        "--data",
+        ROOT / "longnet_hf" / "__init__.py",
+        "--texts",
+        2,
+        "--lengths",
+        256,
+        512,
+    )
     command += ("--target_tokens", 128, "--needle_texts", 0, "--ruler_texts", 0, "--arms", "model")
     done = run("evaluate.py", *command, "--output_dir", "run", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     report = (tmp_path / "run" / "report.md").read_text()
     assert "## Loss by position" in report and "40 numbers" not in report and "Numbers found" not in report
     assert not (tmp_path / "run" / "needles.png").exists()
+    assert "| context | arm | true | shuffled | shuffled - true |" in report
+    assert "Foreign contexts are left out" in report and "foreign -" not in report
+
+
+@pytest.fixture
+def report_of_marks(evaluation, monkeypatch):
+    """Makes reports whose arms are not measured but marked, by the weights they had; gives the arms of each."""
+
+    def mark(arm, args, material, results, weights):
+        marks = dict.fromkeys(evaluation.report.pieces_of(args), "measured")
+        results.save(**{arm: {"weights": weights} | marks})
+
+    def make(*arguments):
+        monkeypatch.setattr(sys, "argv", list(map(str, ("evaluate.py", "--texts", 2, *arguments))))
+        evaluation.report.main()
+        return json.loads(Path(arguments[arguments.index("--output_dir") + 1], "report.json").read_text())
+
+    monkeypatch.setattr(evaluation.report, "measure_arm", mark)
+    monkeypatch.setattr(evaluation.report, "write_report", lambda *_: None)
+    return make
+
+
+SHORT = ("--lengths", 512, "--target_tokens", 128, "--needle_texts", 0, "--ruler_texts", 0, "--device", "cpu")
+
+
+def test_a_report_does_not_go_on_with_other_texts_or_weights(report_of_marks, tiny_llama, tmp_path):
+    model, data, run_folder = tmp_path / "model", tmp_path / "data", tmp_path / "run"
+    shutil.copytree(tiny_llama, model)
+    data.mkdir()
+    for name in "ab":
+        (data / f"{name}.txt").write_text(f"a line of {name}\n" * 50)
+    command = ("--model", model, "--data", data, *SHORT, "--output_dir", run_folder)
+    beside = ("--beside", f"other={model}")
+    first = report_of_marks(*command, *beside)
+    assert first["other"]["weights"] == first["model"]["weights"]
+    assert report_of_marks(*command) == first
+    LlamaForCausalLM.from_pretrained(model).save_pretrained(model)  # the same
+    assert report_of_marks(*command, *beside) == first
+
+    (data / "a.txt").write_text("a line of x\n" * 50)
+    with pytest.raises(ValueError, match="texts_sha256 was .*another `--output_dir`"):
+        report_of_marks(*command)
+    (data / "a.txt").write_text("a line of a\n" * 50)
+    assert report_of_marks(*command) == first
+    changed = LlamaForCausalLM.from_pretrained(model)
+    changed.model.norm.weight.data[0] += 1
+    changed.save_pretrained(model)
+    with pytest.raises(ValueError, match="`--model .*` has other weights.* when `model` .*another `--output_dir`"):
+        report_of_marks(*command)
+    with pytest.raises(ValueError, match="`--beside other=.*` has other weights.* when `other` "):
+        report_of_marks(*command, *beside, "--model", tiny_llama, "--output_dir", shutil.copytree(
+            run_folder, tmp_path / "copied", ignore=lambda *_: ["settings.json"]
+        ))  # fmt: skip
+
+    settings = run_folder / "settings.json"  # as of a report that was begun before texts were noted
+    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "texts_sha256"}))
+    with pytest.raises(ValueError, match="texts_sha256 was None.*another `--output_dir`"):
+        report_of_marks(*command)
+
+
+def test_arms_that_are_missing_are_known_before_any_is_measured_and_tried_again(
+    evaluation, report_of_marks, tiny_llama, monkeypatch, tmp_path
+):
+    shape = dict(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    gemma = Gemma2Config(**shape, num_key_value_heads=1, head_dim=8)
+    AutoModelForCausalLM.from_config(gemma).save_pretrained(tmp_path / "gemma2")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "gemma2")
+    command = ("--model", tmp_path / "gemma2", "--data", ROOT / "longnet_hf", *SHORT, "--arms", "model", "window")
+    command += ("--output_dir", tmp_path / "run")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(evaluation.report, "measure_arm", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            report_of_marks(*command)
+    results = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "missing" in results["window"] and "model" not in results
+    assert report_of_marks(*command)["window"] == results["window"]
+    with monkeypatch.context() as possible:
+        possible.setattr(evaluation.report, "load_arm", lambda *_: None)
+        assert report_of_marks(*command)["window"]["losses"] == "measured"
+
+    # The paper's pattern, whose pairs the window has, has segments of a sixteenth
+    command = ("--model", tiny_llama, "--data", ROOT / "longnet_hf", *SHORT, "--target_tokens", 2, "--lengths")
+    with pytest.raises(ValueError, match="`--lengths` must reach 16 tokens for the `window` of `--arms`.* got 12"):
+        report_of_marks(*command, 12, "--output_dir", tmp_path / "short")
+    assert "model" not in json.loads((tmp_path / "short" / "report.json").read_text())
+    assert report_of_marks(*command, 16, "--output_dir", tmp_path / "longer")["window"]["losses"] == "measured"
+
+
+def test_the_first_text_does_not_count_in_the_speed(evaluation, tiny_llama, monkeypatch):
+    material = small_material(evaluation, tiny_llama)
+    times = iter([0, 100, 200, 202, 300, 304])  # 100, 2 and 4 seconds
+    monkeypatch.setattr(evaluation.report, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    zeros = torch.zeros(5999)
+    monkeypatch.setattr(evaluation.report, "token_losses", lambda *_: (zeros, zeros.bool()))
+    assert evaluation.report.loss_of_texts(None, material, "model")["losses"]["tokens_per_second"] == 2000
+
+
+def test_a_report_has_paired_differences_and_no_error_where_all_is_equal(evaluation):
+    written = evaluation.written
+    assert written.said([0.0, 0.0], "{:.1%}") == "0.0%" and written.said([0.1] * 3) == "0.100"
+    assert written.signed([0.1, 0.3], "{:+.0%}") == "+20% ± 10%"
+
+    needles = dict(depth=[[0.1, 0.9]] * 2, distance=[[9, 1]] * 2, log_probability=[[-1.0, -3.0], [-2.0, -4.0]])
+    arms = {
+        "model": {
+            "contexts": {"true": {"8": [1.0, 2.0]}, "shuffled": {"8": [1.5, 2.0]}, "foreign": {"8": [2.0, 2.0]}},
+            "needles-9": needles | {"found": [[1, 1], [1, 0]]},
+            "ruler-9": {"multi_key": {"right": [1.0, 0.0], "chance": [0.25] * 2}},
+        },
+        "window": {
+            "contexts": {"true": {"8": [1.0, 2.0]}, "shuffled": {"8": [1.0, 2.0]}, "foreign": {"8": [1.0, 2.0]}},
+            "needles-9": needles | {"found": [[1, 0], [0, 0]]},
+            "ruler-9": {"multi_key": {"right": [0.0, 0.0], "chance": [0.25] * 2}},
+        },
+    }  # fmt: skip
+    for arm in arms.values():
+        arm |= {"dense_window": None}
+    contexts = written.contexts_of(arms).splitlines()
+    assert contexts[0].endswith("| shuffled - true | use: foreign - true | use - model's |")
+    assert contexts[2].endswith("| +0.250 ± 0.250 | +0.500 ± 0.500 |  |")
+    assert contexts[3].endswith("| +0.000 | +0.000 | -0.500 ± 0.500 |")
+    found = "\n".join(written.needles_of(arms, [9]))
+    assert "| 9 | model | 75.0% ± 25.0% |  | -2.5 ± 0.5 |  | 100% |" in found
+    assert "| 9 | window | 25.0% ± 25.0% | -50.0% | -2.5 ± 0.5 | +0.0 | 100% |" in found
+    ruler = "\n".join(written.ruler_of(arms, [9]))
+    assert "| multi_key | 9 | 50.0% ± 50.0% | 0.0% | 25.0% | -50.0% ± 50.0% |" in ruler
+    alone = {"model": arms["model"]}
+    assert written.contexts_of(alone).splitlines()[0].endswith("| use: foreign - true |")
+    assert "- model" not in "\n".join(written.needles_of(alone, [9]) + written.ruler_of(alone, [9]))
+
+    about = dict(hardware="a CPU", torch="2", transformers="5", longnet_hf="1")
+    assert written.environment_of({"model": about, "full": about}) == "a CPU, torch 2, transformers 5, longnet-hf 1."
+    both = written.environment_of({"model": about, "full": about | {"hardware": "a GPU"}})
+    assert both.startswith("`model`: a CPU, torch") and "`full`: a GPU, torch" in both
 
 
 def test_models_are_reported_beside_each_other(evaluation, tiny_llama, tmp_path):
@@ -875,6 +1055,11 @@ def test_models_that_cannot_stand_beside_a_model_are_refused_before_anything_is_
 
     with pytest.raises(ValueError, match="`--beside other=.*nowhere` must be a model with its tokenizer"):
         check(tmp_path / "nowhere")
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path / "alone")
+    with pytest.raises(
+        ValueError, match="^`--model me` must be a model with its tokenizer, which could not be loaded"
+    ):
+        evaluation.report.load_tokenizer(str(tmp_path / "alone"), "`--model me`")
     other = tmp_path / "other"
     padded = AutoTokenizer.from_pretrained(tiny_llama)
     padded.add_special_tokens({"pad_token": "<another>"})
@@ -883,6 +1068,11 @@ def test_models_that_cannot_stand_beside_a_model_are_refused_before_anything_is_
     check(other)
     GPT2Config(n_positions=128).save_pretrained(other)
     with pytest.raises(ValueError, match="at most 128 for `--beside other=.*, whose positions cannot be stretched"):
+        check(other)
+    begins = AutoTokenizer.from_pretrained(tiny_llama)
+    begins._tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    begins.save_pretrained(other)
+    with pytest.raises(ValueError, match=r"with the same tokens around a text: of 'a' it makes \[0, .*\], not \["):
         check(other)
     tokens = Tokenizer(BPE())
     tokens.train_from_iterator(["another"], BpeTrainer(show_progress=False))
@@ -971,6 +1161,9 @@ def test_maps_of_attention_are_written_and_refused(evaluation, tiny_llama, tmp_p
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"row_125.png", "row_20.png", "row_125.html", "row_20.html", "passages.md"}
     assert "2 heads (of layers [1, 4])" in (tmp_path / "run" / "passages.md").read_text()
+    (tmp_path / "empty.txt").write_text("")
+    refused = run("attention_map.py", *common, "--text", "empty.txt", folder=tmp_path)
+    assert "`--text` must be a file with text, got empty.txt, which is empty" in refused.stderr
     maps = importlib.import_module("attention_map")
     for name, given in (("rows", [126]), ("layers", [-6]), ("heads", [])):
         with pytest.raises(ValueError, match=f"`--{name}` must be indices from -5 to 4, got"):
