@@ -100,7 +100,8 @@ def set_dilated_attention(
 
     ```python
     >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
-    >>> set_dilated_attention(model, segment_lengths=[2048, 8192, 32768], dilation_rates=[1, 4, 16])
+    >>> window = dict(segment_lengths=[2048], dilation_rates=[1], branch_types=["window"], sink_tokens=4)
+    >>> set_dilated_attention(model, **window, full_attention_heads=rank_heads(model, input_ids).best(0.2))
     ```"""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"`model` must be a model of Transformers, got {type(model).__name__}.")
