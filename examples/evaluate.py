@@ -532,7 +532,7 @@ def main():
     settings["texts_sha256"] = material.digest
     check_settings(folder / "settings.json", settings)
     models = {arm: args.others.get(arm, args.model) for arm in (*ARMS, *args.others)}
-    weights = {model: weights_of(model) for model in models.values()}
+    weights = {model: weights_of(model) for model in set(models.values())}
     check_weights(args, weights, results)
     arms = [*sorted(args.arms, key=list(ARMS).index), *args.others]
     find_missing(arms, args, results)

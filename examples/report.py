@@ -70,13 +70,13 @@ def table(head: list, rows: list[list]) -> str:
 
 def environment_of(arms: dict[str, dict]) -> str:
     """Hardware, versions and commit: of all arms, or of each where they differ."""
-    said = {
+    words = {
         arm: f"{x['hardware']}, torch {x['torch']}, transformers {x['transformers']}, longnet-hf {x['longnet_hf']}."
         for arm, x in arms.items()
     }
-    if len(set(said.values())) == 1:
-        return said["model"]
-    return " ".join(f"`{arm}`: {words}" for arm, words in said.items())
+    if len(set(words.values())) == 1:
+        return words["model"]
+    return " ".join(f"`{arm}`: {of_arm}" for arm, of_arm in words.items())
 
 
 def write_report(args, words: dict[str, str], results: Results, folder: Path) -> None:

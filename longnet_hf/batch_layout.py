@@ -403,17 +403,25 @@ def _documents_of(inputs: BatchInputs, past_key_values: Cache | None) -> torch.T
         new = find_documents(batch_size, length, attention_mask=inputs.new_mask, position_ids=position_ids)
         if is_packed(new):
             raise ValueError("`position_ids` restart: several documents cannot continue `past_key_values`.")
-    if is_dilated_cache(past_key_values):
-        document_ids, held = None, past_key_values.positions
-    else:
+    document_ids = None
+    if not is_dilated_cache(past_key_values):
         past_length = past_key_values.get_seq_length()
         document_ids = find_documents(batch_size, past_length + length, attention_mask=inputs.attention_mask)
-        held = torch.full((batch_size,), past_length)
-        if document_ids is not None:
-            held = (document_ids[:, :past_length] >= 0).sum(1)
-    if is_looked_at and len(held) == batch_size:  # or else the cache refuses the batch
-        _check_continuation(inputs, held)
+    if is_looked_at:
+        held = _held_tokens(past_key_values, document_ids, batch_size)
+        if len(held) == batch_size:  # or else the cache refuses the batch
+            _check_continuation(inputs, held)
     return document_ids
+
+
+def _held_tokens(past_key_values: Cache, document_ids: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+    """How many tokens of each row a cache holds, without padding, `[B]`."""
+    if is_dilated_cache(past_key_values):
+        return past_key_values.positions
+    past_length = past_key_values.get_seq_length()
+    if document_ids is None:
+        return torch.full((batch_size,), past_length)
+    return (document_ids[:, :past_length] >= 0).sum(1)
 
 
 def _check_continuation(inputs: BatchInputs, held: torch.Tensor) -> None:
